@@ -1,0 +1,1 @@
+"""Trained weights -> ONNX, and what is measured on the result."""

@@ -1,0 +1,184 @@
+"""Export trained weights to one self-describing ONNX file.
+
+    python -m export.to_onnx --run RUN --output model/weights/aop.onnx --images DIR --data cases.csv
+    python -m export.to_onnx --weights aop.safetensors --output aop.onnx
+
+The ONNX file carries the ModelSpec. Before it is written, torch and ONNX Runtime are compared on
+landmarks: on the val images of --data where they are given, else on smooth random images. They
+must agree within 0.05 px of the network input, or nothing is written. With --data the threshold
+of doubt is also set: in the --doubted share of the val cases the least confident landmark is below.
+--bundle writes the weights and their description beside the ONNX file, as model/weights/ holds them.
+"""
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import cv2
+import numpy as np
+import onnx
+import torch
+from torch import nn
+
+from model.frame import Letterbox, cells_to_input
+from model.heatmap import Heatmaps
+from model.predictor import load_predictor
+from model.spec import METADATA_KEY, ModelSpec
+from training.cases import CaseError, read_cases
+from training.checkpoint import Checkpoint, CheckpointError, load_weights, save_weights
+from training.data import read_grey
+from training.metrics import case_errors
+from training.predict import predict_cases
+
+OPSET, IR_VERSION = 20, 10
+TOLERANCE_PX = 0.05  # network input px
+RANDOM_IMAGES = 16
+
+
+class ParityError(ValueError):
+    """The ONNX file's landmarks differ from torch's."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit status."""
+    args = _parser().parse_args(arguments)
+    weights = args.weights or args.run / "best.safetensors"
+    if (args.data is None) != (args.images is None):
+        print("export.to_onnx: --data and --images are given together", file=sys.stderr)
+        return 2
+    try:
+        export(weights, args)
+    except (CheckpointError, CaseError, ParityError, OSError) as error:
+        print(f"export.to_onnx: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def export(weights: Path, args: argparse.Namespace) -> None:
+    """Write the ONNX file, and the weights beside it with --bundle, once parity is shown."""
+    network, checkpoint = load_weights(weights)
+    texts = {"training_data": args.training_data, "licence": args.licence}
+    spec = checkpoint.spec.model_copy(update={k: v for k, v in texts.items() if v is not None})
+    inputs = [random_image(spec, seed) for seed in range(RANDOM_IMAGES)]
+    with tempfile.TemporaryDirectory(dir=args.output.parent) as folder:
+        draft = Path(folder) / "draft.onnx"
+        write_onnx(network, spec, draft)
+        if args.data is not None:
+            spec = calibrated(spec, draft, args)
+            write_onnx(network, spec, draft)
+            cases = [case for case in read_cases(args.data) if case.split in (None, "val")]
+            inputs = [network_input(spec, args.images / case.file) for case in cases]
+        worst = parity(network, draft, inputs)
+        print(f"{weights} -> {args.output}: {len(inputs)} images, worst difference {worst:.4f} px")
+        if worst > TOLERANCE_PX:
+            raise ParityError(
+                f"torch and ONNX differ by {worst:.3f} px, allowed are {TOLERANCE_PX}; not written"
+            )
+        draft.replace(args.output)
+    if args.bundle:
+        described = Checkpoint(network=checkpoint.network, masks=checkpoint.masks, spec=spec)
+        save_weights(args.output.with_suffix(".safetensors"), network.state_dict(), described)
+
+
+def write_onnx(network: nn.Module, spec: ModelSpec, path: Path) -> None:
+    """Export a network in evaluation mode, for any batch, with the spec in the metadata."""
+    example = torch.zeros(2, spec.channels, spec.input_size, spec.input_size)
+    program = torch.onnx.export(
+        network,
+        (example,),
+        dynamo=True,
+        external_data=False,
+        opset_version=OPSET,
+        input_names=["image"],
+        output_names=["heatmaps"],
+        dynamic_shapes=({0: torch.export.Dim("batch")},),
+        verbose=False,
+    )
+    assert program is not None  # dynamo=True always returns a program
+    model = program.model_proto
+    model.ir_version = IR_VERSION
+    onnx.helper.set_model_props(model, {METADATA_KEY: spec.model_dump_json()})
+    for node in (model, model.graph, *model.graph.node):
+        node.doc_string = ""
+    for node in model.graph.node:
+        del node.metadata_props[:]  # stack traces with the paths of this machine
+    onnx.checker.check_model(model)
+    onnx.save(model, path)
+
+
+def parity(network: nn.Module, onnx_file: Path, inputs: Sequence[Heatmaps]) -> float:
+    """The largest distance in input px between torch's and ONNX Runtime's landmarks on the CPU.
+
+    Args:
+        inputs: network inputs (channels, size, size).
+    """
+    predictor = load_predictor(onnx_file, "cpu")
+    spec = predictor.spec
+    worst = 0.0
+    for image in inputs:
+        with torch.inference_mode():
+            expected = network(torch.from_numpy(image[None])).numpy()
+        landmarks = [
+            cells_to_input(spec.codec.decode(heatmaps, spec.decode)[0], spec.stride)
+            for heatmaps in (expected, predictor.run(image[None]))
+        ]
+        worst = max(worst, float(np.linalg.norm(landmarks[0] - landmarks[1], axis=-1).max()))
+    return worst
+
+
+def calibrated(spec: ModelSpec, onnx_file: Path, args: argparse.Namespace) -> ModelSpec:
+    """The spec with the figures of split val, and the doubt threshold that val gives."""
+    cases = [case for case in read_cases(args.data) if case.split == "val"]
+    if not cases:
+        raise CaseError(f"{args.data}: no case has split 'val', from which the threshold is set")
+    predictions = predict_cases(load_predictor(onnx_file, "cpu"), cases, args.images)
+    radial, aop = case_errors(predictions, cases)
+    least = [float(found.confidence.min()) for found in predictions]
+    return spec.model_copy(
+        update={
+            "doubt_below": round(float(np.quantile(least, args.doubted)), 4),
+            "metrics": {
+                "val_mre_px": round(float(radial.mean()), 3),
+                "val_aop_error_deg": round(float(aop.mean()), 3),
+            },
+        }
+    )
+
+
+def network_input(spec: ModelSpec, path: Path) -> Heatmaps:
+    """(channels, size, size) of an image file."""
+    grey, pixel_shape = read_grey(path)
+    box = Letterbox(grey.shape[1], grey.shape[0], spec.input_size, pixel_shape)
+    return spec.normalise(box.apply(grey))
+
+
+def random_image(spec: ModelSpec, seed: int) -> Heatmaps:
+    """(channels, size, size) smooth noise, for parity where there are no images."""
+    coarse = np.random.default_rng(seed).uniform(0, 255, (8, 8)).astype(np.float32)
+    image = cv2.resize(coarse, (spec.input_size,) * 2, interpolation=cv2.INTER_LINEAR)
+    return spec.normalise(np.asarray(image, np.float32))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "export.to_onnx", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--run", type=Path, help="folder of training.fit")
+    source.add_argument("--weights", type=Path, help="weights, .safetensors with .json beside it")
+    parser.add_argument("--output", type=Path, required=True, help="the ONNX file to write")
+    parser.add_argument("--data", type=Path, help="case table whose val split sets the threshold")
+    parser.add_argument("--images", type=Path, help="folder of its images")
+    parser.add_argument(
+        "--doubted", type=float, default=0.02, help="share of val below the threshold (%(default)s)"
+    )
+    parser.add_argument("--training-data", help="text for the spec: data sets and their labels")
+    parser.add_argument("--licence", help="text for the spec")
+    parser.add_argument("--bundle", action="store_true", help="write .safetensors and .json too")
+    return parser
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

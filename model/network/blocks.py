@@ -1,0 +1,87 @@
+"""Pieces that the networks share: double convolution, residual block, heatmap head."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from model.anatomy import LANDMARKS
+
+
+class ConvNormAct(nn.Sequential):
+    """Convolution, batch norm, ReLU; the padding keeps the size at stride 1."""
+
+    def __init__(self, inputs: int, outputs: int, kernel: int = 3, stride: int = 1) -> None:
+        super().__init__(
+            nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False),
+            nn.BatchNorm2d(outputs),
+            nn.ReLU(inplace=True),
+        )
+
+
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions beside a shortcut (He et al. 2016, Fig. 2), for the compact encoder."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            ConvNormAct(inputs, outputs, stride=stride),
+            nn.Conv2d(outputs, outputs, 3, padding=1, bias=False),
+            nn.BatchNorm2d(outputs),
+        )
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or inputs != outputs:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(n, inputs, h, w) -> (n, outputs, h / stride, w / stride)."""
+        return torch.relu(self.body(x) + self.shortcut(x))
+
+
+class UpStep(nn.Module):
+    """One U-Net step up: transposed convolution by 2, skip joined, two conv-BN-ReLU."""
+
+    def __init__(self, inputs: int, skip: int, outputs: int) -> None:
+        super().__init__()
+        self.up = nn.ConvTranspose2d(inputs, outputs, 2, 2)
+        self.join = nn.Sequential(
+            ConvNormAct(outputs + skip, outputs), ConvNormAct(outputs, outputs)
+        )
+
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
+        """(n, inputs, h, w), (n, skip, 2h, 2w) -> (n, outputs, 2h, 2w)."""
+        return self.join(torch.cat([self.up(x), skip], dim=1))
+
+
+class Raw(NamedTuple):
+    """What a network returns in training mode, for the losses."""
+
+    heatmaps: Tensor  # (n, 3, h, w) before the softmax, where there is one
+    masks: Tensor | None  # (n, masks, h, w) logits of the auxiliary masks
+
+
+class HeatmapHead(nn.Module):
+    """1x1 convolution to the landmarks' heatmaps and, in training, to mask logits.
+
+    `softmax_sigma_cells` None: the heatmaps are the convolution's own output (the paper's). A
+    number: each is a softmax over its cells, scaled so that a Gaussian of that sigma has height 1;
+    its mass is then fixed, and a network in doubt must spread it and so lower its peak.
+    """
+
+    def __init__(self, inputs: int, masks: int, softmax_sigma_cells: float | None) -> None:
+        super().__init__()
+        self.heatmaps = nn.Conv2d(inputs, len(LANDMARKS), 1)
+        self.masks = nn.Conv2d(inputs, masks, 1) if masks else None
+        self.mass = None if softmax_sigma_cells is None else 2 * math.pi * softmax_sigma_cells**2
+
+    def forward(self, x: Tensor) -> Tensor | Raw:
+        """(n, inputs, h, w) -> (n, 3, h, w) heatmaps; in training mode `Raw`."""
+        heatmaps = self.heatmaps(x)
+        if self.training:
+            return Raw(heatmaps, None if self.masks is None else self.masks(x))
+        if self.mass is not None:
+            heatmaps = heatmaps.float().flatten(2).softmax(-1).view_as(heatmaps) * self.mass
+        return heatmaps

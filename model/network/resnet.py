@@ -1,0 +1,90 @@
+"""The two encoders: ResNet-50 under torchvision's key names, and a compact residual one."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+from torch import Tensor, nn
+
+from model.network.blocks import ConvNormAct, ResidualBlock
+
+RESNET50_WIDTHS = (64, 256, 512, 1024, 2048)
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3, 1x1 convolutions beside a shortcut; stride on the 3x3, as in torchvision."""
+
+    def __init__(self, inputs: int, width: int, stride: int, downsample: nn.Module | None) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, width, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, stride, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.conv3 = nn.Conv2d(width, width * 4, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(width * 4)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = downsample
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(n, inputs, h, w) -> (n, 4 width, h / stride, w / stride)."""
+        y = self.relu(self.bn1(self.conv1(x)))
+        y = self.relu(self.bn2(self.conv2(y)))
+        y = self.bn3(self.conv3(y))
+        shortcut = x if self.downsample is None else self.downsample(x)
+        return self.relu(y + shortcut)
+
+
+def _layer(inputs: int, width: int, blocks: int, stride: int) -> nn.Sequential:
+    downsample = nn.Sequential(
+        nn.Conv2d(inputs, width * 4, 1, stride, bias=False), nn.BatchNorm2d(width * 4)
+    )
+    rest = [Bottleneck(width * 4, width, 1, None) for _ in range(blocks - 1)]
+    return nn.Sequential(Bottleneck(inputs, width, stride, downsample), *rest)
+
+
+class ResNet50(nn.Module):
+    """ResNet-50 (He et al. 2016) without its classifier: torchvision's file fits but for `fc`."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, 64, 7, 2, 3, bias=False)
+        self.bn1 = nn.BatchNorm2d(64)
+        self.relu = nn.ReLU(inplace=True)
+        self.maxpool = nn.MaxPool2d(3, 2, 1)
+        self.layer1 = _layer(64, 64, 3, 1)
+        self.layer2 = _layer(256, 128, 4, 2)
+        self.layer3 = _layer(512, 256, 6, 2)
+        self.layer4 = _layer(1024, 512, 3, 2)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            elif isinstance(module, Bottleneck):
+                # each block starts as its shortcut; otherwise hard to train from scratch
+                nn.init.zeros_(module.bn3.weight)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """(n, channels, h, w) -> features at strides 2, 4, 8, 16, 32, `RESNET50_WIDTHS` wide."""
+        features = [self.relu(self.bn1(self.conv1(x)))]
+        x = self.maxpool(features[0])
+        for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
+            x = layer(x)
+            features.append(x)
+        return features
+
+
+class CompactEncoder(nn.Module):
+    """A stem and one residual block a stride: the encoder of the latency-bounded model."""
+
+    def __init__(self, channels: int, widths: Sequence[int], blocks: int) -> None:
+        super().__init__()
+        self.stem = ConvNormAct(channels, widths[0], stride=2)
+        self.stages = nn.ModuleList()
+        for inputs, outputs in pairwise(widths):
+            rest = [ResidualBlock(outputs, outputs, 1) for _ in range(blocks - 1)]
+            self.stages.append(nn.Sequential(ResidualBlock(inputs, outputs, 2), *rest))
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """(n, channels, h, w) -> features at strides 2, 4, 8, ... of the configured widths."""
+        features = [self.stem(x)]
+        for stage in self.stages:
+            features.append(stage(features[-1]))
+        return features

@@ -1,0 +1,77 @@
+"""TransUNet: residual encoder, Vision Transformer bottleneck, U-Net up path to the heatmaps.
+
+The paper's network with one correction: the up path stops at the heatmap's resolution, where the
+published code climbs to stride 2 and shrinks back.
+"""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+from model.network.blocks import HeatmapHead, Raw, UpStep
+from model.network.resnet import RESNET50_WIDTHS, CompactEncoder, ResNet50
+from model.network.vit import ViTBottleneck
+
+
+class TransUNetConfig(BaseModel):
+    """Sizes of a TransUNet; the defaults are the paper's."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["transunet"] = "transunet"
+    input_size: int = Field(512, description="side of the square input, px; a multiple of 32")
+    channels: Literal[1, 3] = Field(3, description="input channels; ImageNet weights want 3")
+    encoder: Literal["resnet50", "compact"] = Field("resnet50", description="the encoder's kind")
+    encoder_widths: tuple[int, ...] = Field(
+        RESNET50_WIDTHS, description="channels at strides 2, 4, 8, 16, 32 (compact encoder)"
+    )
+    encoder_blocks: int = Field(1, description="residual blocks a stride (compact encoder)")
+    vit_width: int = Field(192, description="the bottleneck's width")
+    vit_depth: int = Field(12, description="its blocks")
+    vit_heads: int = Field(12, description="its attention heads")
+    up_widths: tuple[int, ...] = Field(
+        (1024, 512),
+        description="channels of the up path from stride 16 on; its length sets the stride",
+    )
+    softmax_sigma_cells: float | None = Field(
+        None, description="None: plain heatmaps; a number: softmax heatmaps of that target sigma"
+    )
+
+    @property
+    def stride(self) -> int:
+        """Input px per heatmap cell."""
+        return int(2 ** (len(self.encoder_widths) - len(self.up_widths)))
+
+
+class TransUNet(nn.Module):
+    """One class for every size: `TransUNetConfig` chooses encoder, bottleneck and up path."""
+
+    def __init__(self, config: TransUNetConfig, masks: int = 0) -> None:
+        super().__init__()
+        widths = config.encoder_widths
+        if config.encoder == "resnet50":
+            if widths != RESNET50_WIDTHS:
+                raise ValueError(f"resnet50 has widths {RESNET50_WIDTHS}, got {widths}")
+            self.encoder: nn.Module = ResNet50(config.channels)
+        else:
+            self.encoder = CompactEncoder(config.channels, widths, config.encoder_blocks)
+        side = config.input_size // 2 ** len(widths)
+        self.project = nn.Conv2d(widths[-1], config.vit_width, 1)
+        self.bottleneck = ViTBottleneck(
+            side, side, config.vit_width, config.vit_depth, config.vit_heads
+        )
+        inputs = (config.vit_width, *config.up_widths)
+        skips = widths[-2::-1]
+        self.up = nn.ModuleList(
+            UpStep(*step) for step in zip(inputs, skips, config.up_widths, strict=False)
+        )
+        self.head = HeatmapHead(inputs[-1], masks, config.softmax_sigma_cells)
+
+    def forward(self, x: Tensor) -> Tensor | Raw:
+        """(n, channels, s, s) -> (n, 3, s / stride, s / stride); in training mode `Raw`."""
+        features = self.encoder(x)
+        y = self.bottleneck(self.project(features[-1]))
+        for step, skip in zip(self.up, features[-2::-1], strict=False):
+            y = step(y, skip)
+        return self.head(y)

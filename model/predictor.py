@@ -1,0 +1,173 @@
+"""One grey image in, three landmarks out: preprocess -> run -> decode -> back to image px.
+
+`Predictor` is the same for every engine; `load_predictor` runs an ONNX file in ONNX Runtime.
+"""
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from model.anatomy import Floats
+from model.frame import Letterbox, Pair, cells_to_input
+from model.heatmap import Decode, Heatmaps
+from model.spec import METADATA_KEY, ModelSpec, SpecError, parse_spec
+
+Provider = Literal["auto", "cuda", "cpu"]
+Run = Callable[[Heatmaps], Heatmaps]
+ORT_PROVIDERS = {"cuda": "CUDAExecutionProvider", "cpu": "CPUExecutionProvider"}
+CUDA_OPTIONS = {
+    # EXHAUSTIVE costs seconds at every new shape, DEFAULT runs tens of times slower
+    "cudnn_conv_algo_search": "HEURISTIC",
+    # TF32 would move landmarks away from what the CPU gives
+    "use_tf32": "0",
+}
+
+
+class ModelError(ValueError):
+    """A model file or a provider that cannot be used; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One image's landmarks.
+
+    landmarks_px: (3, 2) as (x, y) in image px. confidence: (3,) 0 to 1. heatmaps: (3, rows,
+    columns). milliseconds: by stage.
+    """
+
+    landmarks_px: Floats
+    confidence: Floats
+    heatmaps: Heatmaps
+    milliseconds: dict[str, float]
+
+
+class Predictor:
+    """Predicts landmarks with any engine that maps inputs to heatmaps.
+
+    Args:
+        spec: what the network expects.
+        run: (n, channels, size, size) float32 -> (n, 3, rows, columns) float32.
+        provider: the processor that really runs, for the record.
+    """
+
+    def __init__(self, spec: ModelSpec, run: Run, provider: str) -> None:
+        self.spec, self.run, self.provider = spec, run, provider
+
+    def predict(
+        self,
+        grey: npt.NDArray[np.uint8] | npt.NDArray[np.float32],
+        pixel_shape: Pair = (1.0, 1.0),
+        decode: Decode | None = None,
+    ) -> Prediction:
+        """Landmarks of a (height, width) grey image of values 0..255.
+
+        Args:
+            pixel_shape: size of a pixel along x and y; only its ratio matters.
+            decode: the decoder; by default the one that the model's figures were measured with.
+        """
+        times = [time.perf_counter()]
+        box = Letterbox(grey.shape[1], grey.shape[0], self.spec.input_size, pixel_shape)
+        network_input = self.spec.normalise(box.apply(grey))[None]
+        times.append(time.perf_counter())
+        heatmaps = self.run(network_input)[0]
+        times.append(time.perf_counter())
+        cells, confidence = self.spec.codec.decode(heatmaps, decode or self.spec.decode)
+        landmarks = box.to_image(cells_to_input(cells, self.spec.stride))
+        times.append(time.perf_counter())
+        spent = np.diff(times) * 1000
+        stages = dict(zip(("preprocess", "inference", "decode"), spent.tolist(), strict=True))
+        return Prediction(landmarks, confidence, heatmaps, stages)
+
+
+def load_predictor(path: Path, provider: Provider = "auto") -> Predictor:
+    """A predictor that runs an ONNX file with its ModelSpec in ONNX Runtime, warmed up.
+
+    Raises:
+        ModelError: the file is missing, no ONNX model, without a usable ModelSpec or shape, or the
+            asked provider cannot run.
+    """
+    import onnxruntime as ort  # noqa: PLC0415  not before a model is wanted
+
+    if not path.is_file():
+        raise ModelError(f"no model file at {path}; pass --model FILE.onnx")
+    ort.set_default_logger_severity(4)
+    if provider != "cpu" and ORT_PROVIDERS["cuda"] in ort.get_available_providers():
+        ort.preload_dlls()
+    elif provider == "cuda":
+        raise ModelError(
+            "--provider cuda: this ONNX Runtime has no CUDA provider; "
+            "install onnxruntime-gpu, or pass --provider cpu"
+        )
+    session = _session(ort, path, provider)
+    active = session.get_providers()[0]
+    if provider == "cuda" and active != ORT_PROVIDERS["cuda"]:
+        raise ModelError(
+            "--provider cuda: CUDA could not be loaded (no GPU, no driver, or another CUDA "
+            "version); run with --gpus all, or pass --provider auto"
+        )
+    try:
+        spec = parse_spec(session.get_modelmeta().custom_metadata_map.get(METADATA_KEY))
+    except SpecError as error:
+        raise ModelError(f"{path}: {error}") from error
+    name = session.get_inputs()[0].name
+
+    def run(network_input: Heatmaps) -> Heatmaps:
+        return np.asarray(session.run(None, {name: network_input})[0], np.float32)
+
+    _check_shapes(run, spec, path)
+    return Predictor(spec, run, "cuda" if active == ORT_PROVIDERS["cuda"] else "cpu")
+
+
+def _session(ort: Any, path: Path, provider: Provider) -> Any:
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    options.intra_op_num_threads = usable_cpus()
+    options.inter_op_num_threads = 1
+    wanted: list[Any] = [ORT_PROVIDERS["cpu"]]
+    if provider != "cpu" and ORT_PROVIDERS["cuda"] in ort.get_available_providers():
+        wanted.insert(0, (ORT_PROVIDERS["cuda"], CUDA_OPTIONS))
+    try:
+        return ort.InferenceSession(path, options, providers=wanted)
+    except Exception as error:  # ONNX Runtime's own exceptions share no narrower base class
+        raise ModelError(
+            f"{path} cannot be loaded as an ONNX model ({_first_line(error)}); "
+            "export it again with python -m export.to_onnx"
+        ) from error
+
+
+def _check_shapes(run: Run, spec: ModelSpec, path: Path) -> None:
+    """One run on a black image: warms the session up and holds the file to its spec."""
+    codec = spec.codec
+    expected = (1, len(spec.landmarks), codec.rows, codec.columns)
+    try:
+        found = run(
+            np.zeros((1, spec.channels, spec.input_size, spec.input_size), np.float32)
+        ).shape
+    except Exception as error:  # as in _session
+        raise ModelError(
+            f"{path} does not run on its spec's input: {_first_line(error)}"
+        ) from error
+    if found != expected:
+        raise ModelError(f"{path} returns heatmaps of {found}, its spec says {expected}")
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def usable_cpus() -> int:
+    """CPUs that this process may use: its affinity, bounded by the control group's quota."""
+    count = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
+    except (OSError, ValueError):
+        return count
+    return count if quota == "max" else max(1, min(count, int(quota) // int(period)))

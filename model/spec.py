@@ -1,0 +1,80 @@
+"""ModelSpec: everything that inference must know of a model, stored as JSON inside the ONNX file.
+
+Preprocessing and decoding are read from it and written down nowhere else.
+"""
+
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from model.anatomy import LANDMARKS
+from model.heatmap import Decode, HeatmapCodec, Heatmaps
+
+SCHEMA_VERSION: Literal[1] = 1
+METADATA_KEY = "aop.model_spec"
+
+
+class SpecError(ValueError):
+    """A model without a usable ModelSpec."""
+
+
+class ModelSpec(BaseModel):
+    """What a network expects and returns, and where it came from."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    name: str = Field("aop", description="the model's name, written into results.json")
+    landmarks: tuple[str, ...] = Field(LANDMARKS, description="order of the heatmaps")
+    input_size: int = Field(gt=0, description="side of the square network input, px")
+    channels: Literal[1, 3] = Field(1, description="1: grey; 3: grey repeated")
+    mean: float = Field(description="subtracted from grey values 0..255")
+    std: float = Field(gt=0, description="divides them after that")
+    stride: int = Field(gt=0, description="input px per heatmap cell")
+    sigma_cells: float = Field(gt=0, description="width of a target Gaussian, cells")
+    decode: Decode = Field("subpixel", description="decoder that the figures were measured with")
+    doubt_below: float = Field(
+        0.0, ge=0, le=1, description="a case whose least confident landmark is below is doubtful"
+    )
+    training_data: str = Field("", description="data sets and what their landmarks are")
+    licence: str = ""
+    recipe: dict[str, object] = Field(default_factory=dict, description="the training's settings")
+    metrics: dict[str, float] = Field(default_factory=dict, description="figures on split val")
+
+    def normalise(self, grey: npt.NDArray[np.uint8] | npt.NDArray[np.float32]) -> Heatmaps:
+        """(size, size) grey values 0..255 -> (channels, size, size) network input."""
+        scaled = (grey.astype(np.float32) - np.float32(self.mean)) / np.float32(self.std)
+        return np.repeat(scaled[None], self.channels, axis=0)
+
+    @property
+    def codec(self) -> HeatmapCodec:
+        """The codec of this model's heatmaps."""
+        cells = self.input_size // self.stride
+        return HeatmapCodec(cells, cells, self.sigma_cells)
+
+
+def parse_spec(text: str | None) -> ModelSpec:
+    """The ModelSpec of an ONNX file's metadata entry.
+
+    Raises:
+        SpecError: no entry, another schema version or landmark order, or a wrong field.
+    """
+    if not text:
+        raise SpecError(
+            f"the model file has no ModelSpec (metadata entry '{METADATA_KEY}'); "
+            "export it with python -m export.to_onnx"
+        )
+    try:
+        spec = ModelSpec.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the JSON"
+        raise SpecError(
+            f"the model file's ModelSpec is not of schema version {SCHEMA_VERSION}: "
+            f"{where}: {first['msg']}; export it again with python -m export.to_onnx"
+        ) from error
+    if spec.landmarks != LANDMARKS:
+        raise SpecError(f"the model's landmarks are {spec.landmarks}, expected {LANDMARKS}")
+    return spec

@@ -1,0 +1,19 @@
+"""Shared fixtures. The real images are found through AOP_DATA or beside the repository."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+
+@pytest.fixture(scope="session")
+def psfhs() -> Path:
+    """The PSFHS folder (images/, masks/, cases.csv, original_format/), or a skip."""
+    folder = Path(os.environ.get("AOP_DATA", ROOT.parent / "shared" / "data")) / "psfhs"
+    if not (folder / "cases.csv").is_file():
+        pytest.skip("the real images are not here; AOP_DATA names the folder that holds psfhs/")
+    return folder

@@ -1,0 +1,68 @@
+"""Export: parity on landmarks, the spec inside the file, and nothing written where parity fails."""
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from export import to_onnx
+from model.network import build_network
+from model.predictor import load_predictor
+from model.spec import METADATA_KEY
+from test.test_network import SMALL
+from training.checkpoint import Checkpoint, load_weights, save_weights
+from training.recipes import COMPACT
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """A small network with random weights, as fit writes it."""
+    torch.manual_seed(0)
+    network = build_network(SMALL, masks=2)
+    recipe = COMPACT.model_copy(update={"network": SMALL, "sigma_cells": 1.5})
+    path = tmp_path_factory.mktemp("weights") / "best.safetensors"
+    checkpoint = Checkpoint(network=SMALL, masks=2, spec=recipe.spec())
+    save_weights(path, network.state_dict(), checkpoint)
+    return path
+
+
+def test_export_is_whole_and_self_describing(weights, tmp_path):
+    output = tmp_path / "aop.onnx"
+    arguments = ["--run", str(weights.parent), "--output", str(output), "--bundle"]
+    assert to_onnx.main([*arguments, "--training-data", "phantoms", "--licence", "CC BY 4.0"]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "aop.json", "aop.onnx", "aop.safetensors",
+    ]  # fmt: skip
+    model = onnx.load(output)
+    assert model.ir_version == 10 and model.opset_import[0].version == 20
+    assert [entry.key for entry in model.metadata_props] == [METADATA_KEY]
+    assert str(weights.parent) not in str(model)
+    predictor = load_predictor(output, "cpu")
+    assert predictor.spec.training_data == "phantoms" and predictor.spec.licence == "CC BY 4.0"
+    batch = np.random.default_rng(0).normal(size=(5, 1, 64, 64)).astype(np.float32)
+    alone = np.concatenate([predictor.run(image[None]) for image in batch])
+    np.testing.assert_allclose(predictor.run(batch), alone, atol=1e-5)
+
+
+def test_nothing_is_written_without_parity(weights, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(to_onnx, "parity", lambda *_: 0.051)
+    output = tmp_path / "aop.onnx"
+    assert to_onnx.main(["--weights", str(weights), "--output", str(output)]) == 2
+    assert "differ by 0.051 px" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_parity_sees_another_networks_weights(weights, tmp_path):
+    network, checkpoint = load_weights(weights)
+    spec, output = checkpoint.spec, tmp_path / "aop.onnx"
+    to_onnx.write_onnx(network, spec, output)
+    torch.manual_seed(1)
+    other = build_network(SMALL).eval()
+    inputs = [to_onnx.random_image(spec, seed) for seed in range(4)]
+    assert to_onnx.parity(other, output, inputs) > 1
+
+
+def test_missing_weights_are_named(tmp_path, capsys):
+    arguments = ["--weights", str(tmp_path / "no.safetensors"), "--output", str(tmp_path / "a.onnx")]
+    assert to_onnx.main(arguments) == 2
+    assert "no.safetensors" in capsys.readouterr().err

@@ -1,0 +1,240 @@
+"""Training: losses, samples, resuming, several processes, and that it learns."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from model.anatomy import angle_of_progression
+from test.phantom import phantom
+from training import fit
+from training.augment import augment
+from training.cases import Case, read_cases, write_cases
+from training.checkpoint import CheckpointError, load_weights
+from training.data import EpochSampler, LandmarkDataset
+from training.losses import heatmap_cross_entropy, heatmap_mse, mask_loss
+from training.recipes import COMPACT, PAPER, Augmentation, Recipe
+
+TINY = [
+    "--network.input_size", "64", "--network.encoder_widths", "8,8,12,16,16",
+    "--network.vit_width", "16", "--network.vit_depth", "1", "--network.vit_heads", "2",
+    "--network.up_widths", "16,12,8", "--batch", "4", "--epochs", "4", "--workers", "0",
+    "--ema_decay", "0.5",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """12 phantoms with masks and a case table without a split."""
+    root = tmp_path_factory.mktemp("phantoms")
+    (root / "images").mkdir()
+    (root / "masks").mkdir()
+    cases = []
+    for seed in range(12):
+        made = phantom(seed, 96, 80)
+        cv2.imwrite(str(root / "images" / f"{seed:02d}.png"), made.image)
+        cv2.imwrite(str(root / "masks" / f"{seed:02d}.png"), made.mask)
+        angle = float(angle_of_progression(made.landmarks_px))
+        split = "val" if seed % 4 == 0 else "train"
+        cases.append(Case(f"{seed:02d}.png", made.landmarks_px, angle, split, "A", f"g{seed}"))
+    write_cases(root / "cases.csv", cases)
+    return root
+
+
+def run_fit(folder: Path, output: Path, *more: str) -> int:
+    return fit.main(
+        ["--recipe", "compact", "--data", str(folder / "cases.csv"), "--device", "cpu"]
+        + ["--images", str(folder / "images"), "--masks", str(folder / "masks")]
+        + ["--output", str(output), *TINY, *more]
+    )
+
+
+def weights(output: Path) -> dict[str, torch.Tensor]:
+    return torch.load(output / "checkpoint.pt", weights_only=True)["network"]
+
+
+def test_resume_continues_exactly(folder, tmp_path):
+    assert run_fit(folder, tmp_path / "whole") == 0
+    assert run_fit(folder, tmp_path / "parts", "--max-minutes", "0") == 0
+    first = list(csv.DictReader((tmp_path / "parts" / "log.csv").open()))
+    assert len(first) == 1
+    assert run_fit(folder, tmp_path / "parts", "--resume", "--max-minutes", "0") == 0
+    assert run_fit(folder, tmp_path / "parts", "--resume") == 0
+    logs = [list(csv.DictReader((tmp_path / n / "log.csv").open())) for n in ("whole", "parts")]
+    for a, b in zip(*logs, strict=True):
+        assert (a["loss"], a["val_mre_px"]) == (b["loss"], b["val_mre_px"])
+    whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    network, checkpoint = load_weights(tmp_path / "parts" / "best.safetensors")
+    assert checkpoint.masks == 2 and checkpoint.spec.input_size == 64
+    assert (tmp_path / "parts" / "samples" / "epoch-004.png").is_file()
+    assert list((tmp_path / "parts" / "tensorboard").iterdir())
+
+
+def test_resume_refuses_another_recipe(folder, tmp_path, capsys):
+    assert run_fit(folder, tmp_path, "--max-minutes", "0") == 0
+    assert run_fit(folder, tmp_path, "--resume", "--learning_rate", "0.1") == 2
+    assert "another recipe" in capsys.readouterr().err
+
+
+def test_init_starts_from_weights_and_refuses_others(folder, tmp_path, capsys):
+    assert run_fit(folder, tmp_path / "a", "--max-minutes", "0") == 0
+    init = ["--init", str(tmp_path / "a" / "best.safetensors")]
+    assert run_fit(folder, tmp_path / "b", *init, "--max-minutes", "0") == 0
+    assert run_fit(folder, tmp_path / "c", *init, "--network.vit_depth", "2") == 2
+    assert "missing bottleneck.blocks.1" in capsys.readouterr().err
+
+
+def test_split_is_drawn_by_group_and_written(folder, tmp_path):
+    cases = [
+        Case(case.file, case.landmarks_px, case.aop_deg, None, None, case.group)
+        for case in read_cases(folder / "cases.csv")
+    ]
+    table = tmp_path / "nosplit.csv"
+    write_cases(table, cases)
+    assert run_fit(folder, tmp_path / "run", "--data", str(table), "--max-minutes", "0") == 0
+    splits = [case.split for case in read_cases(tmp_path / "run" / "cases.csv")]
+    assert set(splits) == {"train", "val"} and 1 <= splits.count("val") <= 4
+
+
+def test_torchrun_on_two_processes(folder, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command += ["--master-port", "29611", "-m", "training.fit", "--data", str(folder / "cases.csv")]
+    command += ["--images", str(folder / "images"), "--output", str(tmp_path), "--device", "cpu"]
+    done = subprocess.run(
+        [*command, *TINY, "--epochs", "1"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("9 images train") == 1  # one process speaks
+    load_weights(tmp_path / "best.safetensors")
+
+
+def test_processes_share_an_epoch_without_overlap():
+    whole = {key for key in EpochSampler(12, 1)}
+    shares = [set(EpochSampler(12, 1, rank, 3)) for rank in range(3)]
+    assert set.union(*shares) == whole and sum(map(len, shares)) == 12
+
+
+def test_it_learns_phantoms(folder, tmp_path):
+    assert run_fit(folder, tmp_path, "--epochs", "25", "--learning_rate", "0.003") == 0
+    rows = list(csv.DictReader((tmp_path / "log.csv").open()))
+    assert float(rows[-1]["loss"]) < 0.5 * float(rows[0]["loss"])
+
+
+@pytest.mark.parametrize("name", ["missing.csv", "cases.csv"])
+def test_wrong_paths_are_named(folder, tmp_path, capsys, name):
+    images = folder / ("images" if name == "missing.csv" else "nowhere")
+    more = ["--data", str(folder / name), "--images", str(images)]
+    assert run_fit(folder, tmp_path, *more) == 2
+    assert ("missing.csv" if name == "missing.csv" else "nowhere") in capsys.readouterr().err
+
+
+def test_paper_recipe_is_the_papers():
+    assert (PAPER.network.input_size, PAPER.network.stride, PAPER.sigma_cells) == (512, 8, 4)
+    assert (PAPER.optimiser, PAPER.learning_rate, PAPER.weight_decay) == ("adam", 3e-5, 1e-4)
+    assert (PAPER.schedule, PAPER.step_epochs, PAPER.step_factor) == ("step", 50, 0.5)
+    assert (PAPER.epochs, PAPER.batch, PAPER.loss) == (100, 4, "mse")
+    assert PAPER.augmentation.rotation_deg == 15 and PAPER.augmentation.scale == (0.9, 1.1)
+    assert PAPER.augmentation.gamma == PAPER.augmentation.contrast == (0.8, 1.2)
+
+
+def test_every_field_is_a_flag_and_help_explains_it(capsys):
+    with pytest.raises(SystemExit):
+        fit.main(["--help"])
+    shown = capsys.readouterr().out
+    for name, field in Recipe.model_fields.items():
+        if name not in ("network", "augmentation"):
+            assert f"--{name} " in shown
+            assert " ".join(field.description.split()[:3]) in " ".join(shown.split())
+    assert "--network.vit_depth" in shown and "--augmentation.rotation_deg" in shown
+
+
+def test_recipe_values_are_checked(folder, tmp_path, capsys):
+    assert run_fit(folder, tmp_path, "--epochs", "many") == 2
+    assert "epochs" in capsys.readouterr().err
+
+
+def test_landmarks_turned_out_of_the_frame_are_dropped(folder):
+    far = Augmentation(shift=0.6, rotation_deg=0)
+    recipe = COMPACT.model_copy(update={"augmentation": far})
+    data = LandmarkDataset(
+        read_cases(folder / "cases.csv"), folder / "images", None, recipe, train=True
+    )
+    samples = [data[epoch, 0] for epoch in range(30)]
+    visible = torch.stack([sample["visible"] for sample in samples])
+    assert 0 < visible.sum() < visible.numel()
+    for sample in samples:
+        peaks = sample["heatmaps"].amax(dim=(1, 2))
+        # an encoded landmark has its peak within the grid; a clamped one would have it on the edge
+        assert (peaks[sample["visible"] == 1] > 0.9).all()
+
+
+def test_augmentation_moves_image_mask_and_landmarks_alike():
+    size, spot = 128, np.array([[40.0, 70.0], [90.0, 30.0], [64.0, 100.0]])
+    image = np.zeros((size, size), np.float32)
+    mask = np.zeros((size, size), np.uint8)
+    for x, y in spot:
+        cv2.circle(image, (int(x), int(y)), 3, 255, -1)
+    cv2.circle(mask, (40, 70), 6, 1, -1)
+    settings = Augmentation(
+        rotation_deg=25, scale=(0.8, 1.2), shift=0.1, gamma=(1, 1), contrast=(1, 1)
+    )
+    moved, moved_mask, points = augment(image, mask, spot, settings, np.random.default_rng(4))
+    for x, y in points:
+        around = moved[int(y) - 8 : int(y) + 9, int(x) - 8 : int(x) + 9]
+        rows, columns = np.indices(around.shape)
+        found = [(columns * around).sum(), (rows * around).sum()] / around.sum()
+        assert np.abs(found + [int(x) - 8, int(y) - 8] - [x, y]).max() < 0.3
+    rows, columns = np.nonzero(moved_mask)
+    assert np.abs([columns.mean(), rows.mean()] - points[0]).max() < 0.5
+
+
+def test_label_noise_is_fresh_each_time_and_of_the_asked_size(folder):
+    still = Augmentation(rotation_deg=0, scale=(1, 1), gamma=(1, 1), contrast=(1, 1))
+    recipe = COMPACT.model_copy(update={"augmentation": still, "landmark_noise_px": 8.0})
+    cases = read_cases(folder / "cases.csv")
+    noisy = LandmarkDataset(cases, folder / "images", None, recipe, train=True)
+    plain = LandmarkDataset(cases, folder / "images", None, recipe, train=False)
+    codec = recipe.spec().codec
+    truth = codec.decode(plain[0, 0]["heatmaps"].numpy())[0]
+    draws = np.stack([codec.decode(noisy[e, 0]["heatmaps"].numpy())[0] for e in range(200)]) - truth
+    # 8 px at 512 is 1 cell of 4 px at 256
+    assert draws.std() == pytest.approx(1.0, abs=0.1) and abs(draws.mean()) < 0.1
+
+
+def test_losses_are_zero_for_the_perfect_answer_and_ignore_what_is_dropped():
+    target = torch.rand(2, 3, 5, 7) + 0.01
+    visible = torch.tensor([[1.0, 1.0, 0.0], [1.0, 0.0, 1.0]])
+    assert heatmap_mse(target, target, visible) == 0
+    assert heatmap_cross_entropy(target.log(), target, visible).abs() < 1e-5
+    wrong = target.clone()
+    wrong[0, 2] += 5
+    assert heatmap_mse(wrong, target, visible) == 0
+    wrong[0, 0] += 3
+    assert heatmap_mse(wrong, target, visible) == pytest.approx(9 / 4)
+    masks = (torch.rand(2, 2, 5, 7) > 0.5).float()
+    assert mask_loss((masks - 0.5) * 40, masks) < 1e-3 < mask_loss((0.5 - masks) * 40, masks)
+
+
+def test_weights_that_do_not_fit_are_refused(folder, tmp_path):
+    assert run_fit(folder, tmp_path, "--max-minutes", "0") == 0
+    path = tmp_path / "best.json"
+    described = json.loads(path.read_text())
+    described["network"]["vit_width"] = 32
+    path.write_text(json.dumps(described))
+    with pytest.raises(CheckpointError, match="does not fit the network"):
+        load_weights(tmp_path / "best.safetensors")
+    path.unlink()
+    with pytest.raises(CheckpointError, match=r"best\.json"):
+        load_weights(tmp_path / "best.safetensors")

@@ -1,0 +1,133 @@
+"""Samples for training: image files and a case table -> normalised inputs and target heatmaps.
+
+A sample is drawn by (epoch, index): its random changes depend on the seed and these two alone, so a
+resumed training, any number of workers and any number of processes see the same samples.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from model.frame import Letterbox, Pair, input_to_cells
+from model.image import BadFrame, ImageError, open_image
+from training.augment import augment
+from training.cases import Case
+from training.masks import read_mask
+from training.recipes import Recipe
+
+MASK_CLASSES = 2  # pubic symphysis and fetal head
+
+
+class LandmarkDataset(Dataset[dict[str, Tensor]]):
+    """Labelled images as training batches want them.
+
+    Args:
+        cases: the cases; `file` is below `images`.
+        masks: folder of masks with the images' stems, or None.
+        train: augment and perturb; else the plain letterboxed image.
+    """
+
+    def __init__(
+        self, cases: Sequence[Case], images: Path, masks: Path | None, recipe: Recipe, train: bool
+    ) -> None:
+        self.cases = list(cases)
+        self.images = images
+        self.masks = {path.stem: path for path in masks.iterdir()} if masks else None
+        self.recipe = recipe
+        self.spec = recipe.spec()
+        self.train = train
+
+    def __len__(self) -> int:
+        return len(self.cases)
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Tensor]:
+        epoch, index = key
+        case = self.cases[index]
+        grey, spacing = read_grey(self.images / case.file, case.frame)
+        box = Letterbox(grey.shape[1], grey.shape[0], self.spec.input_size, spacing)
+        image, points, mask = box.apply(grey), box.to_input(case.landmarks_px), None
+        if self.masks is not None:
+            mask = box.apply(read_mask(self.masks[Path(case.file).stem]), nearest=True)
+        if self.train:
+            rng = np.random.default_rng((self.recipe.seed, epoch, index))
+            noise_px = self.recipe.landmark_noise_px * self.spec.input_size / 512
+            points = points + rng.normal(0.0, 1.0, points.shape) * noise_px
+            image, mask, points = augment(image, mask, points, self.recipe.augmentation, rng)
+        inside = ((points >= -0.5) & (points <= self.spec.input_size - 0.5)).all(axis=1)
+        heatmaps = self.spec.codec.encode(input_to_cells(points, self.spec.stride))
+        sample = {
+            "image": torch.from_numpy(self.spec.normalise(image)),
+            "heatmaps": torch.from_numpy(heatmaps),
+            "visible": torch.from_numpy(inside.astype(np.float32)),
+            "index": torch.tensor(index),
+        }
+        if mask is not None:
+            sample["masks"] = torch.from_numpy(self._mask_shares(mask))
+        return sample
+
+    def _mask_shares(self, mask: np.ndarray) -> np.ndarray:
+        """(size, size) class numbers -> (2, cells, cells) each cell's share of a class."""
+        cells = self.spec.codec.columns
+        shares = [
+            cv2.resize(
+                (mask == k + 1).astype(np.float32), (cells, cells), interpolation=cv2.INTER_AREA
+            )
+            for k in range(MASK_CLASSES)
+        ]
+        return np.stack(shares)
+
+
+def read_grey(path: Path, frame: int | None = None) -> tuple[np.ndarray, Pair]:
+    """(H, W) grey values of an image (or of a stack's frame) and the shape of its pixels.
+
+    Raises:
+        ImageError: the file, or that frame of it, cannot be read.
+    """
+    for k, read in enumerate(open_image(path).frames()):
+        if k == (frame or 0):
+            if isinstance(read, BadFrame):
+                raise ImageError(f"{path.name}: {read.reason}")
+            return read.pixels, read.geometry.pixel_shape
+    raise ImageError(f"{path.name} has no frame {frame}")
+
+
+class EpochSampler(Sampler[tuple[int, int]]):
+    """(epoch, index) in the epoch's random order, this process's share of each."""
+
+    def __init__(self, length: int, seed: int, rank: int = 0, world: int = 1) -> None:
+        self.length, self.seed, self.rank, self.world = length, seed, rank, world
+        self.epoch = 0
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.length)
+        whole = len(self) * self.world
+        return iter(
+            [(self.epoch, int(i)) for i in np.resize(order, whole)[self.rank :: self.world]]
+        )
+
+    def __len__(self) -> int:
+        return math.ceil(self.length / self.world)
+
+
+def train_loader(dataset: LandmarkDataset, rank: int, world: int) -> DataLoader[dict[str, Tensor]]:
+    """Batches of this process's share; set `loader.sampler.epoch` before each pass."""
+    recipe = dataset.recipe
+    return DataLoader(
+        dataset,
+        batch_size=max(1, recipe.batch // world),
+        sampler=EpochSampler(len(dataset), recipe.seed, rank, world),
+        num_workers=recipe.workers,
+        drop_last=len(dataset) // world >= max(1, recipe.batch // world),
+        worker_init_fn=_one_thread,
+    )
+
+
+def _one_thread(_worker: int) -> None:
+    cv2.setNumThreads(0)
+    torch.set_num_threads(1)

@@ -1,0 +1,198 @@
+"""Train a landmark network on labelled images.
+
+    python -m training.fit --recipe compact --data cases.csv --images DIR --masks DIR --output RUN
+    python -m training.fit ... --output RUN --resume           # goes on exactly where it stopped
+    torchrun --nproc-per-node 4 -m training.fit ...            # several processes
+
+The case table's `split` column says what trains and what chooses (train, val; test is never read);
+without it a split by its `group` column, else by near-duplicate images, is drawn and written to
+RUN/cases.csv. RUN then holds best.safetensors and best.json (the weights of the lowest val error),
+checkpoint.pt (to resume), log.csv, TensorBoard scalars and samples/.
+"""
+
+import argparse
+import csv
+import dataclasses
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from pydantic import ValidationError
+from torch.utils.tensorboard import SummaryWriter
+
+from model.network import build_network
+from training.cases import Case, CaseError, read_cases, write_cases
+from training.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    load_strictly,
+    load_weights,
+    save_weights,
+)
+from training.data import MASK_CLASSES, LandmarkDataset, read_grey, train_loader
+from training.groups import near_duplicate_groups, split_by_group
+from training.loop import Processes, Trainer, processes
+from training.metrics import mean_errors
+from training.pictures import sample_sheet
+from training.predict import predict_cases, torch_predictor
+from training.recipes import Recipe, add_recipe_arguments, recipe_from_arguments
+
+FRACTIONS = (0.8, 0.2, 0.0)  # the paper's 4:1
+SAMPLES_EVERY = 8  # epochs between two sample sheets
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit status."""
+    args = _parser().parse_args(arguments)
+    try:
+        recipe = recipe_from_arguments(args)
+        with processes(args.device) as place:
+            fit(args, recipe, place)
+    except (CaseError, CheckpointError, ValidationError, ValueError, OSError) as error:
+        print(f"training.fit: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def fit(args: argparse.Namespace, recipe: Recipe, place: Processes) -> None:
+    """Train until the recipe's epochs or --max-minutes are over."""
+    args.output.mkdir(parents=True, exist_ok=True)
+    cases = split_cases(args, recipe, place)
+    dataset = LandmarkDataset(cases["train"], args.images, args.masks, recipe, train=True)
+    loader = train_loader(dataset, place.rank, place.world)
+    torch.manual_seed(recipe.seed)
+    masks = MASK_CLASSES if args.masks else 0
+    network = build_network(recipe.network, masks)
+    if args.init:
+        source, _ = load_weights(args.init)
+        load_strictly(network, source.state_dict(), args.init.name)
+    trainer = Trainer(network, recipe, len(loader), place)
+    spent = trainer.resume(args.output / "checkpoint.pt") if args.resume else 0.0
+    if place.leads:
+        count = sum(parameter.numel() for parameter in network.parameters()) / 1e6
+        print(
+            f"{len(cases['train'])} images train, {len(cases['val'])} choose; {count:.1f} M "
+            f"parameters, {place.world} x {place.device}, epoch {trainer.epoch} of {recipe.epochs}"
+        )
+    start = time.monotonic() - spent
+    while trainer.epoch < recipe.epochs:
+        loader.sampler.epoch = trainer.epoch
+        loss = trainer.train_epoch(loader)
+        seconds = time.monotonic() - start
+        if place.leads:
+            keep(trainer, args, masks, cases["val"], loss, seconds)
+        place.barrier()
+        if place.any(args.max_minutes is not None and seconds > 60 * args.max_minutes):
+            if place.leads:
+                print(f"--max-minutes reached after epoch {trainer.epoch}; --resume goes on")
+            return
+
+
+def keep(
+    trainer: Trainer,
+    args: argparse.Namespace,
+    masks: int,
+    val: list[Case],
+    loss: float,
+    seconds: float,
+) -> None:
+    """Validate the weights that count, log, keep them if they are the best so far, checkpoint."""
+    recipe, epoch = trainer.recipe, trainer.epoch
+    predictor = torch_predictor(trainer.evaluated, recipe.spec(), trainer.place.device)
+    predictions = predict_cases(predictor, val, args.images)
+    mre_px, aop_deg = mean_errors(predictions, val)
+    row = {
+        "epoch": epoch,
+        "loss": round(loss, 5),
+        "val_mre_px": round(mre_px, 3),
+        "val_aop_error_deg": round(aop_deg, 3),
+        "learning_rate": trainer.scheduler.get_last_lr()[0],
+        "minutes": round(seconds / 60, 2),
+    }
+    print("  ".join(f"{name} {value:g}" for name, value in row.items()), flush=True)
+    sheet = None
+    if epoch % SAMPLES_EVERY == 0 or epoch == recipe.epochs:
+        sheet = sample_sheet(predictions, val, args.images)
+    log(args.output, row, sheet)
+    if mre_px < trainer.best_px:
+        trainer.best_px = mre_px
+        metrics = {name: row[name] for name in ("val_mre_px", "val_aop_error_deg")}
+        spec = recipe.spec().model_copy(update={"metrics": metrics})
+        checkpoint = Checkpoint(network=recipe.network, masks=masks, spec=spec)
+        path = args.output / "best.safetensors"
+        save_weights(path, trainer.evaluated.state_dict(), checkpoint)
+    trainer.save(args.output / "checkpoint.pt", seconds)
+
+
+def log(folder: Path, row: dict[str, float], sheet: np.ndarray | None) -> None:
+    """Add an epoch to log.csv and TensorBoard, and its sample pictures to both."""
+    path = folder / "log.csv"
+    new = row["epoch"] == 1 or not path.exists()
+    with path.open("w" if new else "a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, row.keys())
+        if new:
+            writer.writeheader()
+        writer.writerow(row)
+    with SummaryWriter(str(folder / "tensorboard")) as board:
+        for name, value in row.items():
+            board.add_scalar(name, value, row["epoch"])
+        if sheet is not None:
+            board.add_image("val", sheet[..., ::-1].copy(), row["epoch"], dataformats="HWC")
+            (folder / "samples").mkdir(exist_ok=True)
+            cv2.imwrite(str(folder / "samples" / f"epoch-{row['epoch']:03d}.png"), sheet)
+
+
+def split_cases(
+    args: argparse.Namespace, recipe: Recipe, place: Processes
+) -> dict[str, list[Case]]:
+    """The cases by split; where the table has none it is drawn by group and written down."""
+    cases = read_cases(args.data)
+    if not any(case.split for case in cases):
+        groups = [case.group for case in cases]
+        if not all(groups):
+            if place.leads:
+                print("no group column: comparing the images to find near-duplicates")
+            images = (read_grey(args.images / case.file, case.frame)[0] for case in cases)
+            groups = [f"g{group:04d}" for group in near_duplicate_groups(images)]
+        splits = split_by_group(groups, FRACTIONS, recipe.seed)
+        cases = [
+            dataclasses.replace(case, split=split, group=group)
+            for case, split, group in zip(cases, splits, groups, strict=True)
+        ]
+        if place.leads:
+            write_cases(args.output / "cases.csv", cases)
+            print(f"a split by group was drawn and written to {args.output / 'cases.csv'}")
+    chosen = {name: [case for case in cases if case.split == name] for name in ("train", "val")}
+    for name, found in chosen.items():
+        if not found:
+            raise CaseError(f"{args.data}: no case has split '{name}'; expected train and val")
+    missing = [case.file for case in cases if not (args.images / case.file).is_file()]
+    if missing:
+        raise CaseError(
+            f"{len(missing)} images are not in {args.images}, the first is {missing[0]}"
+        )
+    return chosen
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "training.fit", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", type=Path, required=True, help="case table (CSV), see prepare")
+    parser.add_argument("--images", type=Path, required=True, help="folder of its images")
+    parser.add_argument("--masks", type=Path, help="folder of masks: an auxiliary target")
+    parser.add_argument("--init", type=Path, help="start from these weights (.safetensors)")
+    parser.add_argument("--output", type=Path, required=True, help="the run's folder")
+    parser.add_argument("--resume", action="store_true", help="go on from RUN/checkpoint.pt")
+    parser.add_argument("--max-minutes", type=float, help="stop after the epoch in which they end")
+    parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
+    add_recipe_arguments(parser)
+    return parser
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

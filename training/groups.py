@@ -1,0 +1,83 @@
+"""Which frames show the same scene, and a split that keeps such frames together.
+
+Neighbouring frames of one examination are nearly equal. Spread over the splits they leak the answer
+from one to the other, so that a split is drawn by group, never by image.
+"""
+
+from collections.abc import Hashable, Iterable, Sequence
+from typing import Any
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+
+SPLITS = ("train", "val", "test")
+SIDE = 32  # px a side
+DUPLICATE_CORRELATION = 0.92
+BLOCK = 1024  # rows of the correlation matrix held at once
+
+Thumbnail = npt.NDArray[np.uint8]
+
+
+def thumbnail(image: npt.NDArray[Any]) -> Thumbnail:
+    """(H, W) grey image of values 0..255 -> (32, 32) uint8.
+
+    A thumbnail's thumbnail is itself, so that a caller with many images keeps the small ones only.
+    """
+    grey = np.rint(np.clip(image, 0, 255)).astype(np.uint8)
+    return np.asarray(cv2.resize(grey, (SIDE, SIDE), interpolation=cv2.INTER_AREA), np.uint8)
+
+
+def near_duplicate_groups(
+    images: Iterable[npt.NDArray[Any]], threshold: float = DUPLICATE_CORRELATION
+) -> list[int]:
+    """A group number for each (H, W) image, counted from 0 in order of appearance.
+
+    Two images are in one group where a chain of images joins them whose neighbours' thumbnails
+    correlate at least by the threshold. Memory grows with the number of images, not its square.
+    """
+    flat = np.array([thumbnail(image).ravel() for image in images], np.float32)
+    count = len(flat)
+    flat = flat.reshape(count, SIDE**2)
+    flat -= flat.mean(axis=1, keepdims=True)
+    flat /= np.maximum(np.linalg.norm(flat, axis=1, keepdims=True), 1e-6)
+    first = np.arange(count)  # of each image: the lowest index known to be in its group
+    for start in range(0, count, BLOCK):
+        similar = flat[start : start + BLOCK] @ flat[start:].T >= threshold
+        for row in similar:
+            joined = np.unique(first[start:][row])
+            if len(joined) > 1:
+                first[np.isin(first, joined)] = joined[0]
+    return [int(group) for group in np.unique(first, return_inverse=True)[1]]
+
+
+def split_by_group(
+    groups: Sequence[Hashable], fractions: Sequence[float], seed: int = 0
+) -> list[str]:
+    """A split name for each image, the same for a whole group.
+
+    The groups are shuffled and each goes to the split that is furthest below its share of images.
+
+    Args:
+        groups: the group of each image.
+        fractions: the shares of train, val and test, adding up to 1.
+    """
+    shares = np.asarray(fractions, np.float64)
+    if shares.shape != (len(SPLITS),) or (shares < 0).any() or abs(shares.sum() - 1) > 1e-6:
+        raise ValueError(
+            f"expected the shares of {', '.join(SPLITS)}, three numbers from 0 that add up to 1, "
+            f"got {list(fractions)}"
+        )
+    members: dict[Hashable, list[int]] = {}
+    for index, group in enumerate(groups):
+        members.setdefault(group, []).append(index)
+    order = list(members)
+    missing = shares * len(groups)
+    chosen = [""] * len(groups)
+    for position in np.random.default_rng(seed).permutation(len(order)):
+        indices = members[order[position]]
+        split = int(np.argmax(missing))
+        missing[split] -= len(indices)
+        for index in indices:
+            chosen[index] = SPLITS[split]
+    return chosen

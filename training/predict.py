@@ -1,0 +1,65 @@
+"""Predictions for a case table, by any predictor: torch weights or an ONNX file."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from model.anatomy import Floats, angle_of_progression
+from model.heatmap import Decode, Heatmaps
+from model.predictor import Predictor
+from model.spec import ModelSpec
+from training.cases import Case
+from training.data import read_grey
+
+
+@dataclass(frozen=True)
+class CasePrediction:
+    """One case's answer.
+
+    landmarks_px: (3, 2) in image px. longer_side_px: the image's. aop_deg: NaN where two landmarks
+    coincide. confidence: (3,), heatmaps: (3, rows, columns); both empty for a reader's answer.
+    """
+
+    landmarks_px: Floats
+    longer_side_px: int
+    aop_deg: float
+    confidence: Floats = field(default_factory=lambda: np.empty(0))
+    heatmaps: Heatmaps = field(default_factory=lambda: np.empty(0, np.float32))
+
+
+def torch_predictor(network: nn.Module, spec: ModelSpec, device: torch.device) -> Predictor:
+    """A predictor that runs a torch network, in float32."""
+
+    def run(network_input: Heatmaps) -> Heatmaps:
+        with torch.inference_mode():
+            heatmaps = network(torch.from_numpy(network_input).to(device))
+        return heatmaps.float().cpu().numpy()
+
+    network.eval()
+    return Predictor(spec, run, device.type)
+
+
+def predict_cases(
+    predictor: Predictor, cases: Sequence[Case], images: Path, decode: Decode | None = None
+) -> list[CasePrediction]:
+    """Predictions in the order of the cases."""
+    answers = []
+    for case in tqdm(cases, "predict", leave=False):
+        grey, pixel_shape = read_grey(images / case.file, case.frame)
+        found = predictor.predict(grey, pixel_shape, decode)
+        try:
+            angle = float(angle_of_progression(found.landmarks_px, pixel_shape))
+        except ValueError:
+            angle = math.nan
+        answers.append(
+            CasePrediction(
+                found.landmarks_px, max(grey.shape), angle, found.confidence, found.heatmaps
+            )
+        )
+    return answers

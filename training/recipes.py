@@ -1,0 +1,180 @@
+"""Recipes: full training configurations as frozen pydantic models, and their command-line flags.
+
+`paper` holds the paper's settings with the corrections that model/ documents, `compact` those of
+the shipped weights. Every field, those of the network too (`--network.vit_depth 4`), is a flag.
+"""
+
+import argparse
+import json
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from model.network import NetworkConfig, TransUNetConfig
+from model.spec import ModelSpec
+
+Range = tuple[float, float]
+
+
+class Augmentation(BaseModel):
+    """Random changes of a training image; lengths are fractions of the network input's side."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    rotation_deg: float = Field(15.0, description="rotation by up to +- this")
+    scale: Range = Field((0.9, 1.1), description="range of the scale")
+    shift: float = Field(0.0, description="shift on each axis by up to +- this")
+    gamma: Range = Field((0.8, 1.2), description="range of the grey values' exponent")
+    contrast: Range = Field((0.8, 1.2), description="range of the factor about the mean grey")
+    gain: float = Field(
+        0.0, description="gain that changes along a random direction by up to +- this"
+    )
+    blur_sigma_px: float = Field(0.0, description="Gaussian blur of up to this, half of the time")
+    speckle: float = Field(0.0, description="multiplicative noise of up to this, half of the time")
+
+
+class Recipe(BaseModel):
+    """One training configuration."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = Field("paper", description="the recipe's name")
+    network: NetworkConfig = Field(TransUNetConfig(), description="the network's sizes")
+    mean: float = Field(114.5, description="grey value subtracted from the input")
+    std: float = Field(57.6, description="grey value that divides the input")
+    sigma_cells: float = Field(4.0, description="sigma of the target Gaussians, heatmap cells")
+    loss: Literal["mse", "cross_entropy"] = Field(
+        "mse", description="mse on the heatmaps; cross_entropy needs network.softmax_sigma_cells"
+    )
+    mask_weight: float = Field(0.3, description="weight of the auxiliary masks' loss, with --masks")
+    landmark_noise_px: float = Field(
+        2.0, description="label perturbation: sigma of the noise on landmarks, px at 512"
+    )
+    optimiser: Literal["adam", "adamw"] = Field("adam", description="adam: L2; adamw: decoupled")
+    learning_rate: float = Field(3e-5, description="the (highest) learning rate")
+    weight_decay: float = Field(1e-4, description="weight decay")
+    schedule: Literal["step", "one_cycle"] = Field(
+        "step", description="step: times step_factor every step_epochs; one_cycle: up, then cosine"
+    )
+    step_epochs: int = Field(50, description="epochs between two steps")
+    step_factor: float = Field(0.5, description="factor of a step")
+    warm_up: float = Field(0.1, description="share of one_cycle that climbs")
+    clip_norm: float = Field(0.0, description="largest gradient norm; 0: not clipped")
+    epochs: int = Field(100, description="passes over the training images")
+    batch: int = Field(4, description="images a step, over all processes")
+    ema_decay: float = Field(0.0, description="decay of the averaged weights a step; 0: none")
+    augmentation: Augmentation = Field(Augmentation(), description="random changes of the images")
+    seed: int = Field(1, description="seed of weights, order and augmentation")
+    workers: int = Field(1, description="processes that load images; 0: none")
+
+    def spec(self) -> ModelSpec:
+        """What inference will have to know of a network trained by this recipe."""
+        cells = self.network
+        return ModelSpec(
+            name=f"aop-{self.name}",
+            input_size=cells.input_size,
+            channels=cells.channels,
+            mean=self.mean,
+            std=self.std,
+            stride=cells.stride,
+            sigma_cells=self.sigma_cells,
+            recipe=self.model_dump(mode="json"),
+        )
+
+
+PAPER = Recipe()
+COMPACT = Recipe(
+    name="compact",
+    network=TransUNetConfig(
+        input_size=256,
+        channels=1,
+        encoder="compact",
+        encoder_widths=(32, 64, 128, 192, 256),
+        vit_depth=6,
+        up_widths=(192, 128, 64),
+        softmax_sigma_cells=2.0,
+    ),
+    mean=30.0,
+    std=46.4,
+    sigma_cells=2.0,
+    loss="cross_entropy",
+    landmark_noise_px=0.0,
+    optimiser="adamw",
+    learning_rate=1e-3,
+    weight_decay=0.05,
+    schedule="one_cycle",
+    clip_norm=1.0,
+    epochs=48,
+    batch=8,
+    ema_decay=0.998,
+    augmentation=Augmentation(
+        rotation_deg=20,
+        scale=(0.8, 1.2),
+        shift=0.08,
+        gamma=(0.7, 1.4),
+        contrast=(0.7, 1.3),
+        gain=0.3,
+        blur_sigma_px=1.2,
+        speckle=0.2,
+    ),
+)
+RECIPES = {"paper": PAPER, "compact": COMPACT}
+
+
+def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
+    """`--recipe` and one flag for every field of a recipe, nested ones with a dot."""
+    parser.add_argument("--recipe", choices=sorted(RECIPES), default="compact")
+    group = parser.add_argument_group(
+        "recipe fields", "override the recipe; lists as 1,2,3; defaults below are paper | compact"
+    )
+    for path, description in _fields(PAPER):
+        values = [_get(recipe, path) for recipe in (PAPER, COMPACT)]
+        shown = " | ".join(json.dumps(value) for value in values)
+        group.add_argument(
+            f"--{path}",
+            metavar="V",
+            help=f"{description} ({shown})".replace("%", "%%"),
+            default=argparse.SUPPRESS,
+        )
+
+
+def recipe_from_arguments(args: argparse.Namespace) -> Recipe:
+    """The chosen recipe with the fields that the command line sets.
+
+    Raises:
+        ValueError: (pydantic's ValidationError) a value that its field does not take.
+    """
+    values = RECIPES[args.recipe].model_dump(mode="json")
+    for path, _ in _fields(PAPER):
+        if path in args:
+            *parents, leaf = path.split(".")
+            target = values
+            for parent in parents:
+                target = target[parent]
+            target[leaf] = _parse(getattr(args, path))
+    return Recipe.model_validate(values)
+
+
+def _fields(model: BaseModel, prefix: str = "") -> list[tuple[str, str]]:
+    found = []
+    for name, field in type(model).model_fields.items():
+        value = getattr(model, name)
+        if isinstance(value, BaseModel):
+            found += _fields(value, f"{prefix}{name}.")
+        elif name != "kind":
+            found.append((prefix + name, field.description or ""))
+    return found
+
+
+def _get(recipe: Recipe, path: str) -> Any:
+    value: Any = recipe.model_dump(mode="json")
+    for name in path.split("."):
+        value = value[name]
+    return value
+
+
+def _parse(text: str) -> Any:
+    try:
+        return json.loads(f"[{text}]" if "," in text and not text.startswith("[") else text)
+    except json.JSONDecodeError:
+        return text
