@@ -6,7 +6,7 @@
 The ONNX file carries the ModelSpec. Before it is written, torch and ONNX Runtime are compared on
 landmarks: on the val images of --data where they are given, else on smooth random images. They
 must agree within 0.05 px of the network input, or nothing is written. With --data the threshold
-of doubt is also set: in the --doubted share of the val cases the least confident landmark is below.
+of doubt is also set: in the --doubted share of val the least confident landmark is below it.
 --bundle writes the weights and their description beside the ONNX file, as model/weights/ holds them.
 """
 

@@ -9,8 +9,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from model.image import SUFFIXES, is_supported_name
+from model.outputs import RESULTS, TABLE
 
-LONGEST_NAME = 200  # bytes; file systems stop at 255, and a folder's files need room
+LONGEST_NAME = 200  # bytes; file systems stop at 255, and a number may have to be added
 
 
 class InputError(ValueError):
@@ -32,52 +33,65 @@ class Case:
     is_job: bool = False
 
 
-def find_cases(root: Path) -> list[Case]:
+def find_cases(root: Path, output: Path | None = None) -> list[Case]:
     """The cases below an input folder, in a fixed order.
 
     1. inputs.json: a grand-challenge job. Its one value of super_kind "Image" names the folder.
-    2. images/<slug>/: grand-challenge's older format, where there is no inputs.json.
-    3. Any folder: every supported image below it. Links are followed, hidden files are not read.
+    2. images/<slug>/: grand-challenge's older format; what lies beside images/ is no case.
+    3. Any folder: every supported image below it.
+    In 2 and 3, links are followed; hidden files and the output folder are left out.
 
     Raises:
         InputError: no folder, no image, or an inputs.json that names none.
     """
-    if not root.is_dir():
-        raise InputError(f"no input folder at {root}; mount one there or pass --input DIR")
-    if (root / "inputs.json").is_file():
+    try:
+        next(root.iterdir(), None)
+        is_job = (root / "inputs.json").is_file()
+    except OSError as error:
+        raise InputError(
+            f"the input folder {root} cannot be read ({error.strerror}); mount a folder there "
+            "or pass --input DIR"
+        ) from error
+    if is_job:
         return [_job_case(root)]
-    start = root / "images" if (root / "images").is_dir() else root
-    files = sorted(_walk(start, set()), key=os.fsencode)
-    files = [path for path in files if is_supported_name(path)]
-    if not files and start != root:
-        files = [path for path in sorted(_walk(root, set())) if is_supported_name(path)]
-    if not files:
+    left_out = frozenset([output.resolve()] if output else [])
+    if root.resolve() in left_out:
+        raise InputError(f"{root} is the input and the output folder; choose another --output")
+    images = root / "images"
+    paths = _images_below(images, left_out) if images.is_dir() else []
+    if all(path.parent == images for path in paths):  # no <slug>/
+        paths = _images_below(root, left_out)
+    if not paths:
         raise InputError(f"no image below {root}; expected files of {', '.join(SUFFIXES)}")
-    taken: set[str] = set()
-    return [_case(root, path, taken) for path in files]
+    taken = {RESULTS, TABLE}
+    return [_case(root, path, taken) for path in paths]
 
 
-def _walk(folder: Path, above: set[Path]) -> Iterator[Path]:
+def _images_below(folder: Path, left_out: frozenset[Path]) -> list[Path]:
+    return sorted(_walk(folder, left_out), key=os.fsencode)
+
+
+def _walk(folder: Path, left_out: frozenset[Path]) -> Iterator[Path]:
+    """Every image; a folder that cannot be listed too, so that its case fails and says so."""
     real = folder.resolve()
-    if real in above:  # a link that leads back to a folder above it
+    if real in left_out:  # one of them: a folder above this one, to which a link leads back
         return
-    for path in folder.iterdir():
-        if path.name.startswith("."):
-            continue
-        if path.is_dir():
-            yield from _walk(path, above | {real})
-        else:
-            yield path
+    try:
+        for path in folder.iterdir():
+            if path.name.startswith("."):
+                continue
+            if path.is_dir():
+                yield from _walk(path, left_out | {real})
+            elif is_supported_name(path):
+                yield path
+    except OSError:
+        yield folder
 
 
 def _case(root: Path, path: Path, taken: set[str]) -> Case:
     file = readable(path.relative_to(root))
-    stem = file
-    for suffix in SUFFIXES:
-        if file.lower().endswith(suffix):
-            stem = file[: -len(suffix)]
-            break
-    name = stem = _short(stem.replace("/", "__"))
+    suffix = next((suffix for suffix in SUFFIXES if file.lower().endswith(suffix)), "")
+    name = stem = _short(file[: len(file) - len(suffix)].replace("/", "__"))
     number = 2
     while name in taken:
         name, number = f"{stem}-{number}", number + 1
@@ -94,8 +108,8 @@ def _short(name: str) -> str:
 
 
 def readable(path: Path | PurePosixPath) -> str:
-    """A path as text that JSON and CSV can hold, whatever bytes the file system has in it."""
-    return os.fsencode(path.as_posix()).decode("utf-8", "replace")
+    """A path as text that JSON and CSV can hold; bytes that are no UTF-8 as backslash escapes."""
+    return os.fsencode(path.as_posix()).decode("utf-8", "backslashreplace")
 
 
 def _job_case(root: Path) -> Case:
@@ -106,16 +120,26 @@ def _job_case(root: Path) -> Case:
         raise InputError(f"inputs.json: relative_path '{relative}' leaves the input folder")
     path = root / parts
     if path.is_dir():
-        images = sorted(p for p in path.iterdir() if is_supported_name(p) and p.is_file())
-        if len(images) == 1:
-            path = images[0]
+        path = _only_image(path)
     return Case(readable(parts), path, readable(path.relative_to(root)), "", is_job=True)
+
+
+def _only_image(folder: Path) -> Path:
+    """The one image in a socket's folder: a file, a folder in it, or the folder itself."""
+    try:
+        inside = [path for path in folder.iterdir() if not path.name.startswith(".")]
+        images = [path for path in inside if path.is_file() and is_supported_name(path)]
+        if len(images) == 1:
+            return images[0]
+        return inside[0] if len(inside) == 1 and inside[0].is_dir() else folder
+    except OSError:  # reading the case says so
+        return folder
 
 
 def _image_path(inputs: Path) -> str:
     try:
-        values: Any = json.loads(inputs.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        values: Any = json.loads(inputs.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"inputs.json cannot be read as JSON: {error}") from error
     if not isinstance(values, list):
         raise InputError("inputs.json: expected a list of values")
@@ -133,6 +157,6 @@ def _image_path(inputs: Path) -> str:
             f"inputs.json: expected one value whose socket has super_kind 'Image', found {slugs}"
         )
     relative = images[0].get("relative_path")
-    if not isinstance(relative, str) or not relative or "\0" in relative:
-        raise InputError("inputs.json: the image's socket has no relative_path")
+    if not isinstance(relative, str) or not relative or not relative.isprintable():
+        raise InputError("inputs.json: the image's socket has no usable relative_path")
     return relative

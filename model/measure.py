@@ -3,7 +3,7 @@
 from model.anatomy import LANDMARKS, Floats, angle_of_progression, implausibilities
 from model.heatmap import Decode
 from model.image import BadFrame, GreyFrame
-from model.outputs import CaseEntry, NamedPoint, named
+from model.outputs import PX_DECIMALS, CaseEntry, NamedPoint, named
 from model.predictor import Predictor
 
 
@@ -14,6 +14,7 @@ def measure(
     height, width = frame.pixels.shape
     geometry = frame.geometry
     found = predictor.predict(frame.pixels, geometry.pixel_shape, decode)
+    landmarks = found.landmarks_px.round(PX_DECIMALS)
     common = {
         "case": case,
         "file": file,
@@ -25,15 +26,15 @@ def measure(
         "milliseconds": found.milliseconds,
     }
     try:
-        angle = float(angle_of_progression(found.landmarks_px, geometry.pixel_shape))
+        angle = float(angle_of_progression(landmarks, geometry.pixel_shape))
     except ValueError as error:
         return CaseEntry(status="failed", error=f"no angle can be given: {error}", **common)
-    oddities = implausibilities(found.landmarks_px, (width, height), geometry.pixel_shape)
+    oddities = implausibilities(landmarks, (width, height), geometry.pixel_shape)
     reasons = oddities + _uncertain(found.confidence, predictor.spec.doubt_below)
     return CaseEntry(
         status="ok",
-        landmarks_px=named(found.landmarks_px),
-        landmarks_mm=named(geometry.to_mm(found.landmarks_px)),
+        landmarks_px=named(landmarks),
+        landmarks_mm=named(geometry.to_mm(landmarks)),
         aop_deg=angle,
         confidence=dict(zip(LANDMARKS, found.confidence.tolist(), strict=True)),
         plausible=not oddities,

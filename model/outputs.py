@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -12,11 +12,16 @@ from pydantic import BaseModel, ConfigDict, Field
 from model.anatomy import LANDMARKS, Floats, Landmark, angle_of_progression
 from model.frame import Pair
 
-CSV_DECIMALS = 4
+RESULTS, TABLE, OVERLAY = "results.json", "landmarks.csv", "overlay.png"
+PX_DECIMALS = 4  # of the landmarks in every answer, so that all angles are of the same points
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Point2 = tuple[Finite, Finite]
 Point3 = tuple[Finite, Finite, Finite]
 Confidence = Annotated[float, Field(ge=0, le=1)]
+
+
+class OutputError(ValueError):
+    """An output folder that cannot be written; the message says what to do."""
 
 
 class _Strict(BaseModel):
@@ -118,13 +123,36 @@ def csv_text(entries: Sequence[CaseEntry]) -> str:
     writer.writerow(["Filename", *(["Frame"] if stacks else []), *LANDMARKS, "AoP"])
     for entry in answered:
         assert entry.landmarks_px is not None  # an answered case has landmarks
-        points = np.array([entry.landmarks_px[name] for name in LANDMARKS]).round(CSV_DECIMALS)
+        points = np.array([entry.landmarks_px[name] for name in LANDMARKS]).round(PX_DECIMALS)
         pixel_shape: Pair = entry.spacing_mm or (1.0, 1.0)
         angle = float(angle_of_progression(points, pixel_shape))
-        cells = [f"({x:.{CSV_DECIMALS}f}, {y:.{CSV_DECIMALS}f})" for x, y in points]
+        cells = [f"({x:.{PX_DECIMALS}f}, {y:.{PX_DECIMALS}f})" for x, y in points]
         frame = [entry.frame if entry.frame is not None else ""] if stacks else []
-        writer.writerow([entry.file, *frame, *cells, f"{angle:.{CSV_DECIMALS}f}"])
+        writer.writerow([entry.file, *frame, *cells, f"{angle:.4f}"])
     return text.getvalue()
+
+
+def open_output(folder: Path) -> None:
+    """Make the output folder and clear it of an earlier run's results.
+
+    Raises:
+        OutputError: it cannot be written, which is better known before hours of work.
+    """
+    try:
+        for name in (RESULTS, TABLE):
+            write_bytes(folder / name, b"")
+            (folder / name).unlink()
+    except OSError as error:
+        raise OutputError(
+            f"{folder} cannot be written ({error.strerror}); mount a writable folder"
+        ) from error
+
+
+def forget(case_folder: Path, names: Iterable[str]) -> None:
+    """Remove an earlier run's answers, lest they pass for those of a case that now fails."""
+    for folder in (case_folder, *case_folder.glob("frame-*")):
+        for name in names:
+            (folder / name).unlink(missing_ok=True)
 
 
 def write_bytes(path: Path, data: bytes) -> None:

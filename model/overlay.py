@@ -17,6 +17,8 @@ Picture = npt.NDArray[np.uint8]
 Colour = tuple[int, int, int]
 
 SHORTEST, LONGEST = 640, 1280  # px of the picture's longer side
+NARROWEST = 420  # px, for the words; a narrower image gets black beside it
+FAR = 20_000  # px; OpenCV draws nothing further away
 COLOURS: dict[str, Colour] = {"PS1": (90, 220, 255), "PS2": (120, 255, 120), "FH1": (255, 160, 255)}
 WHITE, BLACK, DOUBT = (255, 255, 255), (0, 0, 0), (40, 150, 255)  # BGR
 BEYOND = 1.25  # the tangent is drawn on past FH1
@@ -36,6 +38,8 @@ def draw_overlay(
     in a strip below it. `reasons` mark the picture as doubtful: an orange frame and the words.
     """
     picture, points = _scaled(grey, landmarks_px, pixel_shape)
+    missing = max(0, NARROWEST - picture.shape[1])
+    picture = np.pad(picture, ((0, 0), (0, missing), (0, 0)))
     unit = max(picture.shape) / 640
     _lines(picture, points, unit)
     _arc(picture, points, aop_deg, unit)
@@ -58,11 +62,11 @@ def _scaled(grey: Any, landmarks_px: Floats, pixel_shape: Pair) -> tuple[Picture
         cv2.resize(byte, size.tolist(), interpolation=smooth), cv2.COLOR_GRAY2BGR
     )
     points = (landmarks_px + 0.5) * (size / np.array([width, height])) - 0.5
-    return np.asarray(picture, np.uint8), points
+    return np.asarray(picture, np.uint8), np.clip(points, -FAR, FAR)
 
 
 def _pixel(point: Floats) -> tuple[int, int]:
-    x, y = np.clip(np.rint(point), -20_000, 20_000).astype(int).tolist()
+    x, y = np.rint(point).astype(int).tolist()
     return x, y
 
 
@@ -145,7 +149,7 @@ def _strip(
     width: int, unit: float, aop_deg: float, confidence: Sequence[float], reasons: Sequence[str]
 ) -> Picture:
     """(rows, width, 3): the angle, the confidences, and a line for each reason to doubt."""
-    size = max(10, round(15 * min(unit, width / 420)))
+    size = max(10, round(15 * min(unit, width / NARROWEST)))
     sure = "   ".join(
         f"{name} {value:.2f}" for name, value in zip(LANDMARKS, confidence, strict=True)
     )

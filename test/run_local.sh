@@ -18,9 +18,12 @@ runtime=${RUNTIME:-$runtime}
 [ "$runtime" = cuda ] || gpu=()
 rm -rf "$output"; mkdir -p "$output"; chmod 777 "$output"
 
+as=()  # the image's own user, or whoever calls, so that the answers can be deleted again
+[ "$(id -u)" = 0 ] || as=(--user "$(id -u):$(id -g)")
+
 if docker info >/dev/null 2>&1; then
   docker build --build-arg RUNTIME="$runtime" -t aop:"$runtime" .
-  strict=(--rm "${gpu[@]}" --network none --cap-drop ALL --security-opt no-new-privileges
+  strict=(--rm "${gpu[@]}" "${as[@]}" --network none --cap-drop ALL --security-opt no-new-privileges
     --read-only --tmpfs /tmp --pids-limit 256 --memory 4g --shm-size 128m)
   run=(docker run "${strict[@]}" -v "$input":/input:ro -v "$output":/output aop:"$runtime")
   check=(docker run "${strict[@]}" -v "$PWD/test":/test:ro --entrypoint python aop:"$runtime"

@@ -24,8 +24,9 @@ def test_known_angles():
 
 
 def test_vertex_is_ps1_and_not_the_supplement():
-    # the arms point to 153.435 and 65.556 deg; the supplement is 92.121, at PS2 it is 62.6 deg
-    assert angle_of_progression([[100, 40], [40, 70], [150, 150]]) == pytest.approx(87.879, abs=1e-3)
+    # the arms point to 153.435 and 65.556 deg; the supplement would be 92.121 deg
+    points = [[100, 40], [40, 70], [150, 150]]
+    assert angle_of_progression(points) == pytest.approx(87.879, abs=1e-3)
 
 
 def test_many_at_once_and_unequal_spacing():

@@ -63,6 +63,6 @@ def test_parity_sees_another_networks_weights(weights, tmp_path):
 
 
 def test_missing_weights_are_named(tmp_path, capsys):
-    arguments = ["--weights", str(tmp_path / "no.safetensors"), "--output", str(tmp_path / "a.onnx")]
-    assert to_onnx.main(arguments) == 2
+    missing, output = str(tmp_path / "no.safetensors"), str(tmp_path / "a.onnx")
+    assert to_onnx.main(["--weights", missing, "--output", output]) == 2
     assert "no.safetensors" in capsys.readouterr().err

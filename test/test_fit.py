@@ -72,7 +72,7 @@ def test_resume_continues_exactly(folder, tmp_path):
         assert (a["loss"], a["val_mre_px"]) == (b["loss"], b["val_mre_px"])
     whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
-    network, checkpoint = load_weights(tmp_path / "parts" / "best.safetensors")
+    _, checkpoint = load_weights(tmp_path / "parts" / "best.safetensors")
     assert checkpoint.masks == 2 and checkpoint.spec.input_size == 64
     assert (tmp_path / "parts" / "samples" / "epoch-004.png").is_file()
     assert list((tmp_path / "parts" / "tensorboard").iterdir())

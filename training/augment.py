@@ -17,7 +17,9 @@ def augment(
     settings: Augmentation,
     rng: np.random.Generator,
 ) -> tuple[np.ndarray, np.ndarray | None, Floats]:
-    """Rotate, scale and shift image, mask and landmarks alike; then change the grey values.
+    """Rotate, scale, stretch and shift image, mask and landmarks alike; then change grey values.
+
+    An affine map keeps FH1 a point of tangency; a mild stretch moves the symphysis's ends little.
 
     Args:
         image: (size, size) grey 0..255.
@@ -25,7 +27,7 @@ def augment(
         points: (3, 2) landmarks in input px; the returned ones may lie outside the frame.
     """
     size = image.shape[0]
-    matrix = _similarity(size, settings, rng)
+    matrix = _affine(size, settings, rng)
     image = cv2.warpAffine(image, matrix, (size, size), flags=cv2.INTER_LINEAR)
     if mask is not None:
         mask = cv2.warpAffine(mask, matrix, (size, size), flags=cv2.INTER_NEAREST)
@@ -33,11 +35,18 @@ def augment(
     return _change_grey(image.astype(np.float32), settings, rng), mask, points
 
 
-def _similarity(size: int, settings: Augmentation, rng: np.random.Generator) -> Floats:
+def _affine(size: int, settings: Augmentation, rng: np.random.Generator) -> Floats:
     """(2, 3) matrix from old to new input px, about the frame's centre."""
     centre = (size - 1) / 2
     angle = rng.uniform(-settings.rotation_deg, settings.rotation_deg)
     matrix = cv2.getRotationMatrix2D((centre, centre), angle, rng.uniform(*settings.scale))
+    if settings.stretch:
+        axis = rng.uniform(0.0, np.pi)
+        along = np.array([np.cos(axis), np.sin(axis)])
+        factor = rng.uniform(-settings.stretch, settings.stretch)
+        stretch = np.eye(2) + factor * np.outer(along, along)
+        matrix[:, :2] = stretch @ matrix[:, :2]
+        matrix[:, 2] = stretch @ (matrix[:, 2] - centre) + centre
     matrix[:, 2] += rng.uniform(-settings.shift, settings.shift, 2) * size
     return matrix
 
@@ -56,4 +65,8 @@ def _change_grey(image: np.ndarray, settings: Augmentation, rng: np.random.Gener
     if settings.speckle and rng.random() < 0.5:
         noise = rng.standard_normal((size, size), dtype=np.float32)
         image = image * (1.0 + rng.uniform(0.0, settings.speckle) * noise)
+    if settings.erase and rng.random() < 0.5:
+        width, height = (rng.uniform(0.05, settings.erase, 2) * size).astype(int)
+        left, top = rng.integers(0, size - width), rng.integers(0, size - height)
+        image[top : top + height, left : left + width] = 0.0
     return np.clip(image, 0.0, 255.0).astype(np.float32)

@@ -76,9 +76,8 @@ class Trainer:
         self.wrapped = self.network
         if place.world > 1:
             self.wrapped = DistributedDataParallel(self.network)
-        self.average = AveragedModel(
-            self.network, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema_decay), use_buffers=True
-        )
+        ema = get_ema_multi_avg_fn(recipe.ema_decay)
+        self.average = AveragedModel(self.network, multi_avg_fn=ema, use_buffers=True)
         kind = torch.optim.AdamW if recipe.optimiser == "adamw" else torch.optim.Adam
         trained = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
         self.optimiser = kind(trained, recipe.learning_rate, weight_decay=recipe.weight_decay)

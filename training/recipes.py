@@ -24,6 +24,7 @@ class Augmentation(BaseModel):
     rotation_deg: float = Field(15.0, description="rotation by up to +- this")
     scale: Range = Field((0.9, 1.1), description="range of the scale")
     shift: float = Field(0.0, description="shift on each axis by up to +- this")
+    stretch: float = Field(0.0, description="stretch along a random axis by up to +- this")
     gamma: Range = Field((0.8, 1.2), description="range of the grey values' exponent")
     contrast: Range = Field((0.8, 1.2), description="range of the factor about the mean grey")
     gain: float = Field(
@@ -31,6 +32,7 @@ class Augmentation(BaseModel):
     )
     blur_sigma_px: float = Field(0.0, description="Gaussian blur of up to this, half of the time")
     speckle: float = Field(0.0, description="multiplicative noise of up to this, half of the time")
+    erase: float = Field(0.0, description="a black box of up to this side, half of the time")
 
 
 class Recipe(BaseModel):

@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# The figures of MODEL_CARD.md, measured again through the container's own path: process.py on the
+# images of split `test` (in Docker where there is an engine), training.evaluate on its landmarks.csv.
+#   ./test/run_real.sh [PSFHS_DIR]     default $AOP_DATA/psfhs or ../shared/data/psfhs
+# Fails where a figure is more than a tenth worse than the card's. Needs test/run_tests.sh's venv.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+data=${1:-${AOP_DATA:-../shared/data}/psfhs}
+[ -f "$data/cases.csv" ] || { echo "no cases.csv in $data; pass the PSFHS folder" >&2; exit 2; }
+python=${AOP_VENV:-.venv-test}/bin/python
+images=$(mktemp -d)
+trap 'rm -rf "$images"' EXIT
+chmod 755 "$images"
+"$python" - "$data" "$images" <<'PY'
+import shutil, sys
+from pathlib import Path
+from training.cases import read_cases
+data, images = map(Path, sys.argv[1:])
+for case in read_cases(data / "cases.csv"):
+    if case.split == "test":
+        shutil.copy(data / "images" / case.file, images)
+PY
+time ./test/run_local.sh "$images" >"$images.log" 2>&1 || { tail -20 "$images.log" >&2; exit 1; }
+tail -3 "$images.log"
+"$python" -m training.evaluate --data "$data/cases.csv" --split test --images "$data/images" \
+  --predictions test/output/landmarks.csv --output test/output/figures.json
+"$python" test/gate.py test/output/figures.json model/weights/MODEL_CARD.md
