@@ -9,22 +9,28 @@ could be done; the last line of stderr then says why.
 """
 
 import argparse
-import statistics
+import contextlib
+import io
+import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
-from model.image import BadFrame, GreyFrame, ImageError, open_image
+from model.image import BadFrame, GreyFrame
 from model.jobs import Case, InputError, find_cases
-from model.measure import bad_frame, failed_entry, measure, points_of
+from model.measure import bad_frame, failed_entry, measure, points_of, within_budget
 from model.outputs import (
+    OVERLAY,
+    RESULTS,
+    TABLE,
+    AnswerFiles,
     CaseEntry,
-    MultiplePoints,
     NamedPoint,
+    OutputError,
     Results,
     csv_text,
-    three_point_angle,
+    open_output,
     write_bytes,
     write_json,
 )
@@ -35,33 +41,28 @@ INPUT = Path("/input")
 OUTPUT = Path("/output")
 MOUNTED_MODELS = Path("/opt/ml/model")
 SHIPPED_MODEL = Path(__file__).resolve().parent / "model" / "weights" / "aop.onnx"
-RESULTS, TABLE, OVERLAY = "results.json", "landmarks.csv", "overlay.png"
+
+Answer = tuple[CaseEntry, list[NamedPoint]]  # of a frame; no points where it failed
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status."""
-    args = _parser().parse_args(arguments)
+    args = _options(arguments)
     start = time.perf_counter()
     try:
-        cases = find_cases(args.input)
-        predictor = load_predictor(args.model or model_file(), args.provider)
-        args.output.mkdir(parents=True, exist_ok=True)
-        for name in (RESULTS, TABLE):  # also finds out, before hours of work, if it can be written
-            write_bytes(args.output / name, b"")
-            (args.output / name).unlink()
-    except (InputError, ModelError) as error:
+        cases = find_cases(args.input, args.output)
+        args.model = args.model or model_file()
+        predictor = load_predictor(args.model, args.provider)
+        open_output(args.output)
+    except (InputError, ModelError, OutputError) as error:
         return _say(str(error), 2)
-    except OSError as error:
-        return _say(
-            f"{args.output} cannot be written ({error.strerror}); mount a writable folder", 2
-        )
     if args.overlay is None:
         args.overlay = not cases[0].is_job
     print(f"{len(cases)} cases, model {predictor.spec.name} on {predictor.provider}", flush=True)
     entries: list[CaseEntry] = []
     for number, case in enumerate(cases, 1):
         for entry in answer_case(case, predictor, args):
-            entries.append(entry)
+            entries.append(within_budget(entry, args.latency_budget_ms))
             print(f"[{number}/{len(cases)}] {_line(entry)}", flush=True)
     try:
         write_run(entries, predictor, args)
@@ -72,14 +73,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def model_file() -> Path:
-    """The one *.onnx that is mounted at /opt/ml/model, else the shipped one.
+    """The one *.onnx under /opt/ml/model, else the shipped one.
 
     Raises:
         ModelError: several are mounted.
     """
-    mounted = sorted(MOUNTED_MODELS.glob("*.onnx"))
+    mounted = sorted(MOUNTED_MODELS.rglob("[!.]*.onnx"))  # macOS packs a ._aop.onnx beside it
     if len(mounted) > 1:
-        names = ", ".join(path.name for path in mounted)
+        names = ", ".join(str(path.relative_to(MOUNTED_MODELS)) for path in mounted)
         raise ModelError(f"{MOUNTED_MODELS} holds several models ({names}); choose one by --model")
     return mounted[0] if mounted else SHIPPED_MODEL
 
@@ -87,75 +88,73 @@ def model_file() -> Path:
 def answer_case(case: Case, predictor: Predictor, args: argparse.Namespace) -> Iterator[CaseEntry]:
     """Predict and write one case; an entry a frame. What goes wrong stays in the entry it is of."""
     top = args.output / case.folder
-    points: list[NamedPoint] = []
-    angles: list[float] = []
-    _forget(top, args)
-    for frame, read_ms in _read(case.path):
-        folder = top if frame.index is None else top / f"frame-{frame.index:04d}"
-        _forget(folder, args)
-        if isinstance(frame, BadFrame):
-            yield bad_frame(case.name, case.file, frame)
-            continue
-        entry = measure(case.name, case.file, frame, predictor, args.decode)
-        stages = {"read": read_ms, **entry.milliseconds}
-        start = time.perf_counter()
-        if entry.aop_deg is not None:
-            if not case.is_job:  # there, all frames share one answer
-                points, angles = [], []
-            points += points_of(entry, frame, args.frame_of_answers == "world")
-            angles.append(entry.aop_deg)
-            try:
-                answer_folder = top if case.is_job else folder
-                write_answers(answer_folder, points, statistics.median(angles), args)
-                if args.overlay:
-                    write_bytes(folder / OVERLAY, overlay_png(frame, entry))
-            except OSError as error:
-                entry = failed_entry(entry, f"the answer could not be written: {error.strerror}")
-        stages["write"] = (time.perf_counter() - start) * 1000
-        yield _within_budget(entry.model_copy(update={"milliseconds": stages}), args)
-
-
-def _read(path: Path) -> Iterator[tuple[GreyFrame | BadFrame, float]]:
-    """The case's frames and the ms that reading each took; an unusable file is one bad frame."""
-    start = time.perf_counter()
     try:
-        for frame in open_image(path).frames():
-            yield frame, (time.perf_counter() - start) * 1000
-            start = time.perf_counter()
-    except (ImageError, OSError) as error:
-        yield BadFrame(None, getattr(error, "strerror", None) or str(error)), 0.0
+        args.files.remove(top)
+    except OSError as error:
+        yield bad_frame(case.name, case.file, BadFrame(None, _unwritten(error)))
+        return
+    of_job: list[Answer] = []
+    for frame, read_ms in case.frames():
+        folder = top if frame.index is None else top / f"frame-{frame.index:04d}"
+        answer = answer_frame(case, frame, read_ms, folder, predictor, args)
+        if case.is_job:  # there, all frames share one answer
+            of_job.append(answer)
+        else:
+            yield from write_answers(folder, [answer], args)
+    yield from write_answers(top, of_job, args)
+
+
+def answer_frame(
+    case: Case,
+    frame: GreyFrame | BadFrame,
+    read_ms: float,
+    folder: Path,
+    predictor: Predictor,
+    args: argparse.Namespace,
+) -> Answer:
+    """Predict one frame and draw its overlay."""
+    if isinstance(frame, BadFrame):
+        return bad_frame(case.name, case.file, frame), []
+    entry = measure(case.name, case.file, frame, predictor, args.decode)
+    if entry.status == "failed":
+        return entry, []
+    start = time.perf_counter()
+    if args.overlay:
+        try:
+            write_bytes(folder / OVERLAY, overlay_png(frame, entry))
+        except OSError as error:
+            return failed_entry(entry, _unwritten(error)), []
+    stages = {"read": read_ms, **entry.milliseconds, "overlay": _ms_since(start)}
+    entry = entry.model_copy(update={"milliseconds": stages})
+    return entry, points_of(entry, frame, args.frame_of_answers == "world")
 
 
 def write_answers(
-    folder: Path, points: list[NamedPoint], angle_deg: float, args: argparse.Namespace
-) -> None:
-    """The files that grand-challenge reads; of several frames all points and the median angle."""
-    write_json(folder / args.landmarks_file, MultiplePoints(points=points))
-    write_bytes(folder / args.angle_file, f"{angle_deg}\n".encode())
-    if args.three_points_file:
-        write_json(folder / args.three_points_file, three_point_angle(points[-3:]))
-
-
-def _forget(folder: Path, args: argparse.Namespace) -> None:
-    """Remove an earlier run's answers, lest they pass for those of a case that now fails."""
-    for name in (args.landmarks_file, args.angle_file, args.three_points_file, OVERLAY):
-        if name:
-            (folder / name).unlink(missing_ok=True)
-
-
-def _within_budget(entry: CaseEntry, args: argparse.Namespace) -> CaseEntry:
-    spent, budget = sum(entry.milliseconds.values()), args.latency_budget_ms
-    if budget is None or spent <= budget:
-        return entry
-    warning = f"took {spent:.0f} ms, over the latency budget of {budget:g} ms"
-    return entry.model_copy(update={"warnings": [*entry.warnings, warning]})
+    folder: Path, answers: Sequence[Answer], args: argparse.Namespace
+) -> list[CaseEntry]:
+    """Write what grand-challenge reads, one answer for all frames; returns their entries."""
+    angles = [entry.aop_deg for entry, _ in answers if entry.aop_deg is not None]
+    if not angles:
+        return [entry for entry, _ in answers]
+    start = time.perf_counter()
+    try:
+        args.files.write(folder, angles, [point for _, points in answers for point in points])
+    except OSError as error:
+        with contextlib.suppress(OSError):  # what cannot be written cannot be removed either
+            args.files.remove(folder)
+        return [failed_entry(e, _unwritten(error)) if points else e for e, points in answers]
+    write_ms = _ms_since(start) / len(angles)
+    for entry, points in answers:
+        if points:
+            entry.milliseconds["write"] = write_ms
+    return [entry for entry, _ in answers]
 
 
 def write_run(entries: list[CaseEntry], predictor: Predictor, args: argparse.Namespace) -> None:
     """results.json and landmarks.csv."""
     results = Results(
         model=predictor.spec.name,
-        model_file=(args.model or model_file()).name,
+        model_file=args.model.name,
         provider=predictor.provider,
         settings={
             "decode": args.decode or predictor.spec.decode,
@@ -170,6 +169,14 @@ def write_run(entries: list[CaseEntry], predictor: Predictor, args: argparse.Nam
     )
     write_json(args.output / RESULTS, results)
     write_bytes(args.output / TABLE, csv_text(entries).encode())
+
+
+def _ms_since(start: float) -> float:
+    return (time.perf_counter() - start) * 1000
+
+
+def _unwritten(error: OSError) -> str:
+    return f"the answer could not be written: {error.strerror}"
 
 
 def _label(entry: CaseEntry) -> str:
@@ -192,9 +199,7 @@ def _conclude(entries: list[CaseEntry], args: argparse.Namespace) -> int:
     answered = len(entries) - len(failures)
     print(f"{answered} answered, of them {doubtful} doubtful; {len(failures)} failed")
     if late:
-        print(
-            f"{late} answers took longer than the latency budget of {args.latency_budget_ms:g} ms"
-        )
+        print(f"{late} took longer than the latency budget of {args.latency_budget_ms:g} ms")
     if not failures:
         return 0
     first = f"{_label(failures[0])!r}: {failures[0].error}"
@@ -210,44 +215,57 @@ def _say(sentence: str, status: int) -> int:
     return status
 
 
-def _parser() -> argparse.ArgumentParser:
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line, with `files` made of the answers' names; exits with 2 on a bad option."""
     parser = argparse.ArgumentParser(
         "process.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
     add("--input", type=Path, default=INPUT, help="folder of images or a job (%(default)s)")
     add("--output", type=Path, default=OUTPUT, help="folder for the answers (%(default)s)")
-    add(
-        "--model",
-        type=Path,
-        help=f"ONNX file (the one under {MOUNTED_MODELS}, else the shipped one)",
-    )
-    add(
-        "--provider",
-        choices=("auto", "cuda", "cpu"),
-        default="auto",
-        help="processor (%(default)s)",
-    )
+    model_help = f"ONNX file (the one under {MOUNTED_MODELS}, else the shipped one)"
+    add("--model", type=Path, metavar="FILE", help=model_help)
+    providers = ("auto", "cuda", "cpu")
+    provider_help = "processor; auto: CUDA where it runs, else the CPU (%(default)s)"
+    add("--provider", choices=providers, default="auto", help=provider_help)
     add("--decode", choices=("subpixel", "argmax"), help="heatmap decoder (the model's own)")
-    add(
-        "--overlay", action=argparse.BooleanOptionalAction, help="write overlay.png (not for a job)"
-    )
-    add(
-        "--frame-of-answers",
-        choices=("world", "pixel"),
-        default="world",
-        help="landmarks in the file's world frame, mm where it has one, or in px (%(default)s)",
-    )
-    add("--latency-budget-ms", type=float, metavar="N", help="warn of answers that took longer")
-    add("--landmarks-file", default="aop-landmarks.json", help="name of this answer (%(default)s)")
-    add("--angle-file", default="angle-of-progression.json", help="likewise (%(default)s)")
-    add(
-        "--three-points-file",
-        metavar="NAME",
-        help="write a Three-point angle too, e.g. aop-angle.json",
-    )
-    return parser
+    overlay_help = "write overlay.png (yes, but not for a job)"
+    add("--overlay", action=argparse.BooleanOptionalAction, help=overlay_help)
+    frame_help = "landmarks in the file's world frame, mm where it has one, or in px (%(default)s)"
+    add("--frame-of-answers", choices=("world", "pixel"), default="world", help=frame_help)
+    budget_help = "warn of cases that took longer"
+    add("--latency-budget-ms", type=milliseconds, metavar="N", help=budget_help)
+    for option, default, words in (
+        ("--landmarks-file", "aop-landmarks.json", "name of the landmarks' answer (%(default)s)"),
+        ("--angle-file", "angle-of-progression.json", "name of the angle's (%(default)s)"),
+        ("--three-points-file", None, "write a Three-point angle too, e.g. as aop-angle.json"),
+    ):
+        add(option, type=_name_inside, metavar="NAME", default=default, help=words)
+    args = parser.parse_args(arguments)
+    args.files = AnswerFiles(args.landmarks_file, args.angle_file, args.three_points_file)
+    names = [*args.files.names, RESULTS, TABLE]
+    if len(set(names)) < len(names):
+        parser.error(f"each answer needs a name of its own, got {', '.join(names)}")
+    return args
+
+
+def milliseconds(text: str) -> float:
+    """A number above 0; argparse tells the user this function's name for any other text."""
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise ValueError
+    return value
+
+
+def _name_inside(text: str) -> str:
+    """A file's name, or its path below the case's folder; an answer never leaves the output."""
+    path = PurePosixPath(text)
+    if path.is_absolute() or ".." in path.parts or not path.name:
+        raise argparse.ArgumentTypeError(f"expected a name inside the output folder, got {text!r}")
+    return str(path)
 
 
 if __name__ == "__main__":
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a file's strange name must not end the run
+        sys.stdout.reconfigure(errors="backslashreplace")
     raise SystemExit(main())

@@ -1,1 +1,8 @@
 """All that inference needs: one image in, three landmarks and the angle of progression out."""
+
+import os
+
+MAX_PIXELS = 64 * 2**20  # of a frame
+
+# OpenCV's own guard behind ours. It reads the limit once, when it is imported.
+os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(MAX_PIXELS))

@@ -3,12 +3,20 @@
 import hashlib
 import json
 import os
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from model.image import SUFFIXES, is_supported_name
+from model.image import (
+    SUFFIXES,
+    BadFrame,
+    GreyFrame,
+    ImageError,
+    is_supported_name,
+    open_image,
+)
 from model.outputs import RESULTS, TABLE
 
 LONGEST_NAME = 200  # bytes; file systems stop at 255, and a number may have to be added
@@ -31,6 +39,16 @@ class Case:
     file: str
     folder: str
     is_job: bool = False
+
+    def frames(self) -> Iterator[tuple[GreyFrame | BadFrame, float]]:
+        """The frames, and the ms that reading each took; an unusable file is one bad frame."""
+        start = time.perf_counter()
+        try:
+            for frame in open_image(self.path).frames():
+                yield frame, (time.perf_counter() - start) * 1000
+                start = time.perf_counter()
+        except (ImageError, OSError) as error:
+            yield BadFrame(None, getattr(error, "strerror", None) or str(error)), 0.0
 
 
 def find_cases(root: Path, output: Path | None = None) -> list[Case]:

@@ -55,6 +55,15 @@ def failed_entry(entry: CaseEntry, error: str) -> CaseEntry:
     return CaseEntry(status="failed", error=error, **entry.model_dump(include=known))
 
 
+def within_budget(entry: CaseEntry, budget_ms: float | None) -> CaseEntry:
+    """The entry, with a warning where its stages took longer than the budget."""
+    spent = sum(entry.milliseconds.values())
+    if budget_ms is None or spent <= budget_ms:
+        return entry
+    warning = f"took {spent:.1f} ms, over the latency budget of {budget_ms:g} ms"
+    return entry.model_copy(update={"warnings": [*entry.warnings, warning]})
+
+
 def points_of(entry: CaseEntry, frame: GreyFrame, in_world: bool) -> list[NamedPoint]:
     """An answered frame's landmarks in the file's world frame, or as (x, y, frame) in pixels."""
     assert entry.landmarks_px is not None and entry.confidence is not None  # it is answered

@@ -2,7 +2,9 @@
 
 import csv
 import io
-from collections.abc import Iterable, Sequence
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -148,11 +150,42 @@ def open_output(folder: Path) -> None:
         ) from error
 
 
-def forget(case_folder: Path, names: Iterable[str]) -> None:
-    """Remove an earlier run's answers, lest they pass for those of a case that now fails."""
-    for folder in (case_folder, *case_folder.glob("frame-*")):
-        for name in names:
-            (folder / name).unlink(missing_ok=True)
+@dataclass(frozen=True)
+class AnswerFiles:
+    """Names of the files in a case's folder, since a challenge chooses its sockets.
+
+    three_points: None where that answer is not wanted.
+    """
+
+    landmarks: str
+    angle: str
+    three_points: str | None = None
+
+    @property
+    def names(self) -> list[str]:
+        """All of them and the overlay."""
+        return [name for name in (self.landmarks, self.angle, self.three_points, OVERLAY) if name]
+
+    def write(self, folder: Path, angles_deg: Sequence[float], points: list[NamedPoint]) -> None:
+        """Write one frame's answer, or one for several: all points, and the median angle.
+
+        Args:
+            angles_deg: one a frame; of an even number the lower of the two in the middle counts,
+                so that the angle is that of a frame, the one in `three_points`.
+            points: the landmarks of each frame in turn.
+        """
+        angle_deg = statistics.median_low(angles_deg)
+        write_json(folder / self.landmarks, MultiplePoints(points=points))
+        write_bytes(folder / self.angle, f"{angle_deg}\n".encode())
+        if self.three_points:
+            at = angles_deg.index(angle_deg) * len(LANDMARKS)
+            write_json(folder / self.three_points, three_point_angle(points[at:]))
+
+    def remove(self, folder: Path) -> None:
+        """Remove an earlier run's answers, lest they pass for those of a case that now fails."""
+        for place in (folder, *folder.glob("frame-*")):
+            for name in self.names:
+                (place / name).unlink(missing_ok=True)
 
 
 def write_bytes(path: Path, data: bytes) -> None:

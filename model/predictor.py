@@ -97,20 +97,10 @@ def load_predictor(path: Path, provider: Provider = "auto") -> Predictor:
     if not path.is_file():
         raise ModelError(f"no model file at {path}; pass --model FILE.onnx")
     ort.set_default_logger_severity(4)
-    if provider != "cpu" and ORT_PROVIDERS["cuda"] in ort.get_available_providers():
-        ort.preload_dlls()
-    elif provider == "cuda":
-        raise ModelError(
-            "--provider cuda: this ONNX Runtime has no CUDA provider; "
-            "install onnxruntime-gpu, or pass --provider cpu"
-        )
-    session = _session(ort, path, provider)
+    session = _cuda_session(ort, path, provider) or _session(ort, path, [ORT_PROVIDERS["cpu"]])
+    # what runs is asked of the session: the list of available providers names CUDA even where it
+    # cannot be loaded
     active = session.get_providers()[0]
-    if provider == "cuda" and active != ORT_PROVIDERS["cuda"]:
-        raise ModelError(
-            "--provider cuda: CUDA could not be loaded (no GPU, no driver, or another CUDA "
-            "version); run with --gpus all, or pass --provider auto"
-        )
     try:
         spec = parse_spec(session.get_modelmeta().custom_metadata_map.get(METADATA_KEY))
     except SpecError as error:
@@ -124,16 +114,34 @@ def load_predictor(path: Path, provider: Provider = "auto") -> Predictor:
     return Predictor(spec, run, "cuda" if active == ORT_PROVIDERS["cuda"] else "cpu")
 
 
-def _session(ort: Any, path: Path, provider: Provider) -> Any:
+def _cuda_session(ort: Any, path: Path, provider: Provider) -> Any | None:
+    """A session on CUDA, or None where the CPU is to be taken."""
+    if provider == "cpu":
+        return None
+    reason = "this ONNX Runtime has no CUDA provider: install onnxruntime-gpu"
+    if ORT_PROVIDERS["cuda"] in ort.get_available_providers():
+        ort.preload_dlls()
+        wanted = [(ORT_PROVIDERS["cuda"], CUDA_OPTIONS), ORT_PROVIDERS["cpu"]]
+        try:
+            session = _session(ort, path, wanted)
+            if session.get_providers()[0] == ORT_PROVIDERS["cuda"]:
+                return session
+        except ModelError:
+            pass  # the CPU is tried next, and names what is wrong where it is the file
+        reason = "CUDA could not be loaded (no GPU or driver, or another CUDA): run with --gpus all"
+    if provider == "cuda":
+        raise ModelError(f"--provider cuda: {reason}, or pass --provider auto")
+    return None
+
+
+def _session(ort: Any, path: Path, providers: list[Any]) -> Any:
     options = ort.SessionOptions()
     options.log_severity_level = 4
     options.intra_op_num_threads = usable_cpus()
     options.inter_op_num_threads = 1
-    wanted: list[Any] = [ORT_PROVIDERS["cpu"]]
-    if provider != "cpu" and ORT_PROVIDERS["cuda"] in ort.get_available_providers():
-        wanted.insert(0, (ORT_PROVIDERS["cuda"], CUDA_OPTIONS))
     try:
-        return ort.InferenceSession(path, options, providers=wanted)
+        # ONNX Runtime's own fallback prints a page and hides which provider runs
+        return ort.InferenceSession(path, options, providers=providers, enable_fallback=0)
     except Exception as error:  # ONNX Runtime's own exceptions share no narrower base class
         raise ModelError(
             f"{path} cannot be loaded as an ONNX model ({_first_line(error)}); "

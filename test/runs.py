@@ -1,0 +1,109 @@
+"""Running process.py in the test's own process, and what it runs on."""
+
+import contextlib
+import functools
+import io
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from unittest import mock
+
+import cv2
+import numpy as np
+import SimpleITK as sitk
+
+import process
+from model.frame import input_to_cells
+from model.predictor import Predictor, load_predictor
+from model.spec import ModelSpec
+from test.phantom import phantom
+
+POINTS, ANGLE, THREE = "aop-landmarks.json", "angle-of-progression.json", "aop-angle.json"
+ANSWERS = sorted([POINTS, ANGLE, "overlay.png"])
+HEIGHT, WIDTH = 192, 240
+load_once = functools.cache(load_predictor)
+
+
+@functools.cache
+def made(seed: int) -> np.ndarray:
+    """One synthetic image, (HEIGHT, WIDTH)."""
+    return phantom(seed, WIDTH, HEIGHT).image
+
+
+@dataclass
+class Run:
+    """What came of one call."""
+
+    status: int
+    out: str
+    err: str
+    folder: Path
+    results: dict
+
+    def entry(self, file: str, frame: int | None = None) -> dict:
+        (found,) = [e for e in self.results["cases"] if (e["file"], e["frame"]) == (file, frame)]
+        return found
+
+    @property
+    def sentence(self) -> str:
+        """The one for the user; nothing but it may stand on stderr."""
+        assert self.err.endswith("\n") and self.err.count("\n") == 1
+        assert "Traceback" not in self.err and "Error(" not in self.err
+        return self.err[:-1]
+
+
+def run(
+    source: Path,
+    folder: Path,
+    *options: str,
+    predictor: Predictor | None = None,
+    models: Path = Path("no/such/folder"),
+) -> Run:
+    """Run process.py with the shipped model, read once, or another; `models` is mounted."""
+    loader = (lambda *_: predictor) if predictor else load_once
+    out, err = io.StringIO(), io.StringIO()
+    patch = mock.patch.multiple(process, load_predictor=loader, MOUNTED_MODELS=models)
+    with patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            status = process.main(["--input", str(source), "--output", str(folder), *options])
+        except SystemExit as stop:  # argparse
+            status = int(stop.code or 0)
+    written = folder / "results.json"
+    results = load(written) if status < 2 and written.is_file() else {}
+    return Run(status, out.getvalue(), err.getvalue(), folder, results)
+
+
+def load(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def tree(folder: Path) -> list[str]:
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+
+
+def png(path: Path, image: np.ndarray | None = None) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    assert cv2.imwrite(str(path), made(1) if image is None else image)
+    return path
+
+
+def volume(path: Path, array: np.ndarray, **world) -> Path:
+    image = sitk.GetImageFromArray(array)
+    for name, value in world.items():
+        getattr(image, f"Set{name}")(value)
+    sitk.WriteImage(image, str(path))
+    return path
+
+
+def job(root: Path, relative: str = "images/us") -> Path:
+    (root / relative).mkdir(parents=True)
+    socket = {"slug": "us", "relative_path": relative, "super_kind": "Image"}
+    (root / "inputs.json").write_text(json.dumps([{"socket": socket}]))
+    return root / relative
+
+
+def predictor_at(points: list, height: float = 1.0) -> Predictor:
+    """Finds the same landmarks, (x, y) in px of a 64 px input, in every image."""
+    spec = ModelSpec(input_size=64, mean=0, std=1, stride=4, sigma_cells=1.5, doubt_below=0.5)
+    heatmaps = height * spec.codec.encode(input_to_cells(points, 4))
+    return Predictor(spec, lambda _: heatmaps[None].astype(np.float32), "cpu")
