@@ -7,12 +7,14 @@ The ONNX file carries the ModelSpec. Before it is written, torch and ONNX Runtim
 landmarks: on the val images of --data where they are given, else on smooth random images. They
 must agree within 0.05 px of the network input, or nothing is written. With --data the threshold
 of doubt is also set: in the --doubted share of val the least confident landmark is below it.
---bundle writes the weights and their description beside the ONNX file, as model/weights/ holds them.
+--bundle writes the weights and their description beside the ONNX file, as in model/weights/.
 """
 
 import argparse
+import logging
 import sys
 import tempfile
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -62,13 +64,14 @@ def export(weights: Path, args: argparse.Namespace) -> None:
     texts = {"training_data": args.training_data, "licence": args.licence}
     spec = checkpoint.spec.model_copy(update={k: v for k, v in texts.items() if v is not None})
     inputs = [random_image(spec, seed) for seed in range(RANDOM_IMAGES)]
+    model = converted(network, spec)
     with tempfile.TemporaryDirectory(dir=args.output.parent) as folder:
         draft = Path(folder) / "draft.onnx"
-        write_onnx(network, spec, draft)
+        save(model, spec, draft)
         if args.data is not None:
             spec = calibrated(spec, draft, args)
-            write_onnx(network, spec, draft)
-            cases = [case for case in read_cases(args.data) if case.split in (None, "val")]
+            save(model, spec, draft)
+            cases = [case for case in read_cases(args.data) if case.split == "val"]
             inputs = [network_input(spec, args.images / case.file) for case in cases]
         worst = parity(network, draft, inputs)
         print(f"{weights} -> {args.output}: {len(inputs)} images, worst difference {worst:.4f} px")
@@ -82,29 +85,35 @@ def export(weights: Path, args: argparse.Namespace) -> None:
         save_weights(args.output.with_suffix(".safetensors"), network.state_dict(), described)
 
 
-def write_onnx(network: nn.Module, spec: ModelSpec, path: Path) -> None:
-    """Export a network in evaluation mode, for any batch, with the spec in the metadata."""
+def converted(network: nn.Module, spec: ModelSpec) -> onnx.ModelProto:
+    """A network in evaluation mode as an ONNX model, for batches of any size."""
     example = torch.zeros(2, spec.channels, spec.input_size, spec.input_size)
-    program = torch.onnx.export(
-        network,
-        (example,),
-        dynamo=True,
-        external_data=False,
-        opset_version=OPSET,
-        input_names=["image"],
-        output_names=["heatmaps"],
-        dynamic_shapes=({0: torch.export.Dim("batch")},),
-        verbose=False,
-    )
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it misses torchvision, we do not
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of torch about torch
+        program = torch.onnx.export(
+            network,
+            (example,),
+            dynamo=True,
+            external_data=False,
+            opset_version=OPSET,
+            input_names=["image"],
+            output_names=["heatmaps"],
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            verbose=False,
+        )
     assert program is not None  # dynamo=True always returns a program
     model = program.model_proto
     model.ir_version = IR_VERSION
-    onnx.helper.set_model_props(model, {METADATA_KEY: spec.model_dump_json()})
-    for node in (model, model.graph, *model.graph.node):
-        node.doc_string = ""
     for node in model.graph.node:
         del node.metadata_props[:]  # stack traces with the paths of this machine
     onnx.checker.check_model(model)
+    return model
+
+
+def save(model: onnx.ModelProto, spec: ModelSpec, path: Path) -> None:
+    """Write an ONNX model with the spec in its metadata."""
+    onnx.helper.set_model_props(model, {METADATA_KEY: spec.model_dump_json()})
     onnx.save(model, path)
 
 

@@ -24,20 +24,20 @@ def is_packed(path: Path, kind: str) -> bool:
     return kind == "NIfTI" and is_gzip(path)
 
 
-def is_cut(path: Path, kind: str, values: int, value_bytes: int) -> bool:
-    """Whether so many values, each of so many bytes, are not there; False for what ITK refuses."""
+def is_cut(path: Path, kind: str, pixels: int, pixel_bytes: int) -> bool:
+    """Whether so many pixels, of so many bytes each, are not there; False where ITK sees that."""
     if kind == "DICOM":
-        return _is_cut_dicom(path, values)
+        return _is_cut_dicom(path, pixels)
     if kind == "NIfTI":
         return _is_cut_nifti(path)
-    return is_packed(path, kind) and _is_cut_metaimage(path, values * value_bytes)
+    return is_packed(path, kind) and _is_cut_metaimage(path, pixels * pixel_bytes)
 
 
-def _is_cut_dicom(path: Path, values: int) -> bool:
-    """Of pixels that are not compressed, a byte of each value at least must be there."""
+def _is_cut_dicom(path: Path, pixels: int) -> bool:
+    """Of each pixel that is not compressed, one byte at least must be there."""
     syntax = re.search(rb"\x02\0\x10\0UI..([\d.]+)", head_of(path), re.DOTALL)
     native = syntax is None or syntax[1] in _NATIVE
-    return native and values > path.stat().st_size
+    return native and pixels > path.stat().st_size
 
 
 def _is_cut_nifti(path: Path) -> bool:

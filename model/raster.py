@@ -43,7 +43,9 @@ def open_picture(path: Path, kind: str) -> ImageFile:
         raise ImageError(f"the {kind} data is truncated: its end mark is missing")
 
     def read(_: int) -> Raw:
-        with _opencv(kind):  # as stored: an orientation in EXIF is left alone
+        with _opencv(
+            kind, 8 * size[0] * size[1]
+        ):  # as stored: an orientation in EXIF is left alone
             image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
         if image is None:
             raise damaged(kind)
@@ -63,8 +65,9 @@ def open_tiff(path: Path) -> ImageFile:
     def read(k: int) -> Raw:
         number, (width, height), pixel_bits = pages[k]
         check_size(width, height)
-        check_bytes(width * height * pixel_bits // 8)
-        with _opencv("TIFF"):
+        needed = width * height * pixel_bits // 8
+        check_bytes(needed)
+        with _opencv("TIFF", needed):
             done, images = cv2.imreadmulti(str(path), number, 1, flags=cv2.IMREAD_UNCHANGED)
         if not done:
             raise damaged("TIFF")
@@ -74,11 +77,11 @@ def open_tiff(path: Path) -> ImageFile:
 
 
 @contextmanager
-def _opencv(kind: str) -> Iterator[None]:
+def _opencv(kind: str, needed: int) -> Iterator[None]:
     """What OpenCV refuses becomes an ImageError, and is not printed as well."""
     before = cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
     try:
-        with bounded_memory():
+        with bounded_memory(needed):
             yield
     except cv2.error as error:
         raise damaged(kind) from error

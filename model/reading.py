@@ -20,7 +20,7 @@ if sys.platform == "linux":
 MIN_SIDE = 32  # px
 MAX_FRAMES = 2**14
 MAX_BYTES = 2**29  # of the pixels held at once: a frame's, or a file's that is read whole
-MAX_GROWTH = 4 * MAX_BYTES  # of the process while a library reads: GDCM makes up to three copies
+ROOM, COPIES = 2**28, 6  # what reading may take: so many bytes, and the pixels so many times
 
 Raw = npt.NDArray[Any]  # (H, W), or (H, W, channels) in the order RGB
 Reader = Callable[[int], Raw]  # number of the frame in its file -> its pixels
@@ -74,11 +74,12 @@ def check_bytes(needed: int, remedy: str = "save them with fewer bytes a pixel")
 
 
 @contextmanager
-def bounded_memory() -> Iterator[None]:
-    """In the block the process can grow by MAX_GROWTH only; an allocation beyond that fails.
+def bounded_memory(needed: int) -> Iterator[None]:
+    """In the block the process can grow by ROOM bytes and COPIES times the bytes needed only.
 
     For libraries that make room for what a file claims before they look how long it is: GDCM takes
-    4 GB for a DICOM file of 150 bytes (CVE-2026-3650). On Linux only.
+    4 GB for a DICOM file of 150 bytes (CVE-2026-3650). It reserves, though hardly half of it is
+    used, six times the pixels of a DICOM file of JPEG frames. On Linux only.
     """
     if sys.platform != "linux":
         yield
@@ -86,7 +87,7 @@ def bounded_memory() -> Iterator[None]:
     with _ONE_AT_A_TIME:
         before = resource.getrlimit(resource.RLIMIT_DATA)
         pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[5])
-        limit = pages * resource.getpagesize() + MAX_GROWTH
+        limit = pages * resource.getpagesize() + ROOM + COPIES * min(needed, MAX_BYTES)
         if not 0 <= before[0] < limit:  # -1 is no limit
             resource.setrlimit(resource.RLIMIT_DATA, (limit, before[1]))
         try:

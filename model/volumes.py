@@ -44,9 +44,9 @@ _GEOMETRY = {
 
 def open_volume(path: Path, kind: str) -> ImageFile:
     """A file of one of the `ITK_NAMES`: one image, or a stack of them."""
-    with _itk(path, kind) as header:
+    with _itk(path, kind, path.stat().st_size) as header:
         header.ReadImageInformation()
-        value_bytes = _simpleitk().Image([1, 1], header.GetPixelID()).GetSizeOfPixelComponent()
+        value = _simpleitk().Image([1, 1], header.GetPixelID())
     lengths, channels = header.GetSize(), header.GetNumberOfComponents()
     if len(lengths) < 2 or 0 in lengths:
         raise damaged(kind)
@@ -56,7 +56,8 @@ def open_volume(path: Path, kind: str) -> ImageFile:
     first = 1 if flat and min(lengths[1:3]) >= MIN_SIDE else 0
     stacked = [axis for axis in range(first + 2, len(lengths)) if lengths[axis] > 1]
     geometry, warnings, readable = placing(header, path, kind, first)
-    volume = _Volume(path, kind, lengths, channels, value_bytes, first, stacked, readable)
+    pixel_bytes = channels * value.GetSizeOfPixelComponent()
+    volume = _Volume(path, kind, lengths, channels, pixel_bytes, first, stacked, readable)
     volume.check()
     count = lengths[stacked[0]] if stacked else 1
     size = lengths[first], lengths[first + 1]
@@ -70,7 +71,7 @@ class _Volume:
 
     Args:
         lengths: of the file's axes, from the fastest.
-        channels: of a pixel, and value_bytes of each.
+        channels: values of a pixel, which takes pixel_bytes.
         first: the axis along x; before it the channels may lie.
         stacked: the axis of the frames, if there are several.
         readable: whether ITK reads the pixels in spite of the geometry.
@@ -80,7 +81,7 @@ class _Volume:
     kind: str
     lengths: tuple[int, ...]
     channels: int
-    value_bytes: int
+    pixel_bytes: int
     first: int
     stacked: list[int]
     readable: bool
@@ -94,34 +95,38 @@ class _Volume:
             raise ImageError(
                 f"the file's shape is {shape}: expected one image or one stack of images"
             )
-        frames = math.prod(self.lengths[axis] for axis in self.stacked)
-        check_bytes(self.values // frames * self.value_bytes)
+        check_bytes(self.frame_bytes)
 
     @property
-    def values(self) -> int:
-        return math.prod(self.lengths) * self.channels
+    def pixels(self) -> int:
+        return math.prod(self.lengths)
+
+    @property
+    def frame_bytes(self) -> int:
+        frames = math.prod(self.lengths[axis] for axis in self.stacked)
+        return self.pixels // frames * self.pixel_bytes
 
     def open(self) -> Reader:
         """Reads by frames, or the whole file: where it must, or to unpack it once only."""
         by_frames = bool(self.stacked) and self.readable and self._can_extract()
         if by_frames and not is_packed(self.path, self.kind):
             return self._frame
-        if is_cut(self.path, self.kind, self.values, self.value_bytes):
+        if is_cut(self.path, self.kind, self.pixels, self.pixel_bytes):
             raise damaged(self.kind)
-        needed = max(self.values * self.value_bytes, self.path.stat().st_size)
+        needed = max(self.pixels * self.pixel_bytes, self.path.stat().st_size)
         if by_frames and needed > MAX_BYTES:
             return self._frame
         check_bytes(needed, "save them as .mha, which is read by frames")
-        whole = self._pixels()
+        whole = self._pixels(needed)
         return lambda k: whole[k]
 
     def _frame(self, k: int) -> Raw:
-        frame: Raw = self._pixels(k)[0]
+        frame: Raw = self._pixels(self.frame_bytes, k)[0]
         return frame
 
-    def _pixels(self, only: int | None = None) -> Raw:
-        """(frames, H, W, channels): all frames, or one."""
-        with _itk(self.path, self.kind, without_geometry=not self.readable) as reader:
+    def _pixels(self, needed: int, only: int | None = None) -> Raw:
+        """(frames, H, W, channels): all frames, or one; they take so many bytes."""
+        with _itk(self.path, self.kind, needed, without_geometry=not self.readable) as reader:
             if only is not None:
                 part = {self.stacked[0]: (only, 1)}
                 region = [part.get(axis, (0, n)) for axis, n in enumerate(self.lengths)]
@@ -151,12 +156,12 @@ def _simpleitk() -> Any:
 
 
 @contextmanager
-def _itk(path: Path, kind: str, without_geometry: bool = False) -> Iterator[Any]:
+def _itk(path: Path, kind: str, needed: int, without_geometry: bool = False) -> Iterator[Any]:
     """An ImageFileReader of the file; what it refuses in the block becomes an ImageError."""
     reader = _simpleitk().ImageFileReader()
     reader.SetImageIO(f"{ITK_NAMES[kind]}ImageIO")
     try:
-        with _acceptable(path, kind, without_geometry) as name, bounded_memory():
+        with _acceptable(path, kind, without_geometry) as name, bounded_memory(needed):
             reader.SetFileName(str(name))
             yield reader
     except RuntimeError as error:

@@ -55,7 +55,7 @@ def test_nothing_is_written_without_parity(weights, tmp_path, monkeypatch, capsy
 def test_parity_sees_another_networks_weights(weights, tmp_path):
     network, checkpoint = load_weights(weights)
     spec, output = checkpoint.spec, tmp_path / "aop.onnx"
-    to_onnx.write_onnx(network, spec, output)
+    to_onnx.save(to_onnx.converted(network, spec), spec, output)
     torch.manual_seed(1)
     other = build_network(SMALL).eval()
     inputs = [to_onnx.random_image(spec, seed) for seed in range(4)]

@@ -15,6 +15,7 @@ from training import prepare
 from training.cases import Case, CaseError, case_tables, read_cases, write_cases
 from training.groups import BLOCK, SPLITS, near_duplicate_groups, split_by_group, thumbnail
 from training.masks import Ellipse, MaskError, fit_ellipse, landmarks_from_mask, read_mask
+from training.pictures import SHEET_TILE
 
 POINTS = np.array([[130.25, 40.5], [60.0, 61.12347], [190.0, 110.0]])
 
@@ -342,7 +343,7 @@ def test_prepare_from_masks(phantoms: Path, tmp_path: Path, capsys: pytest.Captu
     assert "200x150 px, its image 256x256" in skipped["phantom-0042.png"]
     assert "1 images and 0 masks" in skipped["phantom-0044.png"]
     sheet = cv2.imread(str(output.parent / "cases.contact-sheet.png"))
-    assert sheet.shape[1] == 3 * prepare.TILE
+    assert sheet.shape[1] == 3 * SHEET_TILE
 
 
 def test_prepare_groups_by_patient(phantoms: Path, tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 import contextlib
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -76,8 +76,8 @@ class Trainer:
         self.wrapped = self.network
         if place.world > 1:
             self.wrapped = DistributedDataParallel(self.network)
-        ema = get_ema_multi_avg_fn(recipe.ema_decay)
-        self.average = AveragedModel(self.network, multi_avg_fn=ema, use_buffers=True)
+        ema = _running_average(recipe.ema_decay)
+        self.average = AveragedModel(self.network, avg_fn=ema, use_buffers=True)
         kind = torch.optim.AdamW if recipe.optimiser == "adamw" else torch.optim.Adam
         trained = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
         self.optimiser = kind(trained, recipe.learning_rate, weight_decay=recipe.weight_decay)
@@ -173,6 +173,17 @@ class Trainer:
         self.scaler.load_state_dict(state["scaler"])
         self.epoch, self.best_px = state["epoch"], state["best_px"]
         return float(state["seconds"])
+
+
+def _running_average(decay: float) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """Exponential average that starts as the plain mean, so that random weights do not linger."""
+
+    def update(averaged: Tensor, current: Tensor, count: Tensor) -> Tensor:
+        if not averaged.is_floating_point():
+            return current
+        return torch.lerp(current, averaged, min(decay, float(count / (count + 1))))
+
+    return update
 
 
 def _needs_fp16(device: torch.device) -> bool:

@@ -1,49 +1,87 @@
 """Pictures of training data and of predictions on them: to look at, never to commit."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import cv2
 import numpy as np
 
+from model.anatomy import LANDMARKS
+from model.frame import Letterbox, Pair
 from training.cases import Case
 from training.data import read_grey
+from training.masks import HEAD, SYMPHYSIS, outer_contour, read_mask
 from training.predict import CasePrediction
+from training.sources import Source, one_frame
+
+Colour = tuple[int, int, int]  # BGR
 
 TILE = 256  # px
-TRUTH, PREDICTED = (80, 220, 80), (255, 80, 255)  # BGR
+TRUTH, PREDICTED = (80, 220, 80), (255, 80, 255)
+
+SHEET_CASES, SHEET_COLUMNS, SHEET_TILE, CAPTION = 48, 8, 240, 18  # the last two in px
+LANDMARK_COLOURS = [(80, 80, 255), (255, 120, 60), (80, 255, 80)]
+MASK_COLOURS = {SYMPHYSIS: (60, 200, 240), HEAD: (230, 190, 90)}
 
 
 def sample_sheet(
     predictions: Sequence[CasePrediction], cases: Sequence[Case], images: Path, count: int = 12
 ) -> np.ndarray:
     """(H, W, 3) BGR: some cases with truth (green), prediction (magenta) and the heatmaps."""
-    chosen = np.linspace(0, len(cases) - 1, min(count, len(cases))).astype(int)
     tiles = []
-    for k in chosen:
-        grey, _ = read_grey(images / cases[k].file, cases[k].frame)
-        heat = np.clip(predictions[k].heatmaps.transpose(1, 2, 0), 0, 1)
-        tile = tile_of(grey)
-        scale = TILE / max(grey.shape)
-        for points, colour in (
-            (cases[k].landmarks_px, TRUTH),
-            (predictions[k].landmarks_px, PREDICTED),
-        ):
-            for x, y in (points + 0.5) * scale - 0.5:
-                cv2.circle(tile, (round(x), round(y)), 4, colour, 1, cv2.LINE_AA)
-        heat = cv2.resize(heat * 255, (TILE, TILE), interpolation=cv2.INTER_NEAREST)
+    for k in spread(len(cases), count):
+        case, found = cases[k], predictions[k]
+        tile, box = tile_of(*read_grey(images / case.file, case.frame), TILE)
+        for points, colour in ((case.landmarks_px, TRUTH), (found.landmarks_px, PREDICTED)):
+            mark(tile, box.to_input(points), [colour] * len(LANDMARKS), 4, 1)
+        heat = np.clip(found.heatmaps.transpose(1, 2, 0), 0, 1) * 255
+        heat = cv2.resize(heat, (TILE, TILE), interpolation=cv2.INTER_NEAREST)
         tiles.append(np.hstack([tile, heat.astype(np.uint8)]))
     return grid(tiles, 3)
 
 
-def tile_of(grey: np.ndarray) -> np.ndarray:
-    """(TILE, TILE, 3) BGR: the image scaled to the tile's longer side, black around it."""
-    scale = TILE / max(grey.shape)
-    height, width = (max(1, round(side * scale)) for side in grey.shape)
-    tile = np.zeros((TILE, TILE, 3), np.uint8)
-    small = cv2.resize(grey.astype(np.uint8), (width, height), interpolation=cv2.INTER_AREA)
-    tile[:height, :width] = small[..., None]
-    return tile
+def contact_sheet(cases: Sequence[Case], sources: Mapping[str, Source]) -> np.ndarray:
+    """(H, W, 3) BGR: some cases with their landmarks and the outlines of their masks.
+
+    Args:
+        sources: what the cases are made from, by the case's file.
+    """
+    chosen = [cases[k] for k in spread(len(cases), SHEET_CASES)]
+    tiles = [case_tile(case, sources[case.file]) for case in chosen]
+    sheet = grid(tiles, min(SHEET_COLUMNS, max(2, len(tiles))))
+    names = dict(zip(LANDMARKS, LANDMARK_COLOURS, strict=True))
+    names |= {"symphysis": MASK_COLOURS[SYMPHYSIS], "head": MASK_COLOURS[HEAD]}
+    legend = np.zeros((2 * CAPTION, sheet.shape[1], 3), np.uint8)
+    for k, (name, colour) in enumerate(names.items()):
+        mark(legend, np.array([[14 + 92 * k, CAPTION]]), [colour], 4, cv2.FILLED)
+        put_text(legend, name, (24 + 92 * k, CAPTION + 4))
+    return np.vstack([legend, sheet])
+
+
+def case_tile(case: Case, source: Source) -> np.ndarray:
+    """(CAPTION + SHEET_TILE, SHEET_TILE, 3) BGR of one case."""
+    tile, box = tile_of(one_frame(source.image).pixels, (1, 1), SHEET_TILE)
+    if source.mask is not None:
+        mask = read_mask(source.mask)
+        for label, colour in MASK_COLOURS.items():
+            outline = box.to_input(outer_contour(mask, label)).round().astype(np.int32)
+            cv2.polylines(tile, [outline], True, colour, 1, cv2.LINE_AA)
+    mark(tile, box.to_input(case.landmarks_px), LANDMARK_COLOURS, 3, cv2.FILLED)
+    caption = np.zeros((CAPTION, SHEET_TILE, 3), np.uint8)
+    put_text(caption, f"{case.file[-24:]} {case.aop_deg:.0f} deg", (4, CAPTION - 5))
+    return np.vstack([caption, tile])
+
+
+def spread(length: int, count: int) -> list[int]:
+    """So many indices, evenly over a sequence of this length; all of them where it is shorter."""
+    return np.linspace(0, length - 1, min(count, length)).round().astype(int).tolist()
+
+
+def tile_of(grey: np.ndarray, spacing: Pair, size: int) -> tuple[np.ndarray, Letterbox]:
+    """(size, size, 3) BGR of an image, letterboxed, and where its points come to lie in it."""
+    box = Letterbox(grey.shape[1], grey.shape[0], size, spacing)
+    square = box.apply(np.clip(grey, 0, 255).astype(np.uint8))
+    return cv2.cvtColor(square, cv2.COLOR_GRAY2BGR), box
 
 
 def grid(tiles: Sequence[np.ndarray], columns: int) -> np.ndarray:
@@ -51,3 +89,15 @@ def grid(tiles: Sequence[np.ndarray], columns: int) -> np.ndarray:
     blank = [np.zeros_like(tiles[0])] * (-len(tiles) % columns)
     rows = [*tiles, *blank]
     return np.vstack([np.hstack(rows[k : k + columns]) for k in range(0, len(rows), columns)])
+
+
+def mark(
+    image: np.ndarray, points: np.ndarray, colours: Sequence[Colour], radius: int, thickness: int
+) -> None:
+    """Draw a circle at each of the (n, 2) points."""
+    for (x, y), colour in zip(points, colours, strict=True):
+        cv2.circle(image, (round(x), round(y)), radius, colour, thickness, cv2.LINE_AA)
+
+
+def put_text(image: np.ndarray, text: str, at: tuple[int, int]) -> None:
+    cv2.putText(image, text, at, cv2.FONT_HERSHEY_SIMPLEX, 0.4, (230, 230, 230), 1, cv2.LINE_AA)

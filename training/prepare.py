@@ -22,30 +22,19 @@ Exit status: 0 a table was written, 1 nothing could be derived, 2 a wrong option
 """
 
 import argparse
-import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
 import numpy as np
-import numpy.typing as npt
 from tqdm import tqdm
 
-from model.anatomy import LANDMARKS, angle_of_progression
-from model.frame import Letterbox
-from model.image import BadFrame, GreyFrame, ImageError, is_supported_name, open_image
-from training.cases import (
-    Case,
-    CaseError,
-    case_tables,
-    read_cases,
-    read_table,
-    write_cases,
-    write_rows,
-)
+from model.anatomy import angle_of_progression
+from model.image import ImageError
+from training.cases import Case, read_table, write_cases, write_rows
 from training.groups import (
     DUPLICATE_CORRELATION,
     SPLITS,
@@ -54,35 +43,18 @@ from training.groups import (
     split_by_group,
     thumbnail,
 )
-from training.masks import (
-    CLASSES,
-    MASK_SUFFIXES,
-    MaskError,
-    landmarks_from_mask,
-    outer_contour,
-    read_mask,
+from training.masks import MaskError, landmarks_from_mask, read_mask
+from training.pictures import contact_sheet
+from training.sources import (
+    Skipped,
+    Source,
+    Unusable,
+    iugc_sources,
+    mask_sources,
+    one_frame,
+    skip,
+    stem_of,
 )
-
-SHEET_CASES, TILE, COLUMNS, CAPTION = 48, 240, 8, 18  # the contact sheet; px
-MASK_COLOURS = dict(zip(CLASSES, [(60, 200, 240), (230, 190, 90)], strict=True))  # BGR
-LANDMARK_COLOURS = [(80, 80, 255), (255, 120, 60), (80, 255, 80)]
-
-
-class Unusable(ValueError):
-    """An image that cannot become a case; the message says why."""
-
-
-@dataclass(frozen=True)
-class Source:
-    """What a case is made from: an image, and either a mask or a row of a table."""
-
-    file: str  # path below the images' folder
-    image: Path
-    mask: Path | None = None
-    labelled: Case | None = None
-
-
-Skipped = list[tuple[str, str]]  # file, reason
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -127,78 +99,11 @@ def prepare(args: argparse.Namespace) -> int:
     write_cases(args.output, cases)
     report(cases, skipped, args)
     sheet = args.contact_sheet or args.output.with_name(args.output.stem + ".contact-sheet.png")
-    by_file = {source.file: source for source in sources}
-    chosen = np.unique(np.linspace(0, len(cases) - 1, SHEET_CASES).round().astype(int))
-    write_sheet(sheet, [(cases[k], by_file[cases[k].file]) for k in chosen])
+    sheet.parent.mkdir(parents=True, exist_ok=True)
+    if not cv2.imwrite(str(sheet), contact_sheet(cases, {each.file: each for each in sources})):
+        raise Unusable(f"the contact sheet cannot be written to {sheet}")
     print(f"look at {sheet} before you train")
     return 0
-
-
-def skip(skipped: Skipped, file: str, reason: object) -> None:
-    """Note and print why a file gives no case."""
-    skipped.append((file, str(reason)))
-    tqdm.write(f"skipped {file}: {reason}")
-
-
-def mask_sources(images: Path, masks: Path, skipped: Skipped) -> Iterator[Source]:
-    """Pairs of an image and the mask of the same name without suffix."""
-    found, labels = by_stem(images, is_supported_name), by_stem(masks, is_mask_name)
-    for stem in sorted(found.keys() | labels.keys()):
-        pair = found.get(stem, []), labels.get(stem, [])
-        file = (pair[0] or pair[1])[0].relative_to(images if pair[0] else masks).as_posix()
-        if [len(each) for each in pair] == [1, 1]:
-            yield Source(file, pair[0][0], mask=pair[1][0])
-        else:
-            counts = f"{len(pair[0])} images and {len(pair[1])} masks"
-            skip(skipped, file, f"expected one image and one mask of this name, found {counts}")
-
-
-def iugc_sources(folder: Path, skipped: Skipped) -> Iterator[Source]:
-    """The rows of every table of landmarks below the folder, with their images."""
-    tables = case_tables(folder)
-    if not tables:
-        raise CaseError(
-            f"no CSV below {folder} has the columns Filename, PS1, PS2 and FH1 (or AOP Tangency)"
-        )
-    found = by_stem(folder, is_supported_name)
-    for table in tables:
-        for case in read_cases(table):
-            images = found.get(stem_of(case.file), [])
-            for narrower in (
-                lambda path, case=case: path.as_posix().endswith("/" + case.file),
-                lambda path, table=table: path.is_relative_to(table.parent),
-            ):
-                images = [path for path in images if narrower(path)] or images
-            if len(images) != 1:
-                skip(skipped, case.file, f"expected one image of this name, found {len(images)}")
-                continue
-            file = images[0].relative_to(folder).as_posix()
-            split = split_of(f"{folder.name}/{table.relative_to(folder)}/{file}")
-            yield Source(file, images[0], labelled=replace(case, file=file, split=split))
-
-
-def by_stem(folder: Path, wanted: Callable[[Path], bool]) -> dict[str, list[Path]]:
-    """The files below a folder whose name is wanted, by their name without suffix."""
-    found: dict[str, list[Path]] = {}
-    for path in sorted(folder.rglob("*")):
-        if wanted(path) and path.is_file():
-            found.setdefault(stem_of(path.name), []).append(path)
-    return found
-
-
-def is_mask_name(path: Path) -> bool:
-    return path.name.lower().endswith(MASK_SUFFIXES)
-
-
-def stem_of(name: str) -> str:
-    """A file's name without folder and suffix, .nii.gz being one suffix."""
-    return Path(name.removesuffix(".gz")).stem
-
-
-def split_of(path: str) -> str | None:
-    """The split that the last telling part of a path names, such as val for Validation_set."""
-    named = re.findall(r"(?:^|[^a-z])(train|val|test)", path.lower())
-    return named[-1] if named else None
 
 
 def derive_all(sources: Sequence[Source], skipped: Skipped) -> list[tuple[Case, Thumbnail]]:
@@ -234,17 +139,6 @@ def derive(source: Source) -> tuple[Case, Thumbnail]:
         aop_deg = float(angle_of_progression(landmarks, frame.geometry.pixel_shape))
         case = Case(source.file, landmarks, aop_deg)
     return case, thumbnail(frame.pixels)
-
-
-def one_frame(path: Path) -> GreyFrame:
-    """The picture of a file that holds one; ImageError or Unusable for any other."""
-    source = open_image(path)
-    if source.is_stack:
-        raise Unusable(f"the file holds {source.frame_count} frames; expected a single image")
-    frame = next(source.frames())
-    if isinstance(frame, BadFrame):
-        raise Unusable(frame.reason)
-    return frame
 
 
 def group_cases(
@@ -292,48 +186,6 @@ def report(cases: Sequence[Case], skipped: Skipped, args: argparse.Namespace) ->
             f"{len(parted)} groups of look-alike images lie in several of the release's own splits;"
             " --split draws new ones that keep groups together"
         )
-
-
-def write_sheet(path: Path, chosen: Sequence[tuple[Case, Source]]) -> None:
-    """A PNG grid of cases with the outlines of their masks and their landmarks."""
-    tiles = [sheet_tile(case, source) for case, source in chosen]
-    columns = min(COLUMNS, max(2, len(tiles)))
-    tiles += [np.zeros_like(tiles[0])] * (-len(tiles) % columns)
-    rows = [np.hstack(tiles[k : k + columns]) for k in range(0, len(tiles), columns)]
-    legend = np.zeros((2 * CAPTION, columns * TILE, 3), np.uint8)
-    names = dict(zip(LANDMARKS, LANDMARK_COLOURS, strict=True))
-    names |= {"symphysis": MASK_COLOURS[1], "head": MASK_COLOURS[2]}
-    for k, (name, colour) in enumerate(names.items()):
-        cv2.circle(legend, (14 + 92 * k, CAPTION), 4, colour, -1, cv2.LINE_AA)
-        put_text(legend, name, (24 + 92 * k, CAPTION + 4))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not cv2.imwrite(str(path), np.vstack([legend, *rows])):
-        raise Unusable(f"the contact sheet cannot be written to {path}")
-
-
-def sheet_tile(case: Case, source: Source) -> npt.NDArray[np.uint8]:
-    """(CAPTION + TILE, TILE, 3) BGR of one case."""
-    pixels = one_frame(source.image).pixels
-    box = Letterbox(pixels.shape[1], pixels.shape[0], TILE)
-    grey = box.apply(np.clip(pixels, 0, 255).astype(np.uint8))
-    tile = cv2.cvtColor(np.pad(grey, ((CAPTION, 0), (0, 0))), cv2.COLOR_GRAY2BGR)
-    below = np.array([0, CAPTION])
-    if source.mask is not None:
-        mask = read_mask(source.mask)
-        for label, colour in MASK_COLOURS.items():
-            outline = box.to_input(outer_contour(mask, label)) + below
-            cv2.polylines(tile, [outline.round().astype(np.int32)], True, colour, 1, cv2.LINE_AA)
-    for point, colour in zip(
-        box.to_input(case.landmarks_px) + below, LANDMARK_COLOURS, strict=True
-    ):
-        x, y = point.round().astype(int)
-        cv2.circle(tile, (int(x), int(y)), 3, colour, -1, cv2.LINE_AA)
-    put_text(tile, f"{case.file[-24:]} {case.aop_deg:.0f} deg", (4, CAPTION - 5))
-    return tile
-
-
-def put_text(image: npt.NDArray[np.uint8], text: str, at: tuple[int, int]) -> None:
-    cv2.putText(image, text, at, cv2.FONT_HERSHEY_SIMPLEX, 0.4, (230, 230, 230), 1, cv2.LINE_AA)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,0 +1,107 @@
+"""What cases are made from: images with their masks, or the rows of an IUGC 2025 release."""
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from tqdm import tqdm
+
+from model.image import BadFrame, GreyFrame, is_supported_name, open_image
+from training.cases import Case, CaseError, case_tables, read_cases
+from training.masks import MASK_SUFFIXES
+
+
+class Unusable(ValueError):
+    """An image that cannot become a case; the message says why."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a case is made from: an image, and either a mask or a row of a table."""
+
+    file: str  # path below the images' folder
+    image: Path
+    mask: Path | None = None
+    labelled: Case | None = None
+
+
+Skipped = list[tuple[str, str]]  # file, reason
+
+
+def skip(skipped: Skipped, file: str, reason: object) -> None:
+    """Note and print why a file gives no case."""
+    skipped.append((file, str(reason)))
+    tqdm.write(f"skipped {file}: {reason}")
+
+
+def mask_sources(images: Path, masks: Path, skipped: Skipped) -> Iterator[Source]:
+    """Pairs of an image and the mask of the same name without suffix."""
+    found, labels = by_stem(images, is_supported_name), by_stem(masks, is_mask_name)
+    for stem in sorted(found.keys() | labels.keys()):
+        pair = found.get(stem, []), labels.get(stem, [])
+        file = (pair[0] or pair[1])[0].relative_to(images if pair[0] else masks).as_posix()
+        if [len(each) for each in pair] == [1, 1]:
+            yield Source(file, pair[0][0], mask=pair[1][0])
+        else:
+            counts = f"{len(pair[0])} images and {len(pair[1])} masks"
+            skip(skipped, file, f"expected one image and one mask of this name, found {counts}")
+
+
+def iugc_sources(folder: Path, skipped: Skipped) -> Iterator[Source]:
+    """The rows of every table of landmarks below the folder, with their images."""
+    tables = case_tables(folder)
+    if not tables:
+        raise CaseError(
+            f"no CSV below {folder} has the columns Filename, PS1, PS2 and FH1 (or AOP Tangency)"
+        )
+    found = by_stem(folder, is_supported_name)
+    for table in tables:
+        for case in read_cases(table):
+            images = found.get(stem_of(case.file), [])
+            for narrower in (
+                lambda path, case=case: path.as_posix().endswith("/" + case.file),
+                lambda path, table=table: path.is_relative_to(table.parent),
+            ):
+                images = [path for path in images if narrower(path)] or images
+            if len(images) != 1:
+                skip(skipped, case.file, f"expected one image of this name, found {len(images)}")
+                continue
+            file = images[0].relative_to(folder).as_posix()
+            split = split_of(f"{folder.name}/{table.relative_to(folder)}/{file}")
+            yield Source(file, images[0], labelled=replace(case, file=file, split=split))
+
+
+def by_stem(folder: Path, wanted: Callable[[Path], bool]) -> dict[str, list[Path]]:
+    """The files below a folder whose name is wanted, by their name without suffix."""
+    found: dict[str, list[Path]] = {}
+    for path in sorted(folder.rglob("*")):
+        if wanted(path) and path.is_file():
+            found.setdefault(stem_of(path.name), []).append(path)
+    return found
+
+
+def is_mask_name(path: Path) -> bool:
+    return path.name.lower().endswith(MASK_SUFFIXES)
+
+
+def stem_of(name: str) -> str:
+    """A file's name without folder and suffix, .nii.gz being one suffix."""
+    return Path(name.removesuffix(".gz")).stem
+
+
+def split_of(path: str) -> str | None:
+    """The split that the last telling part of a path names, such as val for Validation_set."""
+    named = re.findall(r"(?:^|[^a-z])(train|val|test)", path.lower())
+    return named[-1] if named else None
+
+
+def one_frame(path: Path) -> GreyFrame:
+    """The picture of a file that holds one; ImageError or Unusable for any other."""
+    source = open_image(path)
+    if source.is_stack:
+        raise Unusable(f"the file holds {source.frame_count} frames; expected a single image")
+    frame = next(source.frames())
+    if isinstance(frame, BadFrame):
+        raise Unusable(frame.reason)
+    return frame
