@@ -129,7 +129,7 @@ def _open_folder(folder: Path) -> ImageSource:
     """The DICOM files of a folder as frames, by InstanceNumber, then by name."""
     paths = [path for path in sorted(folder.iterdir()) if path.is_file() and is_dicom(path)]
     if not paths:
-        raise ImageError("the folder holds no DICOM file")
+        raise ImageError("the folder holds neither one image nor DICOM files")
     if len(paths) == 1:
         return _open_one(paths[0])
     files, errors = [], []

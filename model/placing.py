@@ -1,14 +1,22 @@
 """Where the pixels of a volume lie, and how large they are, as far as its header says."""
 
-import math
 import re
 import struct
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
+from model.anatomy import Floats
 from model.frame import IDENTITY, Geometry, Pair
+
+# A length in mm beyond these is a damaged header's, and would overflow on the way to the angle.
+SMALLEST, LARGEST = 1e-6, 1e6
+
+
+def _is_sane(lengths: Floats) -> npt.NDArray[np.bool_]:
+    return (np.abs(lengths) > SMALLEST) & (np.abs(lengths) < LARGEST)
 
 
 def placing(
@@ -22,15 +30,15 @@ def placing(
     matrix = matrix[:3, axes]
     spacing = np.array([*header.GetSpacing(), 1.0])[axes]
     origin = np.array([*header.GetOrigin(), 0.0])[:3]
-    sized = np.isfinite(spacing) & (spacing != 0)
-    spanned = bool(np.isfinite(matrix).all()) and np.linalg.det(matrix) != 0
+    sized = _is_sane(spacing)
+    spanned = bool((np.abs(matrix) < LARGEST).all()) and abs(np.linalg.det(matrix)) > SMALLEST
     spacing_mm, warnings = _spacing_mm(header, path, kind, (float(spacing[0]), float(spacing[1])))
     if not spanned:
         warnings += ("the file's axes do not span a space: they are taken as not turned",)
     geometry = Geometry(
         spacing_mm,
         tuple(np.where(sized, spacing, 1.0).tolist()),
-        tuple(np.where(np.isfinite(origin), origin, 0.0).tolist()),
+        tuple(np.where(np.abs(origin) < LARGEST, origin, 0.0).tolist()),
         tuple(matrix.ravel().tolist()) if spanned else IDENTITY,
     )
     return geometry, warnings, bool(sized.all()) and spanned
@@ -49,9 +57,9 @@ def _spacing_mm(
         if regions is None:
             return None, ()
         spacing = regions
-    if all(math.isfinite(side) and side > 0 for side in spacing):
-        return spacing, ()
     x, y = spacing
+    if min(x, y) > 0 and _is_sane(np.array(spacing)).all():
+        return spacing, ()
     return None, (f"the file's pixel size of {x:g} x {y:g} mm cannot be: lengths are in px only",)
 
 

@@ -73,7 +73,7 @@ def open_tiff(path: Path) -> ImageFile:
             raise damaged("TIFF")
         return _rgb(images[0])
 
-    return ImageFile(len(pages), size, lambda: read)
+    return ImageFile(len(pages), size, lambda: read, along_z=True)
 
 
 @contextmanager

@@ -78,7 +78,7 @@ def bounded_memory(needed: int) -> Iterator[None]:
     """In the block the process can grow by ROOM bytes and COPIES times the bytes needed only.
 
     For libraries that make room for what a file claims before they look how long it is: GDCM takes
-    4 GB for a DICOM file of 150 bytes (CVE-2026-3650). It reserves, though hardly half of it is
+    4 GB for a DICOM file of 150 bytes. It reserves, though hardly half of it is
     used, six times the pixels of a DICOM file of JPEG frames. On Linux only.
     """
     if sys.platform != "linux":
