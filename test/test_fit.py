@@ -140,6 +140,15 @@ def test_wrong_paths_are_named(folder, tmp_path, capsys, name):
     assert ("missing.csv" if name == "missing.csv" else "nowhere") in capsys.readouterr().err
 
 
+def test_missing_masks_and_devices_are_named(folder, tmp_path, capsys):
+    (tmp_path / "masks").mkdir()
+    assert run_fit(folder, tmp_path / "run", "--masks", str(tmp_path / "masks")) == 2
+    assert "9 images without a mask" in capsys.readouterr().err
+    if not torch.cuda.is_available():
+        assert run_fit(folder, tmp_path / "run", "--device", "cuda") == 2
+        assert "--device cuda" in capsys.readouterr().err
+
+
 def test_paper_recipe_is_the_papers():
     assert (PAPER.network.input_size, PAPER.network.stride, PAPER.sigma_cells) == (512, 8, 4)
     assert (PAPER.optimiser, PAPER.learning_rate, PAPER.weight_decay) == ("adam", 3e-5, 1e-4)

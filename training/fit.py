@@ -172,9 +172,12 @@ def split_cases(
             raise CaseError(f"{args.data}: no case has split '{name}'; expected train and val")
     missing = [case.file for case in cases if not (args.images / case.file).is_file()]
     if missing:
-        raise CaseError(
-            f"{len(missing)} images are not in {args.images}, the first is {missing[0]}"
-        )
+        raise CaseError(f"{len(missing)} images not in {args.images}, the first is {missing[0]}")
+    if args.masks:
+        stems = {path.stem for path in args.masks.iterdir()}
+        bare = [case.file for case in chosen["train"] if Path(case.file).stem not in stems]
+        if bare:
+            raise CaseError(f"{len(bare)} images without a mask in {args.masks}, first {bare[0]}")
     return chosen
 
 

@@ -51,6 +51,8 @@ class Processes:
 def processes(device: str = "auto") -> Iterator[Processes]:
     """Join torchrun's processes (nccl on CUDA, gloo on the CPU), or stand alone."""
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch finds no CUDA device; pass --device cpu or auto")
     cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     local = int(os.environ.get("LOCAL_RANK", "0"))
     place = torch.device("cuda", local) if cuda else torch.device("cpu")
