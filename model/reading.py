@@ -78,8 +78,8 @@ def bounded_memory(needed: int) -> Iterator[None]:
     """In the block the process can grow by ROOM bytes and COPIES times the bytes needed only.
 
     For libraries that make room for what a file claims before they look how long it is: GDCM takes
-    4 GB for a DICOM file of 150 bytes. It reserves, though hardly half of it is
-    used, six times the pixels of a DICOM file of JPEG frames. On Linux only.
+    4 GB for a DICOM file of 150 bytes. COPIES are what it reserves for JPEG frames; half of that is
+    used. On Linux only.
     """
     if sys.platform != "linux":
         yield
