@@ -24,9 +24,9 @@ import onnx
 import torch
 from torch import nn
 
-from model.frame import Letterbox, cells_to_input
+from model.frame import Letterbox
 from model.heatmap import Heatmaps
-from model.predictor import load_predictor
+from model.predictor import decode_output, load_predictor
 from model.spec import METADATA_KEY, ModelSpec
 from training.cases import CaseError, read_cases
 from training.checkpoint import Checkpoint, CheckpointError, load_weights, save_weights
@@ -98,7 +98,7 @@ def converted(network: nn.Module, spec: ModelSpec) -> onnx.ModelProto:
             external_data=False,
             opset_version=OPSET,
             input_names=["image"],
-            output_names=["heatmaps"],
+            output_names=["heatmaps_and_masks"],
             dynamic_shapes=({0: torch.export.Dim("batch")},),
             verbose=False,
         )
@@ -130,8 +130,8 @@ def parity(network: nn.Module, onnx_file: Path, inputs: Sequence[Heatmaps]) -> f
         with torch.inference_mode():
             expected = network(torch.from_numpy(image[None])).numpy()
         landmarks = [
-            cells_to_input(spec.codec.decode(heatmaps, spec.decode)[0], spec.stride)
-            for heatmaps in (expected, predictor.run(image[None]))
+            decode_output(spec, output[0]).landmarks_px
+            for output in (expected, predictor.run(image[None]))
         ]
         worst = max(worst, float(np.linalg.norm(landmarks[0] - landmarks[1], axis=-1).max()))
     return worst

@@ -30,7 +30,8 @@ def measure(
     except ValueError as error:
         return CaseEntry(status="failed", error=f"no angle can be given: {error}", **common)
     oddities = implausibilities(landmarks, (width, height), geometry.pixel_shape)
-    reasons = oddities + _uncertain(found.confidence, predictor.spec.doubt_below)
+    reasons = [*oddities, *found.doubts]
+    reasons += _uncertain(found.confidence, predictor.spec.doubt_below)
     return CaseEntry(
         status="ok",
         landmarks_px=named(landmarks),

@@ -13,9 +13,10 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from model.anatomy import Floats
+from model.anatomy import LANDMARKS, Floats
 from model.frame import Letterbox, Pair, cells_to_input
 from model.heatmap import Decode, Heatmaps
+from model.masks import MaskError, landmarks_from_shares
 from model.spec import METADATA_KEY, ModelSpec, SpecError, parse_spec
 
 Provider = Literal["auto", "cuda", "cpu"]
@@ -38,21 +39,31 @@ class Prediction:
     """One image's landmarks.
 
     landmarks_px: (3, 2) as (x, y) in image px. confidence: (3,) 0 to 1. heatmaps: (3, rows,
-    columns). milliseconds: by stage.
+    columns). milliseconds: by stage. doubts: what speaks against the answer, in words.
     """
 
     landmarks_px: Floats
     confidence: Floats
     heatmaps: Heatmaps
     milliseconds: dict[str, float]
+    doubts: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """What an output says, in network input px; fields as in `Prediction`."""
+
+    landmarks_px: Floats
+    confidence: Floats
+    doubts: tuple[str, ...] = ()
 
 
 class Predictor:
-    """Predicts landmarks with any engine that maps inputs to heatmaps.
+    """Predicts landmarks with any engine that maps inputs to heatmaps and masks.
 
     Args:
         spec: what the network expects.
-        run: (n, channels, size, size) float32 -> (n, 3, rows, columns) float32.
+        run: (n, channels, size, size) float32 -> (n, 3 + masks, rows, columns) float32.
         provider: the processor that really runs, for the record.
     """
 
@@ -75,14 +86,34 @@ class Predictor:
         box = Letterbox(grey.shape[1], grey.shape[0], self.spec.input_size, pixel_shape)
         network_input = self.spec.normalise(box.apply(grey))[None]
         times.append(time.perf_counter())
-        heatmaps = self.run(network_input)[0]
+        output = self.run(network_input)[0]
         times.append(time.perf_counter())
-        cells, confidence = self.spec.codec.decode(heatmaps, decode or self.spec.decode)
-        landmarks = box.to_image(cells_to_input(cells, self.spec.stride))
+        found = decode_output(self.spec, output, decode)
+        landmarks = box.to_image(found.landmarks_px)
         times.append(time.perf_counter())
         spent = np.diff(times) * 1000
         stages = dict(zip(("preprocess", "inference", "decode"), spent.tolist(), strict=True))
-        return Prediction(landmarks, confidence, heatmaps, stages)
+        heatmaps = output[: len(LANDMARKS)]
+        return Prediction(landmarks, found.confidence, heatmaps, stages, found.doubts)
+
+
+def decode_output(spec: ModelSpec, output: Heatmaps, decode: Decode | None = None) -> Decoded:
+    """(3 + masks, rows, columns) output -> landmarks: of the heatmaps, and with masks the mean.
+
+    The masks give landmarks of their own, as the labels of segmented data are made (model.masks);
+    `spec.mask_share` is their weight. Outlines that give none leave the heatmaps alone, in doubt.
+    """
+    count = len(LANDMARKS)
+    cells, confidence = spec.codec.decode(output[:count], decode or spec.decode)
+    landmarks = cells_to_input(cells, spec.stride)
+    if not spec.masks:
+        return Decoded(landmarks, confidence)
+    try:
+        second = landmarks_from_shares(output[count:], spec.input_size)
+    except MaskError:
+        return Decoded(landmarks, confidence, ("no outlines of symphysis and head were found",))
+    landmarks = (1 - spec.mask_share) * landmarks + spec.mask_share * second
+    return Decoded(landmarks, confidence)
 
 
 def load_predictor(path: Path, provider: Provider = "auto") -> Predictor:
@@ -152,7 +183,7 @@ def _session(ort: Any, path: Path, providers: list[Any]) -> Any:
 def _check_shapes(run: Run, spec: ModelSpec, path: Path) -> None:
     """One run on a black image: warms the session up and holds the file to its spec."""
     codec = spec.codec
-    expected = (1, len(spec.landmarks), codec.rows, codec.columns)
+    expected = (1, len(spec.landmarks) + spec.masks, codec.rows, codec.columns)
     try:
         found = run(
             np.zeros((1, spec.channels, spec.input_size, spec.input_size), np.float32)
@@ -162,7 +193,7 @@ def _check_shapes(run: Run, spec: ModelSpec, path: Path) -> None:
             f"{path} does not run on its spec's input: {_first_line(error)}"
         ) from error
     if found != expected:
-        raise ModelError(f"{path} returns heatmaps of {found}, its spec says {expected}")
+        raise ModelError(f"{path} returns an output of {found}, its spec says {expected}")
 
 
 def _first_line(error: Exception) -> str:

@@ -34,6 +34,12 @@ class ModelSpec(BaseModel):
     std: float = Field(gt=0, description="divides them after that")
     stride: int = Field(gt=0, description="input px per heatmap cell")
     sigma_cells: float = Field(gt=0, description="width of a target Gaussian, cells")
+    masks: Literal[0, 2] = Field(
+        0, description="channels after the heatmaps: what share of a cell PS and FH cover"
+    )
+    mask_share: float = Field(
+        0.0, ge=0, le=1, description="share of the masks' own landmarks in the answer"
+    )
     decode: Decode = Field("subpixel", description="decoder that the figures were measured with")
     doubt_below: float = Field(
         0.0, ge=0, le=1, description="a case whose least confident landmark is below is doubtful"

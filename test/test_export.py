@@ -21,7 +21,7 @@ def weights(tmp_path_factory):
     network = build_network(SMALL, masks=2)
     recipe = COMPACT.model_copy(update={"network": SMALL, "sigma_cells": 1.5})
     path = tmp_path_factory.mktemp("weights") / "best.safetensors"
-    checkpoint = Checkpoint(network=SMALL, masks=2, spec=recipe.spec())
+    checkpoint = Checkpoint(network=SMALL, masks=2, spec=recipe.spec(2))
     save_weights(path, network.state_dict(), checkpoint)
     return path
 
@@ -57,7 +57,7 @@ def test_parity_sees_another_networks_weights(weights, tmp_path):
     spec, output = checkpoint.spec, tmp_path / "aop.onnx"
     to_onnx.save(to_onnx.converted(network, spec), spec, output)
     torch.manual_seed(1)
-    other = build_network(SMALL).eval()
+    other = build_network(SMALL, masks=2).eval()
     inputs = [to_onnx.random_image(spec, seed) for seed in range(4)]
     assert to_onnx.parity(other, output, inputs) > 1
 

@@ -52,13 +52,15 @@ def test_resnet50_has_torchvisions_keys():
     assert len(keys) == 318
 
 
-def test_training_returns_raw_heatmaps_and_masks_and_evaluation_heatmaps_alone():
+def test_training_returns_raw_values_and_evaluation_heatmaps_and_shares():
     network = build_network(SMALL, masks=2)
     image = torch.randn(2, 1, 64, 64)
     raw = network.train()(image)
     assert raw.heatmaps.shape == (2, 3, 16, 16) and raw.masks.shape == (2, 2, 16, 16)
-    heatmaps = network.eval()(image)
-    assert heatmaps.shape == (2, 3, 16, 16)
+    output = network.eval()(image)
+    assert output.shape == (2, 5, 16, 16)
+    heatmaps, shares = output[:, :3], output[:, 3:]
+    assert shares.min() >= 0 and shares.max() <= 1
     mass = heatmaps.sum(dim=(2, 3))
     np.testing.assert_allclose(mass.detach(), 2 * np.pi * 1.5**2, rtol=1e-5)
     assert build_network(SMALL).train()(image).masks is None

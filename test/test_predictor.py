@@ -5,14 +5,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cv2
 import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper
 
 from model.frame import Letterbox, input_to_cells
-from model.predictor import ModelError, Predictor, load_predictor, usable_cpus
+from model.masks import landmarks_from_shares
+from model.predictor import ModelError, Predictor, decode_output, load_predictor, usable_cpus
 from model.spec import METADATA_KEY, ModelSpec, SpecError, parse_spec
+from test.phantom import phantom
 
 SPEC = ModelSpec(input_size=64, mean=30.0, std=50.0, stride=4, sigma_cells=1.5)
 
@@ -52,6 +55,44 @@ def test_predictor_maps_heatmaps_back_to_the_image():
     assert set(found.milliseconds) == {"preprocess", "inference", "decode"}
     coarse = Predictor(SPEC, run, "test").predict(grey, decode="argmax")
     assert 0.05 < np.abs(coarse.landmarks_px - truth).max() <= 4.01  # half a cell: 4 px here
+
+
+def output_with_masks(heatmap_points, mask):
+    """The output of a perfect network: heatmaps of some landmarks, shares of a mask's classes."""
+    heatmaps = SPEC.codec.encode(input_to_cells(heatmap_points, 4))
+    shares = [
+        cv2.resize((mask == k).astype(np.float32), (16, 16), interpolation=cv2.INTER_AREA)
+        for k in (1, 2)
+    ]
+    return np.concatenate([heatmaps, shares])
+
+
+def test_masks_give_landmarks_of_their_own():
+    made = phantom(5, 64, 64)
+    found = landmarks_from_shares(output_with_masks(made.landmarks_px, made.mask)[3:], 64)
+    np.testing.assert_allclose(found, made.landmarks_px, atol=2.0)  # cells are 4 px wide
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
+def test_landmarks_of_heatmaps_and_masks_are_averaged(share):
+    made = phantom(5, 64, 64)
+    elsewhere = made.landmarks_px + [4.0, 2.0]
+    output = output_with_masks(elsewhere, made.mask)
+    second = landmarks_from_shares(output[3:], 64)
+    spec = SPEC.model_copy(update={"masks": 2, "mask_share": share})
+    decoded = decode_output(spec, output)
+    expected = (1 - share) * elsewhere + share * second
+    np.testing.assert_allclose(decoded.landmarks_px, expected, atol=0.01)
+    assert decoded.doubts == () and (decoded.confidence > 0.9).all()
+
+
+def test_without_outlines_the_heatmaps_answer_in_doubt():
+    made = phantom(5, 64, 64)
+    output = output_with_masks(made.landmarks_px, np.zeros((64, 64)))
+    spec = SPEC.model_copy(update={"masks": 2, "mask_share": 0.75})
+    decoded = decode_output(spec, output)
+    np.testing.assert_allclose(decoded.landmarks_px, made.landmarks_px, atol=0.01)
+    assert decoded.doubts == ("no outlines of symphysis and head were found",)
 
 
 def test_predictor_runs_an_onnx_file(tmp_path):

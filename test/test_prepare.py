@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 
 from model.anatomy import angle_of_progression
+from model.masks import Ellipse, MaskError, fit_ellipse, landmarks_from_mask
 from test.phantom import main as phantom_main
 from test.phantom import phantom
 from training import prepare
 from training.cases import Case, CaseError, case_tables, read_cases, write_cases
 from training.groups import BLOCK, SPLITS, near_duplicate_groups, split_by_group, thumbnail
-from training.masks import Ellipse, MaskError, fit_ellipse, landmarks_from_mask, read_mask
+from training.masks import read_mask
 from training.pictures import SHEET_TILE
 
 POINTS = np.array([[130.25, 40.5], [60.0, 61.12347], [190.0, 110.0]])

@@ -16,12 +16,11 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from model.frame import Letterbox, Pair, input_to_cells
 from model.image import BadFrame, ImageError, open_image
+from model.masks import CLASSES
 from training.augment import augment
 from training.cases import Case
 from training.masks import read_mask
 from training.recipes import Recipe
-
-MASK_CLASSES = 2  # pubic symphysis and fetal head
 
 
 class LandmarkDataset(Dataset[dict[str, Tensor]]):
@@ -78,7 +77,7 @@ class LandmarkDataset(Dataset[dict[str, Tensor]]):
             cv2.resize(
                 (mask == k + 1).astype(np.float32), (cells, cells), interpolation=cv2.INTER_AREA
             )
-            for k in range(MASK_CLASSES)
+            for k in range(len(CLASSES))
         ]
         return np.stack(shares)
 

@@ -24,6 +24,7 @@ import torch
 from pydantic import ValidationError
 from torch.utils.tensorboard import SummaryWriter
 
+from model.masks import CLASSES
 from model.network import build_network
 from training.cases import Case, CaseError, read_cases, write_cases
 from training.checkpoint import (
@@ -33,7 +34,7 @@ from training.checkpoint import (
     load_weights,
     save_weights,
 )
-from training.data import MASK_CLASSES, LandmarkDataset, read_grey, train_loader
+from training.data import LandmarkDataset, read_grey, train_loader
 from training.groups import near_duplicate_groups, split_by_group
 from training.loop import Processes, Trainer, processes
 from training.metrics import mean_errors
@@ -65,7 +66,7 @@ def fit(args: argparse.Namespace, recipe: Recipe, place: Processes) -> None:
     dataset = LandmarkDataset(cases["train"], args.images, args.masks, recipe, train=True)
     loader = train_loader(dataset, place.rank, place.world)
     torch.manual_seed(recipe.seed)
-    masks = MASK_CLASSES if args.masks else 0
+    masks = len(CLASSES) if args.masks else 0
     network = build_network(recipe.network, masks)
     if args.init:
         source, _ = load_weights(args.init)
@@ -102,7 +103,7 @@ def keep(
 ) -> None:
     """Validate the weights that count, log, keep them if they are the best so far, checkpoint."""
     recipe, epoch = trainer.recipe, trainer.epoch
-    predictor = torch_predictor(trainer.evaluated, recipe.spec(), trainer.place.device)
+    predictor = torch_predictor(trainer.evaluated, recipe.spec(masks), trainer.place.device)
     predictions = predict_cases(predictor, val, args.images)
     mre_px, aop_deg = mean_errors(predictions, val)
     row = {
@@ -121,7 +122,7 @@ def keep(
     if mre_px < trainer.best_px:
         trainer.best_px = mre_px
         metrics = {name: row[name] for name in ("val_mre_px", "val_aop_error_deg")}
-        spec = recipe.spec().model_copy(update={"metrics": metrics})
+        spec = recipe.spec(masks).model_copy(update={"metrics": metrics})
         checkpoint = Checkpoint(network=recipe.network, masks=masks, spec=spec)
         path = args.output / "best.safetensors"
         save_weights(path, trainer.evaluated.state_dict(), checkpoint)

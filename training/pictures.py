@@ -8,9 +8,10 @@ import numpy as np
 
 from model.anatomy import LANDMARKS
 from model.frame import Letterbox, Pair
+from model.masks import HEAD, SYMPHYSIS, outer_contour
 from training.cases import Case
 from training.data import read_grey
-from training.masks import HEAD, SYMPHYSIS, outer_contour, read_mask
+from training.masks import read_mask
 from training.predict import CasePrediction
 from training.sources import Source, one_frame
 

@@ -34,6 +34,7 @@ from tqdm import tqdm
 
 from model.anatomy import angle_of_progression
 from model.image import ImageError
+from model.masks import MaskError, landmarks_from_mask
 from training.cases import Case, read_table, write_cases, write_rows
 from training.groups import (
     DUPLICATE_CORRELATION,
@@ -43,7 +44,7 @@ from training.groups import (
     split_by_group,
     thumbnail,
 )
-from training.masks import MaskError, landmarks_from_mask, read_mask
+from training.masks import read_mask
 from training.pictures import contact_sheet
 from training.sources import (
     Skipped,

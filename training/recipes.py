@@ -49,6 +49,9 @@ class Recipe(BaseModel):
         "mse", description="mse on the heatmaps; cross_entropy needs network.softmax_sigma_cells"
     )
     mask_weight: float = Field(0.3, description="weight of the auxiliary masks' loss, with --masks")
+    mask_share: float = Field(
+        0.0, description="share of the masks' own landmarks in the answer; 0: heatmaps alone"
+    )
     landmark_noise_px: float = Field(
         2.0, description="label perturbation: sigma of the noise on landmarks, px at 512"
     )
@@ -69,8 +72,8 @@ class Recipe(BaseModel):
     seed: int = Field(1, description="seed of weights, order and augmentation")
     workers: int = Field(1, description="processes that load images; 0: none")
 
-    def spec(self) -> ModelSpec:
-        """What inference will have to know of a network trained by this recipe."""
+    def spec(self, masks: int = 0) -> ModelSpec:
+        """What inference will have to know of a network of so many masks trained by this recipe."""
         cells = self.network
         return ModelSpec(
             name=f"aop-{self.name}",
@@ -80,6 +83,8 @@ class Recipe(BaseModel):
             std=self.std,
             stride=cells.stride,
             sigma_cells=self.sigma_cells,
+            masks=masks,
+            mask_share=self.mask_share,
             recipe=self.model_dump(mode="json"),
         )
 
@@ -107,6 +112,7 @@ COMPACT = Recipe(
     schedule="one_cycle",
     clip_norm=1.0,
     mask_weight=1.0,
+    mask_share=0.75,
     epochs=60,
     batch=8,
     ema_decay=0.998,

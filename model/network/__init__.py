@@ -14,7 +14,7 @@ __all__ = ["NetworkConfig", "TransUNet", "TransUNetConfig", "UNet", "UNetConfig"
 
 
 def build_network(config: TransUNetConfig | UNetConfig, masks: int = 0) -> nn.Module:
-    """A network with random weights; `masks` extra output channels serve training alone."""
+    """A network with random weights; `masks`: output channels after the heatmaps."""
     if isinstance(config, UNetConfig):
         return UNet(config, masks)
     return TransUNet(config, masks)

@@ -64,7 +64,7 @@ class Raw(NamedTuple):
 
 
 class HeatmapHead(nn.Module):
-    """1x1 convolution to the landmarks' heatmaps and, in training, to mask logits.
+    """1x1 convolution to the landmarks' heatmaps and, where asked for, to masks.
 
     `softmax_sigma_cells` None: the heatmaps are the convolution's own output (the paper's). A
     number: each is a softmax over its cells, scaled so that a Gaussian of that sigma has height 1;
@@ -78,10 +78,11 @@ class HeatmapHead(nn.Module):
         self.mass = None if softmax_sigma_cells is None else 2 * math.pi * softmax_sigma_cells**2
 
     def forward(self, x: Tensor) -> Tensor | Raw:
-        """(n, inputs, h, w) -> (n, 3, h, w) heatmaps; in training mode `Raw`."""
+        """(n, inputs, h, w) -> (n, 3 + masks, h, w) heatmaps, then shares; in training `Raw`."""
         heatmaps = self.heatmaps(x)
+        masks = None if self.masks is None else self.masks(x)
         if self.training:
-            return Raw(heatmaps, None if self.masks is None else self.masks(x))
+            return Raw(heatmaps, masks)
         if self.mass is not None:
             heatmaps = heatmaps.float().flatten(2).softmax(-1).view_as(heatmaps) * self.mass
-        return heatmaps
+        return heatmaps if masks is None else torch.cat([heatmaps, masks.sigmoid()], dim=1)

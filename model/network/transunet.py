@@ -69,7 +69,7 @@ class TransUNet(nn.Module):
         self.head = HeatmapHead(inputs[-1], masks, config.softmax_sigma_cells)
 
     def forward(self, x: Tensor) -> Tensor | Raw:
-        """(n, channels, s, s) -> (n, 3, s / stride, s / stride); in training mode `Raw`."""
+        """(n, channels, s, s) -> (n, 3 + masks, s / stride, s / stride); in training mode `Raw`."""
         features = self.encoder(x)
         y = self.bottleneck(self.project(features[-1]))
         for step, skip in zip(self.up, features[-2::-1], strict=False):

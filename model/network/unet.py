@@ -41,7 +41,7 @@ class UNet(nn.Module):
         self.head = HeatmapHead(widths[0], masks, config.softmax_sigma_cells)
 
     def forward(self, x: Tensor) -> Tensor | Raw:
-        """(n, channels, s, s) -> (n, 3, s / stride, s / stride); in training mode `Raw`."""
+        """(n, channels, s, s) -> (n, 3 + masks, s / stride, s / stride); in training mode `Raw`."""
         features = []
         for k, level in enumerate(self.down):
             x = level(self.shrink(x) if k else x)

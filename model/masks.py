@@ -1,0 +1,145 @@
+"""Landmarks from a segmentation mask: a label's, or one that a network predicts.
+
+The labels of FH-PS-AoP 2023 and PSFHS are made so; they are not an expert's clicks. An ellipse is
+fitted to each of the two classes; the ends of the symphysis's major axis are PS2 and PS1 (larger
+x), and FH1 is where the tangent from PS1 touches the head's ellipse on the side away from PS2.
+"""
+
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+
+from model.anatomy import LANDMARKS, Floats
+
+SYMPHYSIS, HEAD = 1, 2
+CLASSES = {SYMPHYSIS: "the pubic symphysis (1)", HEAD: "the fetal head (2)"}
+
+
+class MaskError(ValueError):
+    """A mask that cannot be read, or from which no landmarks follow; the message says why."""
+
+
+@dataclass(frozen=True)
+class Ellipse:
+    """centre (2,), semi_axes (2,) with the longer first, in px; direction (2,) of the longer."""
+
+    centre: Floats
+    semi_axes: Floats
+    direction: Floats
+
+    @property
+    def rotation(self) -> Floats:
+        """(2, 2): its columns are the directions of the longer and of the shorter axis."""
+        x, y = self.direction
+        return np.array([[x, -y], [y, x]])
+
+    def ends(self) -> Floats:
+        """(2, 2) the two ends of the longer axis, the one of larger x first."""
+        reach = self.semi_axes[0] * self.direction * (1 if self.direction[0] >= 0 else -1)
+        return np.array([self.centre + reach, self.centre - reach])
+
+    def tangent_points(self, point: Floats) -> Floats | None:
+        """(2, 2) where the two tangents from a point touch, or None for a point not outside.
+
+        On the unit circle, to which the ellipse is mapped, a point at distance d and angle t sees
+        its tangents touch at the angles t -+ acos(1 / d). The map keeps tangents and orientation.
+        """
+        x, y = (point - self.centre) @ self.rotation / self.semi_axes
+        distance = np.hypot(x, y)
+        if not distance > 1:
+            return None
+        angles = np.arctan2(y, x) + np.array([-1, 1]) * np.arccos(1 / distance)
+        circle = np.column_stack([np.cos(angles), np.sin(angles)])
+        return np.asarray(self.centre + (circle * self.semi_axes) @ self.rotation.T)
+
+
+def largest_component(mask: npt.NDArray[np.uint8], label: int) -> npt.NDArray[np.uint8]:
+    """(H, W) 0/1: the largest 8-connected component of one class."""
+    _, labels, stats, _ = cv2.connectedComponentsWithStats((mask == label).astype(np.uint8))
+    if len(stats) < 2:
+        raise MaskError(f"the mask has no pixel of {CLASSES[label]}")
+    largest = 1 + int(np.argmax(stats[1:, cv2.CC_STAT_AREA]))
+    return np.asarray(labels == largest, np.uint8)
+
+
+def outer_contour(mask: npt.NDArray[np.uint8], label: int) -> npt.NDArray[np.int32]:
+    """(n, 1, 2) every point of the outer contour of one class's largest component."""
+    component = largest_component(mask, label)
+    contours, _ = cv2.findContours(component, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
+    return np.asarray(max(contours, key=len), np.int32)
+
+
+def fit_ellipse(mask: npt.NDArray[np.uint8], label: int) -> Ellipse:
+    """The least-squares ellipse of one class (cv2.fitEllipse on every outer contour point)."""
+    contour = outer_contour(mask, label)
+    if len(contour) < 5:
+        raise MaskError(
+            f"the contour of {CLASSES[label]} has {len(contour)} points; an ellipse needs 5"
+        )
+    centre, diameters, angle_deg = cv2.fitEllipse(contour)
+    values = np.array([*centre, *diameters, angle_deg], np.float64)
+    if not np.isfinite(values).all() or min(diameters) < 1:
+        raise MaskError(f"no ellipse fits the contour of {CLASSES[label]}: it may be a line")
+    # The angle is that of the first diameter, which is not always the longer one.
+    turned = np.radians(angle_deg + (0 if diameters[0] >= diameters[1] else 90))
+    return Ellipse(
+        np.array(centre, np.float64),
+        np.sort(np.array(diameters, np.float64))[::-1] / 2,
+        np.array([np.cos(turned), np.sin(turned)]),
+    )
+
+
+def landmarks_of_ellipses(symphysis: Ellipse, head: Ellipse) -> Floats:
+    """(3, 2) PS1, PS2, FH1 in px; MaskError where PS1 lies inside the head."""
+    ps1, ps2 = symphysis.ends()
+    tangents = head.tangent_points(ps1)
+    if tangents is None:
+        raise MaskError("PS1 lies inside the fetal head's ellipse: no tangent to it exists")
+    to_centre, to_ps2 = head.centre - ps1, ps2 - ps1
+    side = to_centre[0] * to_ps2[1] - to_centre[1] * to_ps2[0]
+    sides = to_centre[0] * (tangents - ps1)[:, 1] - to_centre[1] * (tangents - ps1)[:, 0]
+    return np.array([ps1, ps2, tangents[int(np.argmax(-sides * side))]])
+
+
+def landmarks_from_mask(mask: npt.NDArray[np.uint8]) -> Floats:
+    """(H, W) mask of 0 background, 1 symphysis, 2 head -> (3, 2) PS1, PS2, FH1 in px.
+
+    Raises:
+        MaskError: another shape or other values, a class missing or too small for an ellipse, PS1
+            inside the head's ellipse, or a landmark outside the image.
+    """
+    if mask.ndim != 2:
+        raise MaskError(f"expected a mask of (height, width), got {mask.shape}")
+    unknown = np.setdiff1d(mask, [0, SYMPHYSIS, HEAD])
+    if unknown.size:
+        raise MaskError(
+            f"the mask holds the values {unknown[:5].tolist()}; expected 0 background, "
+            "1 pubic symphysis and 2 fetal head only"
+        )
+    landmarks = landmarks_of_ellipses(fit_ellipse(mask, SYMPHYSIS), fit_ellipse(mask, HEAD))
+    height, width = mask.shape
+    for landmark, (x, y) in zip(LANDMARKS, landmarks, strict=True):
+        if not (-0.5 <= x <= width - 0.5 and -0.5 <= y <= height - 0.5):
+            raise MaskError(
+                f"{landmark} would lie outside the image of {width}x{height} px, "
+                f"at ({x:.1f}, {y:.1f})"
+            )
+    return landmarks
+
+
+def landmarks_from_shares(shares: npt.NDArray[np.float32], size: int) -> Floats:
+    """(2, rows, columns) shares of each cell that PS and FH cover -> (3, 2) in network input px.
+
+    The shares are enlarged to the input's size; a pixel is of a class where its share is above a
+    half.
+
+    Raises:
+        MaskError: as `landmarks_from_mask`.
+    """
+    symphysis, head = (
+        cv2.resize(share, (size, size), interpolation=cv2.INTER_CUBIC) > 0.5 for share in shares
+    )
+    mask = np.where(symphysis, SYMPHYSIS, np.where(head, HEAD, 0)).astype(np.uint8)
+    return landmarks_from_mask(mask)
