@@ -69,8 +69,13 @@ def fit(args: argparse.Namespace, recipe: Recipe, place: Processes) -> None:
     masks = len(CLASSES) if args.masks else 0
     network = build_network(recipe.network, masks)
     if args.init:
-        source, _ = load_weights(args.init)
-        load_strictly(network, source.state_dict(), args.init.name)
+        source = load_weights(args.init)[0].state_dict()
+        kept = {
+            name: t for name, t in source.items() if masks or not name.startswith("head.masks.")
+        }
+        if place.leads and len(kept) < len(source):
+            print(f"without --masks the mask outputs of {args.init.name} are left out")
+        load_strictly(network, kept, args.init.name)
     trainer = Trainer(network, recipe, len(loader), place)
     spent = trainer.resume(args.output / "checkpoint.pt") if args.resume else 0.0
     if place.leads:
