@@ -7,7 +7,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 data=${1:-${AOP_DATA:-../shared/data}/psfhs}
 [ -f "$data/cases.csv" ] || { echo "no cases.csv in $data; pass the PSFHS folder" >&2; exit 2; }
-python=${AOP_VENV:-.venv-test}/bin/python
+python=${AOP_VENV:-$PWD/.venv-test}/bin/python
 images=$(mktemp -d)
 trap 'rm -rf "$images"' EXIT
 chmod 755 "$images"

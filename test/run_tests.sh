@@ -4,10 +4,10 @@
 # images are skipped. Arguments go to pytest.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-venv=${AOP_VENV:-.venv-test}
+venv=${AOP_VENV:-$PWD/.venv-test}  # an absolute path
 [ -x "$venv/bin/python" ] || python3 -m venv "$venv"
 "$venv/bin/pip" install -q -r test/requirements.txt
-export PATH="$PWD/$venv/bin:$PATH"
+export PATH="$venv/bin:$PATH"
 ruff check .
 ruff format --check .
 mypy
