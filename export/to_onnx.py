@@ -141,7 +141,10 @@ def calibrated(spec: ModelSpec, onnx_file: Path, args: argparse.Namespace) -> Mo
     """The spec with the figures of split val, and the doubt threshold that val gives."""
     cases = [case for case in read_cases(args.data) if case.split == "val"]
     if not cases:
-        raise CaseError(f"{args.data}: no case has split 'val', from which the threshold is set")
+        raise CaseError(
+            f"{args.data}: no case has split 'val', from which the threshold is set; where fit "
+            "drew the split, pass the cases.csv that it wrote in RUN"
+        )
     predictions = predict_cases(load_predictor(onnx_file, "cpu"), cases, args.images)
     radial, aop = case_errors(predictions, cases)
     least = [float(found.confidence.min()) for found in predictions]

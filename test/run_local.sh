@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
 # Run the shipped model on a folder of images and check the answers.
-#   ./test/run_local.sh              synthetic sample images; the answers must equal the expected ones
+#   ./test/run_local.sh              synthetic sample images; the answers must be the recorded ones
 #   ./test/run_local.sh INPUT_DIR    your images (or a grand-challenge job)
 # With a Docker engine: in the image, under the flags of a challenge platform. Without: in a virtual
 # environment (.venv). RUNTIME=cpu|cuda chooses the variant (cuda where there is a GPU).
 set -euo pipefail
-cd "$(dirname "$0")/.."
-input=${1:-test/cases/input}
+top=$(cd "$(dirname "$0")/.." && pwd)
+input=${1:-$top/test/cases/input}
 [ -d "$input" ] || { echo "no folder $input; expected a folder of images" >&2; exit 2; }
 input=$(cd "$input" && pwd -P)
+cd "$top"
 output=$PWD/test/output
 gpu=(); runtime=cpu
 if command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; then

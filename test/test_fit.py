@@ -81,7 +81,17 @@ def test_resume_continues_exactly(folder, tmp_path):
 def test_resume_refuses_another_recipe(folder, tmp_path, capsys):
     assert run_fit(folder, tmp_path, "--max-minutes", "0") == 0
     assert run_fit(folder, tmp_path, "--resume", "--learning_rate", "0.1") == 2
-    assert "another recipe" in capsys.readouterr().err
+    assert "differs in learning_rate" in capsys.readouterr().err
+
+
+def test_a_training_is_not_overwritten(folder, tmp_path, capsys):
+    assert run_fit(folder, tmp_path, "--resume") == 2
+    assert "to resume" in capsys.readouterr().err
+    assert run_fit(folder, tmp_path, "--max-minutes", "0") == 0
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+    assert run_fit(folder, tmp_path) == 2
+    assert "holds a training" in capsys.readouterr().err
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
 
 
 def test_init_starts_from_weights_and_refuses_others(folder, tmp_path, capsys):

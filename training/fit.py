@@ -61,6 +61,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def fit(args: argparse.Namespace, recipe: Recipe, place: Processes) -> None:
     """Train until the recipe's epochs or --max-minutes are over."""
+    kept = args.output / "checkpoint.pt"
+    if kept.exists() != args.resume:
+        raise CaseError(
+            f"{args.output} holds a training: pass --resume to go on, or another --output"
+            if kept.exists()
+            else f"there is no {kept} to resume"
+        )
     args.output.mkdir(parents=True, exist_ok=True)
     cases = split_cases(args, recipe, place)
     dataset = LandmarkDataset(cases["train"], args.images, args.masks, recipe, train=True)
@@ -77,7 +84,7 @@ def fit(args: argparse.Namespace, recipe: Recipe, place: Processes) -> None:
             print(f"without --masks the mask outputs of {args.init.name} are left out")
         load_strictly(network, kept, args.init.name)
     trainer = Trainer(network, recipe, len(loader), place)
-    spent = trainer.resume(args.output / "checkpoint.pt") if args.resume else 0.0
+    spent = trainer.resume(kept) if args.resume else 0.0
     if place.leads:
         count = sum(parameter.numel() for parameter in network.parameters()) / 1e6
         print(

@@ -1,6 +1,7 @@
 """One training: processes, epochs, validation, checkpoints; resumes exactly where it stopped."""
 
 import contextlib
+import json
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -166,8 +167,13 @@ class Trainer:
             ValueError: the file is of another recipe.
         """
         state = torch.load(path, map_location=self.place.device, weights_only=True)
-        if state["recipe"] != self.recipe.model_dump_json():
-            raise ValueError(f"{path} was written by another recipe; resume with the same settings")
+        earlier, asked = json.loads(state["recipe"]), self.recipe.model_dump(mode="json")
+        changed = [name for name in asked if asked[name] != earlier.get(name)]
+        if changed:
+            raise ValueError(
+                f"{path} was written by another recipe (differs in {', '.join(changed)}); resume "
+                "with the same settings, or start anew from its weights with --init"
+            )
         self.network.load_state_dict(state["network"])
         self.average.load_state_dict(state["average"])
         self.optimiser.load_state_dict(state["optimiser"])
