@@ -11,20 +11,19 @@ could be done; the last line of stderr then says why.
 import argparse
 import contextlib
 import io
-import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from model.image import BadFrame, GreyFrame
 from model.jobs import Case, InputError, find_cases
 from model.measure import bad_frame, failed_entry, measure, points_of, within_budget
+from model.options import MOUNTED_MODELS, parse_options
 from model.outputs import (
     OVERLAY,
     RESULTS,
     TABLE,
-    AnswerFiles,
     CaseEntry,
     NamedPoint,
     OutputError,
@@ -37,9 +36,6 @@ from model.outputs import (
 from model.overlay import overlay_png
 from model.predictor import ModelError, Predictor, load_predictor
 
-INPUT = Path("/input")
-OUTPUT = Path("/output")
-MOUNTED_MODELS = Path("/opt/ml/model")
 SHIPPED_MODEL = Path(__file__).resolve().parent / "model" / "weights" / "aop.onnx"
 
 Answer = tuple[CaseEntry, list[NamedPoint]]  # of a frame; no points where it failed
@@ -47,7 +43,7 @@ Answer = tuple[CaseEntry, list[NamedPoint]]  # of a frame; no points where it fa
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status."""
-    args = _options(arguments)
+    args = parse_options(arguments, __doc__)
     start = time.perf_counter()
     try:
         cases = find_cases(args.input, args.output)
@@ -213,56 +209,6 @@ def _say(sentence: str, status: int) -> int:
     """The last line of stderr, which grand-challenge shows to the user; returns the status."""
     print(" ".join(sentence.split()), file=sys.stderr, flush=True)
     return status
-
-
-def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The command line, with `files` made of the answers' names; exits with 2 on a bad option."""
-    parser = argparse.ArgumentParser(
-        "process.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add("--input", type=Path, default=INPUT, help="folder of images or a job (%(default)s)")
-    add("--output", type=Path, default=OUTPUT, help="folder for the answers (%(default)s)")
-    model_help = f"ONNX file (the one under {MOUNTED_MODELS}, else the shipped one)"
-    add("--model", type=Path, metavar="FILE", help=model_help)
-    providers = ("auto", "cuda", "cpu")
-    provider_help = "processor; auto: CUDA where it runs, else the CPU (%(default)s)"
-    add("--provider", choices=providers, default="auto", help=provider_help)
-    add("--decode", choices=("subpixel", "argmax"), help="heatmap decoder (the model's own)")
-    overlay_help = "write overlay.png (yes, but not for a job)"
-    add("--overlay", action=argparse.BooleanOptionalAction, help=overlay_help)
-    frame_help = "landmarks in the file's world frame, mm where it has one, or in px (%(default)s)"
-    add("--frame-of-answers", choices=("world", "pixel"), default="world", help=frame_help)
-    budget_help = "warn of cases that took longer"
-    add("--latency-budget-ms", type=milliseconds, metavar="N", help=budget_help)
-    for option, default, words in (
-        ("--landmarks-file", "aop-landmarks.json", "name of the landmarks' answer (%(default)s)"),
-        ("--angle-file", "angle-of-progression.json", "name of the angle's (%(default)s)"),
-        ("--three-points-file", None, "write a Three-point angle too, e.g. as aop-angle.json"),
-    ):
-        add(option, type=_name_inside, metavar="NAME", default=default, help=words)
-    args = parser.parse_args(arguments)
-    args.files = AnswerFiles(args.landmarks_file, args.angle_file, args.three_points_file)
-    names = [*args.files.names, RESULTS, TABLE]
-    if len(set(names)) < len(names):
-        parser.error(f"each answer needs a name of its own, got {', '.join(names)}")
-    return args
-
-
-def milliseconds(text: str) -> float:
-    """A number above 0; argparse tells the user this function's name for any other text."""
-    value = float(text)
-    if not 0 < value < math.inf:
-        raise ValueError
-    return value
-
-
-def _name_inside(text: str) -> str:
-    """A file's name, or its path below the case's folder; an answer never leaves the output."""
-    path = PurePosixPath(text)
-    if path.is_absolute() or ".." in path.parts or not path.name:
-        raise argparse.ArgumentTypeError(f"expected a name inside the output folder, got {text!r}")
-    return str(path)
 
 
 if __name__ == "__main__":

@@ -106,15 +106,18 @@ def test_init_starts_from_weights_and_refuses_others(folder, tmp_path, capsys):
     assert "mask outputs of best.safetensors are left out" in capsys.readouterr().out
 
 
-def test_split_is_drawn_by_group_and_written(folder, tmp_path):
+@pytest.mark.parametrize("grouped", [True, False])
+def test_split_is_drawn_by_group_and_written(folder, tmp_path, grouped):
     cases = [
-        Case(case.file, case.landmarks_px, case.aop_deg, None, None, case.group)
+        Case(case.file, case.landmarks_px, case.aop_deg, group=case.group if grouped else None)
         for case in read_cases(folder / "cases.csv")
     ]
     table = tmp_path / "nosplit.csv"
     write_cases(table, cases)
     assert run_fit(folder, tmp_path / "run", "--data", str(table), "--max-minutes", "0") == 0
-    splits = [case.split for case in read_cases(tmp_path / "run" / "cases.csv")]
+    written = read_cases(tmp_path / "run" / "cases.csv")
+    splits = [case.split for case in written]
+    assert all(case.group for case in written)
     assert set(splits) == {"train", "val"} and 1 <= splits.count("val") <= 4
 
 
