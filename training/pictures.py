@@ -9,26 +9,25 @@ import numpy as np
 from model.anatomy import LANDMARKS
 from model.frame import Letterbox, Pair
 from model.masks import HEAD, SYMPHYSIS, outer_contour
+from model.overlay import COLOURS, Colour
 from training.cases import Case
 from training.data import read_grey
 from training.masks import read_mask
 from training.predict import CasePrediction
 from training.sources import Source, one_frame
 
-Colour = tuple[int, int, int]  # BGR
-
 TILE = 256  # px
 TRUTH, PREDICTED = (80, 220, 80), (255, 80, 255)
 
 SHEET_CASES, SHEET_COLUMNS, SHEET_TILE, CAPTION = 48, 8, 240, 18  # the last two in px
-LANDMARK_COLOURS = [(80, 80, 255), (255, 120, 60), (80, 255, 80)]
-MASK_COLOURS = {SYMPHYSIS: (60, 200, 240), HEAD: (230, 190, 90)}
+LANDMARK_COLOURS = [COLOURS[name] for name in LANDMARKS]  # those of the overlay
+MASK_COLOURS = {SYMPHYSIS: (80, 130, 255), HEAD: (230, 190, 90)}
 
 
 def sample_sheet(
     predictions: Sequence[CasePrediction], cases: Sequence[Case], images: Path, count: int = 12
 ) -> np.ndarray:
-    """(H, W, 3) BGR: some cases with truth (green), prediction (magenta) and the heatmaps."""
+    """(H, W, 3) BGR: some cases with truth and prediction, and beside each its heatmaps."""
     tiles = []
     for k in spread(len(cases), count):
         case, found = cases[k], predictions[k]
@@ -38,7 +37,7 @@ def sample_sheet(
         heat = np.clip(found.heatmaps.transpose(1, 2, 0), 0, 1) * 255
         heat = cv2.resize(heat, (TILE, TILE), interpolation=cv2.INTER_NEAREST)
         tiles.append(np.hstack([tile, heat.astype(np.uint8)]))
-    return grid(tiles, 3)
+    return with_legend(grid(tiles, 3), {"truth": TRUTH, "predicted": PREDICTED})
 
 
 def contact_sheet(cases: Sequence[Case], sources: Mapping[str, Source]) -> np.ndarray:
@@ -52,6 +51,11 @@ def contact_sheet(cases: Sequence[Case], sources: Mapping[str, Source]) -> np.nd
     sheet = grid(tiles, min(SHEET_COLUMNS, max(2, len(tiles))))
     names = dict(zip(LANDMARKS, LANDMARK_COLOURS, strict=True))
     names |= {"symphysis": MASK_COLOURS[SYMPHYSIS], "head": MASK_COLOURS[HEAD]}
+    return with_legend(sheet, names)
+
+
+def with_legend(sheet: np.ndarray, names: Mapping[str, Colour]) -> np.ndarray:
+    """The sheet below a line that says what each colour is."""
     legend = np.zeros((2 * CAPTION, sheet.shape[1], 3), np.uint8)
     for k, (name, colour) in enumerate(names.items()):
         mark(legend, np.array([[14 + 92 * k, CAPTION]]), [colour], 4, cv2.FILLED)
