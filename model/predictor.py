@@ -98,7 +98,7 @@ class Predictor:
 
 
 def decode_output(spec: ModelSpec, output: Heatmaps, decode: Decode | None = None) -> Decoded:
-    """(3 + masks, rows, columns) output -> landmarks: of the heatmaps, and with masks the mean.
+    """(3 + masks, rows, columns) output -> landmarks of the heatmaps, fused with the masks' own.
 
     The masks give landmarks of their own, as the labels of segmented data are made (model.masks);
     `spec.mask_share` is their weight. Outlines that give none leave the heatmaps alone, in doubt.
@@ -106,7 +106,7 @@ def decode_output(spec: ModelSpec, output: Heatmaps, decode: Decode | None = Non
     count = len(LANDMARKS)
     cells, confidence = spec.codec.decode(output[:count], decode or spec.decode)
     landmarks = cells_to_input(cells, spec.stride)
-    if not spec.masks:
+    if not (spec.masks and spec.mask_share):
         return Decoded(landmarks, confidence)
     try:
         second = landmarks_from_shares(output[count:], spec.input_size)

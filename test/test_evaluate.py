@@ -1,6 +1,7 @@
 """Figures of hand-made errors, matching of tables, and two readers."""
 
 import json
+from itertools import combinations
 from pathlib import Path
 
 import cv2
@@ -93,3 +94,19 @@ def test_bootstrap_interval_covers_the_mean_as_often_as_it_says():
         figure = summarise(errors, errors[:, 0])["mre_px"]
         held += figure["low"] <= 10.0 <= figure["high"]
     assert 88 <= held <= 99
+
+
+@pytest.mark.real
+def test_images_labelled_twice_show_the_noise_of_the_labels(psfhs):
+    """The figures that README and the model card quote: 4.6 px at 512 px and 1.9 deg."""
+    by_pixels: dict[bytes, list[Case]] = {}
+    for case in read_cases(psfhs / "cases.csv"):
+        pixels = cv2.imread(str(psfhs / "images" / case.file), cv2.IMREAD_GRAYSCALE)
+        by_pixels.setdefault(pixels.tobytes(), []).append(case)
+    pairs = [pair for cases in by_pixels.values() for pair in combinations(cases, 2)]
+    assert len(pairs) == 3
+    first, second = zip(*pairs, strict=True)
+    points = [np.stack([case.landmarks_px for case in cases]) for cases in (first, second)]
+    assert radial_errors_px(*points, [256] * 3).mean() == pytest.approx(4.6, abs=0.05)
+    angles = [np.array([case.aop_deg for case in cases]) for cases in (first, second)]
+    assert np.abs(angles[0] - angles[1]).mean() == pytest.approx(1.9, abs=0.05)

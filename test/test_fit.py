@@ -100,6 +100,7 @@ def test_init_starts_from_weights_and_refuses_others(folder, tmp_path, capsys):
     assert run_fit(folder, tmp_path / "b", *init, "--max-minutes", "0") == 0
     assert run_fit(folder, tmp_path / "c", *init, "--network.vit_depth", "2") == 2
     assert "missing bottleneck.blocks.1" in capsys.readouterr().err
+    assert run_fit(folder, tmp_path / "b", *init, "--resume", "--max-minutes", "0") == 0
     clicks = ["--recipe", "compact", "--data", str(folder / "cases.csv"), "--device", "cpu", *TINY]
     clicks += ["--images", str(folder / "images"), "--output", str(tmp_path / "d"), *init]
     assert fit.main([*clicks, "--max-minutes", "0"]) == 0

@@ -22,6 +22,7 @@ import cv2
 import numpy as np
 import torch
 from pydantic import ValidationError
+from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
 from model.masks import CLASSES
@@ -61,13 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def fit(args: argparse.Namespace, recipe: Recipe, place: Processes) -> None:
     """Train until the recipe's epochs or --max-minutes are over."""
-    kept = args.output / "checkpoint.pt"
-    if kept.exists() != args.resume:
-        raise CaseError(
-            f"{args.output} holds a training: pass --resume to go on, or another --output"
-            if kept.exists()
-            else f"there is no {kept} to resume"
-        )
+    checkpoint = _checkpoint(args)
     args.output.mkdir(parents=True, exist_ok=True)
     cases = split_cases(args, recipe, place)
     dataset = LandmarkDataset(cases["train"], args.images, args.masks, recipe, train=True)
@@ -75,16 +70,10 @@ def fit(args: argparse.Namespace, recipe: Recipe, place: Processes) -> None:
     torch.manual_seed(recipe.seed)
     masks = len(CLASSES) if args.masks else 0
     network = build_network(recipe.network, masks)
-    if args.init:
-        source = load_weights(args.init)[0].state_dict()
-        kept = {
-            name: t for name, t in source.items() if masks or not name.startswith("head.masks.")
-        }
-        if place.leads and len(kept) < len(source):
-            print(f"without --masks the mask outputs of {args.init.name} are left out")
-        load_strictly(network, kept, args.init.name)
+    if args.init and not args.resume:
+        start_from(args.init, network, bool(masks), place)
     trainer = Trainer(network, recipe, len(loader), place)
-    spent = trainer.resume(kept) if args.resume else 0.0
+    spent = trainer.resume(checkpoint) if args.resume else 0.0
     if place.leads:
         count = sum(parameter.numel() for parameter in network.parameters()) / 1e6
         print(
@@ -103,6 +92,25 @@ def fit(args: argparse.Namespace, recipe: Recipe, place: Processes) -> None:
             if place.leads:
                 print(f"--max-minutes reached after epoch {trainer.epoch}; --resume goes on")
             return
+
+
+def _checkpoint(args: argparse.Namespace) -> Path:
+    """RUN/checkpoint.pt, which is there if and only if it is to be resumed."""
+    path: Path = args.output / "checkpoint.pt"
+    if path.exists() and not args.resume:
+        raise CaseError(f"{args.output} holds a training: pass --resume, or another --output")
+    if args.resume and not path.exists():
+        raise CaseError(f"there is no {path} to resume")
+    return path
+
+
+def start_from(weights: Path, network: nn.Module, masks: bool, place: Processes) -> None:
+    """Load weights into a network; mask outputs are left out, and said to be, where it has none."""
+    tensors = load_weights(weights)[0].state_dict()
+    used = {name: t for name, t in tensors.items() if masks or not name.startswith("head.masks.")}
+    if place.leads and len(used) < len(tensors):
+        print(f"without --masks the mask outputs of {weights.name} are left out")
+    load_strictly(network, used, weights.name)
 
 
 def keep(
