@@ -3,21 +3,13 @@
 import hashlib
 import json
 import os
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from model.image import (
-    SUFFIXES,
-    BadFrame,
-    GreyFrame,
-    ImageError,
-    is_supported_name,
-    open_image,
-)
-from model.outputs import RESULTS, TABLE
+from model.files import RESULTS, TABLE
+from model.formats import SUFFIXES, is_supported_name
 
 LONGEST_NAME = 200  # bytes; file systems stop at 255, and a number may have to be added
 
@@ -39,16 +31,6 @@ class Case:
     file: str
     folder: str
     is_job: bool = False
-
-    def frames(self) -> Iterator[tuple[GreyFrame | BadFrame, float]]:
-        """The frames, and the ms that reading each took; an unusable file is one bad frame."""
-        start = time.perf_counter()
-        try:
-            for frame in open_image(self.path).frames():
-                yield frame, (time.perf_counter() - start) * 1000
-                start = time.perf_counter()
-        except (ImageError, OSError) as error:
-            yield BadFrame(None, getattr(error, "strerror", None) or str(error)), 0.0
 
 
 def find_cases(root: Path, output: Path | None = None) -> list[Case]:
@@ -72,11 +54,11 @@ def find_cases(root: Path, output: Path | None = None) -> list[Case]:
         ) from error
     if is_job:
         return [_job_case(root)]
-    left_out = frozenset([output.resolve()] if output else [])
-    if root.resolve() in left_out:
+    left_out = frozenset([_real(output)] if output else [])
+    if _real(root) in left_out:
         raise InputError(f"{root} is the input and the output folder; choose another --output")
     images = root / "images"
-    paths = _images_below(images, left_out) if images.is_dir() else []
+    paths = _images_below(images, left_out) if _is_folder(images) else []
     if all(path.parent == images for path in paths):  # no <slug>/
         paths = _images_below(root, left_out)
     if not paths:
@@ -89,21 +71,36 @@ def _images_below(folder: Path, left_out: frozenset[Path]) -> list[Path]:
     return sorted(_walk(folder, left_out), key=os.fsencode)
 
 
-def _walk(folder: Path, left_out: frozenset[Path]) -> Iterator[Path]:
+def _walk(top: Path, left_out: frozenset[Path]) -> Iterator[Path]:
     """Every image; a folder that cannot be listed too, so that its case fails and says so."""
-    real = folder.resolve()
-    if real in left_out:  # one of them: a folder above this one, to which a link leads back
-        return
+    ahead = [(top, left_out)]  # a list, for folders can be deeper than Python calls
+    while ahead:
+        folder, above = ahead.pop()
+        real = _real(folder)
+        if real in above:  # one of them: a folder above this one, to which a link leads back
+            continue
+        try:
+            for path in folder.iterdir():
+                if path.name.startswith("."):
+                    continue
+                if _is_folder(path):
+                    ahead.append((path, above | {real}))
+                elif is_supported_name(path):
+                    yield path
+        except OSError:
+            yield folder
+
+
+def _is_folder(path: Path) -> bool:
     try:
-        for path in folder.iterdir():
-            if path.name.startswith("."):
-                continue
-            if path.is_dir():
-                yield from _walk(path, left_out | {real})
-            elif is_supported_name(path):
-                yield path
-    except OSError:
-        yield folder
+        return path.is_dir()
+    except OSError:  # too long a name, or no right to look; reading it as a file says which
+        return False
+
+
+def _real(path: Path) -> Path:
+    """Without links; unlike Path.resolve, Python 3.11's too, it bears those that lead in a ring."""
+    return Path(os.path.realpath(path))
 
 
 def _case(root: Path, path: Path, taken: set[str]) -> Case:
@@ -127,7 +124,8 @@ def _short(name: str) -> str:
 
 def readable(path: Path | PurePosixPath) -> str:
     """A path as text that JSON and CSV can hold; bytes that are no UTF-8 as backslash escapes."""
-    return os.fsencode(path.as_posix()).decode("utf-8", "backslashreplace")
+    text = os.fsencode(path.as_posix()).decode("utf-8", "backslashreplace")
+    return text.replace("\r", "\\r")  # which Python's csv reads as the end of a line
 
 
 def _job_case(root: Path) -> Case:
@@ -137,7 +135,7 @@ def _job_case(root: Path) -> Case:
     if parts.is_absolute() or ".." in parts.parts:
         raise InputError(f"inputs.json: relative_path '{relative}' leaves the input folder")
     path = root / parts
-    if path.is_dir():
+    if _is_folder(path):
         path = _only_image(path)
     return Case(readable(parts), path, readable(path.relative_to(root)), "", is_job=True)
 

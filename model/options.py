@@ -1,23 +1,74 @@
-"""The command line of process.py."""
+"""The command line of process.py; each option can be set by an environment variable as well."""
 
 import argparse
 import math
-from collections.abc import Sequence
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
-from model.outputs import RESULTS, TABLE, AnswerFiles
+from model.files import RESULTS, TABLE, AnswerFiles, RunFiles
+from model.shards import Shard, parse_shard
 
 INPUT = Path("/input")
 OUTPUT = Path("/output")
 MOUNTED_MODELS = Path("/opt/ml/model")
+PORT = 4743  # where grand-challenge looks for a server
+EPILOG = """\
+Each option can be set by an environment variable: --landmarks-file by AOP_LANDMARKS_FILE,
+--overlay by AOP_OVERLAY=yes or no, and so on. The command line wins."""
 
 
-def parse_options(arguments: Sequence[str] | None, description: str | None) -> argparse.Namespace:
-    """The command line, with `files` made of the answers' names; exits with 2 on a bad option."""
+def parse_options(
+    arguments: Sequence[str] | None,
+    description: str | None,
+    environment: Mapping[str, str] = os.environ,
+) -> argparse.Namespace:
+    """The command line, after the environment's AOP_ variables; exits with 2 on a bad option.
+
+    `files` and `run_files` are added: the names of a case's answers, and of the run's own files.
+    """
     parser = argparse.ArgumentParser(
-        "process.py", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+        "process.py",
+        usage="%(prog)s [--input DIR] [--output DIR] [option ...]",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=EPILOG,
+        exit_on_error=False,
     )
-    add = parser.add_argument
+    options = _add_options(parser, environment)
+    where = "from the environment: "
+    try:
+        first = [text for option in options for text in _from_environment(option, environment)]
+        parser.parse_args(first)
+        where = ""
+        args = parser.parse_args([*first, *(sys.argv[1:] if arguments is None else arguments)])
+    except (argparse.ArgumentError, ValueError) as error:
+        parser.error(f"{where}{error}")
+    args.files = AnswerFiles(args.landmarks_file, args.angle_file, args.three_points_file)
+    args.run_files = args.shard.run_files if args.shard else RunFiles()
+    names = [*args.files.names, RESULTS, TABLE]
+    if len(set(names)) < len(names):
+        parser.error(f"each answer needs a name of its own, got {', '.join(names)}")
+    return args
+
+
+def _add_options(
+    parser: argparse.ArgumentParser, environment: Mapping[str, str]
+) -> list[argparse.Action]:
+    added: list[argparse.Action] = []
+
+    def group(title: str) -> Callable[..., None]:
+        arguments = parser.add_argument_group(title)
+        return lambda *names, **known: added.append(arguments.add_argument(*names, **known))
+
+    def shard(text: str) -> Shard:
+        try:
+            return parse_shard(text, environment)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    add = group("what and where")
     add("--input", type=Path, default=INPUT, help="folder of images or a job (%(default)s)")
     add("--output", type=Path, default=OUTPUT, help="folder for the answers (%(default)s)")
     model_help = f"ONNX file (the one under {MOUNTED_MODELS}, else the shipped one)"
@@ -25,31 +76,74 @@ def parse_options(arguments: Sequence[str] | None, description: str | None) -> a
     providers = ("auto", "cuda", "cpu")
     provider_help = "processor; auto: CUDA where it runs, else the CPU (%(default)s)"
     add("--provider", choices=providers, default="auto", help=provider_help)
+    threads_help = "threads of the network on the CPU (all that the process may use)"
+    add("--threads", type=count, metavar="N", help=threads_help)
     add("--decode", choices=("subpixel", "argmax"), help="heatmap decoder (the model's own)")
-    overlay_help = "write overlay.png (yes, but not for a job)"
-    add("--overlay", action=argparse.BooleanOptionalAction, help=overlay_help)
-    frame_help = "landmarks in the file's world frame, mm where it has one, or in px (%(default)s)"
-    add("--frame-of-answers", choices=("world", "pixel"), default="world", help=frame_help)
     budget_help = "warn of cases that took longer"
     add("--latency-budget-ms", type=milliseconds, metavar="N", help=budget_help)
+
+    add = group("answers")
+    frame_help = "landmarks in the file's world frame, mm where it has one, or in px (%(default)s)"
+    add("--frame-of-answers", choices=("world", "pixel"), default="world", help=frame_help)
     for option, default, words in (
         ("--landmarks-file", "aop-landmarks.json", "name of the landmarks' answer (%(default)s)"),
         ("--angle-file", "angle-of-progression.json", "name of the angle's (%(default)s)"),
         ("--three-points-file", None, "write a Three-point angle too, e.g. as aop-angle.json"),
     ):
         add(option, type=_name_inside, metavar="NAME", default=default, help=words)
-    args = parser.parse_args(arguments)
-    args.files = AnswerFiles(args.landmarks_file, args.angle_file, args.three_points_file)
-    names = [*args.files.names, RESULTS, TABLE]
-    if len(set(names)) < len(names):
-        parser.error(f"each answer needs a name of its own, got {', '.join(names)}")
-    return args
+    overlay_help = "write overlay.png, and contact-sheet.png for a stack (yes, but not for a job)"
+    add("--overlay", action=argparse.BooleanOptionalAction, help=overlay_help)
+
+    add = group("large folders")
+    resume_help = "keep what an earlier run in --output has answered, and answer the rest"
+    add("--resume", action=argparse.BooleanOptionalAction, default=False, help=resume_help)
+    shard_help = (
+        "answer part K of N only (1 to N), into results-K-of-N.json; auto/N: K from "
+        "JOB_COMPLETION_INDEX (Kubernetes) or SLURM_ARRAY_TASK_ID; auto: Slurm tells N too"
+    )
+    add("--shard", type=shard, metavar="K/N", help=shard_help)
+    merge_help = "merge the parts in --output, and name what is missing of them and of --input"
+    add("--merge", action=argparse.BooleanOptionalAction, default=False, help=merge_help)
+
+    add = group("as a server")
+    method_help = "exec: one run; invoke: a server, each POST /invoke a run (%(default)s)"
+    add("--api-method", choices=("exec", "invoke"), default="exec", help=method_help)
+    serve_help = "the same as --api-method invoke"
+    add("--serve", dest="api_method", action="store_const", const="invoke", help=serve_help)
+    add("--port", type=count, default=PORT, metavar="N", help="of the server (%(default)s)")
+    return added
+
+
+def variable(option: str) -> str:
+    """--landmarks-file -> AOP_LANDMARKS_FILE."""
+    return "AOP_" + option.lstrip("-").replace("-", "_").upper()
+
+
+def _from_environment(option: argparse.Action, environment: Mapping[str, str]) -> list[str]:
+    """The command line that says what an option's variable says."""
+    name = option.option_strings[0]
+    text = environment.get(variable(name))
+    if not text or option.const is not None:  # --serve only abbreviates
+        return []
+    if not isinstance(option, argparse.BooleanOptionalAction):
+        return [f"{name}={text}"]
+    if text.lower() not in ("yes", "no"):
+        raise ValueError(f"{variable(name)}: expected yes or no, got {text!r}")
+    return [name if text.lower() == "yes" else option.option_strings[1]]
 
 
 def milliseconds(text: str) -> float:
     """A number above 0; argparse tells the user this function's name for any other text."""
     value = float(text)
     if not 0 < value < math.inf:
+        raise ValueError
+    return value
+
+
+def count(text: str) -> int:
+    """A whole number above 0; see milliseconds."""
+    value = int(text)
+    if value < 1:
         raise ValueError
     return value
 

@@ -51,11 +51,16 @@ def draw_overlay(
     return np.vstack([picture, _strip(picture.shape[1], unit, aop_deg, confidence, reasons)])
 
 
-def _scaled(grey: Any, landmarks_px: Floats, pixel_shape: Pair) -> tuple[Picture, Floats]:
-    height, width = grey.shape
+def _size(width: int, height: int, pixel_shape: Pair) -> npt.NDArray[np.int_]:
+    """(2,) width and height in px of an image of that size as the picture shows it."""
     extent = np.array([width, height]) * np.array(pixel_shape)
     longer = float(np.clip(max(width, height), SHORTEST, LONGEST))
-    size = np.maximum(1, np.rint(extent * longer / extent.max())).astype(int)
+    return np.asarray(np.maximum(1, np.rint(extent * longer / extent.max())), int)
+
+
+def _scaled(grey: Any, landmarks_px: Floats, pixel_shape: Pair) -> tuple[Picture, Floats]:
+    height, width = grey.shape
+    size = _size(width, height, pixel_shape)
     smooth = cv2.INTER_AREA if size[0] < width else cv2.INTER_CUBIC
     byte = np.clip(np.rint(grey), 0, 255).astype(np.uint8)
     picture = cv2.cvtColor(
@@ -97,7 +102,7 @@ def _arc(picture: Picture, points: Floats, aop_deg: float, unit: float) -> None:
     curve = np.rint(ps1 + radius * circle).astype(np.int32)
     cv2.polylines(picture, [curve], False, WHITE, max(1, round(unit)), cv2.LINE_AA)
     beside = ps1 + (radius + 30 * unit) * circle[24] + np.array([-24, 6]) * unit
-    _text(picture, f"{aop_deg:.0f}°", beside, round(18 * unit), WHITE, shadow=True)
+    put_text(picture, f"{aop_deg:.0f}°", beside, round(18 * unit), WHITE, shadow=True)
 
 
 def _mark(picture: Picture, name: str, point: Floats, unit: float) -> None:
@@ -111,13 +116,13 @@ def _mark(picture: Picture, name: str, point: Floats, unit: float) -> None:
     height, width = picture.shape[:2]
     corner = point + np.array(shift) * unit
     corner = np.clip(corner, [4, 20 * unit], [width - 40 * unit, height - 6])
-    _text(picture, name, corner, round(15 * unit), colour, shadow=True)
+    put_text(picture, name, corner, round(15 * unit), colour, shadow=True)
 
 
-def overlay_png(frame: GreyFrame, entry: CaseEntry) -> bytes:
-    """The picture of an answered case as a PNG file."""
+def overlay_picture(frame: GreyFrame, entry: CaseEntry) -> Picture:
+    """The picture of an answered case."""
     assert entry.landmarks_px and entry.confidence and entry.aop_deg is not None  # it is answered
-    picture = draw_overlay(
+    return draw_overlay(
         frame.pixels,
         np.array([entry.landmarks_px[name] for name in LANDMARKS]),
         entry.aop_deg,
@@ -125,6 +130,16 @@ def overlay_png(frame: GreyFrame, entry: CaseEntry) -> bytes:
         entry.reasons,
         frame.geometry.pixel_shape,
     )
+
+
+def without_words(picture: Picture, entry: CaseEntry) -> Picture:
+    """The picture of a case without the strip below the image."""
+    assert entry.width and entry.height  # it is answered
+    return picture[: _size(entry.width, entry.height, entry.spacing_mm or (1.0, 1.0))[1]]
+
+
+def png(picture: Picture) -> bytes:
+    """The picture as a PNG file."""
     # twice as fast as the default level, and the file a tenth larger
     return cv2.imencode(".png", picture, [cv2.IMWRITE_PNG_COMPRESSION, 1])[1].tobytes()
 
@@ -134,7 +149,7 @@ def _font() -> Any:
     return cv2.FontFace("sans")
 
 
-def _text(
+def put_text(
     picture: Picture, text: str, at: Floats, size: int, colour: Colour, shadow: bool = False
 ) -> None:
     """Text whose baseline starts at a pixel; with a shadow where it stands on the image."""
@@ -163,8 +178,13 @@ def _strip(
     baseline = 0
     for text, colour, height in lines:
         baseline += round(1.6 * height)
-        _text(strip, text, np.array([size // 2, baseline - height // 3]), height, colour)
+        put_text(strip, text, np.array([size // 2, baseline - height // 3]), height, colour)
     return strip
+
+
+def text_width(text: str, size: int) -> int:
+    """In px."""
+    return int(cv2.getTextSize((size, size), text, (0, 0), _font(), size, 500)[2])
 
 
 def _wrapped(text: str, width: int, size: int) -> list[str]:
@@ -172,6 +192,6 @@ def _wrapped(text: str, width: int, size: int) -> list[str]:
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()
-        extent = cv2.getTextSize((width * 2, size), longer, (0, 0), _font(), size, 500)[2]
-        lines = [*lines[:-1], longer] if extent <= width or not lines[-1] else [*lines, word]
+        fits = text_width(longer, size) <= width or not lines[-1]
+        lines = [*lines[:-1], longer] if fits else [*lines, word]
     return lines

@@ -116,8 +116,13 @@ def decode_output(spec: ModelSpec, output: Heatmaps, decode: Decode | None = Non
     return Decoded(landmarks, confidence)
 
 
-def load_predictor(path: Path, provider: Provider = "auto") -> Predictor:
+def load_predictor(
+    path: Path, provider: Provider = "auto", threads: int | None = None
+) -> Predictor:
     """A predictor that runs an ONNX file with its ModelSpec in ONNX Runtime, warmed up.
+
+    Args:
+        threads: on the CPU; by default as many as this process may use.
 
     Raises:
         ModelError: the file is missing, no ONNX model, without a usable ModelSpec or shape, or the
@@ -128,7 +133,10 @@ def load_predictor(path: Path, provider: Provider = "auto") -> Predictor:
     if not path.is_file():
         raise ModelError(f"no model file at {path}; pass --model FILE.onnx")
     ort.set_default_logger_severity(4)
-    session = _cuda_session(ort, path, provider) or _session(ort, path, [ORT_PROVIDERS["cpu"]])
+    threads = threads or usable_cpus()
+    session = _cuda_session(ort, path, provider, threads) or _session(
+        ort, path, [ORT_PROVIDERS["cpu"]], threads
+    )
     # what runs is asked of the session: the list of available providers names CUDA even where it
     # cannot be loaded
     active = session.get_providers()[0]
@@ -145,7 +153,7 @@ def load_predictor(path: Path, provider: Provider = "auto") -> Predictor:
     return Predictor(spec, run, "cuda" if active == ORT_PROVIDERS["cuda"] else "cpu")
 
 
-def _cuda_session(ort: Any, path: Path, provider: Provider) -> Any | None:
+def _cuda_session(ort: Any, path: Path, provider: Provider, threads: int) -> Any | None:
     """A session on CUDA, or None where the CPU is to be taken."""
     if provider == "cpu":
         return None
@@ -154,7 +162,7 @@ def _cuda_session(ort: Any, path: Path, provider: Provider) -> Any | None:
         ort.preload_dlls()
         wanted = [(ORT_PROVIDERS["cuda"], CUDA_OPTIONS), ORT_PROVIDERS["cpu"]]
         try:
-            session = _session(ort, path, wanted)
+            session = _session(ort, path, wanted, threads)
             if session.get_providers()[0] == ORT_PROVIDERS["cuda"]:
                 return session
         except ModelError:
@@ -165,10 +173,10 @@ def _cuda_session(ort: Any, path: Path, provider: Provider) -> Any | None:
     return None
 
 
-def _session(ort: Any, path: Path, providers: list[Any]) -> Any:
+def _session(ort: Any, path: Path, providers: list[Any], threads: int) -> Any:
     options = ort.SessionOptions()
     options.log_severity_level = 4
-    options.intra_op_num_threads = usable_cpus()
+    options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     try:
         # ONNX Runtime's own fallback prints a page and hides which provider runs

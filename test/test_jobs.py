@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from model.image import BadFrame
+from model.image import ImageError, open_image
 from model.jobs import LONGEST_NAME, Case, InputError, find_cases, readable
 
 
@@ -85,8 +85,8 @@ def test_job_without_its_image_is_a_case_that_fails(tmp_path: Path, inside: list
         (tmp_path / "images/us").mkdir(parents=True)
         touch(tmp_path / "images/us", *inside)
     (case,) = find_cases(tmp_path)
-    ((frame, _),) = case.frames()
-    assert isinstance(frame, BadFrame) and frame.index is None and frame.reason
+    with pytest.raises(ImageError):
+        open_image(case.path)
 
 
 @pytest.mark.parametrize("path", ["/etc", "..", "../in", "images/../../x", "images/us/.."])
@@ -190,8 +190,8 @@ def test_links_are_followed_and_loops_end(tmp_path: Path) -> None:
     cases = find_cases(root)
     assert names(cases) == ["a__1", "a__self", "b__deep__x", "c"]
     for case in (cases[1], cases[3]):  # links that lead nowhere
-        ((frame, _),) = case.frames()
-        assert isinstance(frame, BadFrame) and "cannot be read" in frame.reason
+        with pytest.raises(ImageError, match="cannot be read"):
+            open_image(case.path)
 
 
 def test_names_that_are_no_text(tmp_path: Path) -> None:
@@ -256,8 +256,8 @@ def test_folder_that_cannot_be_listed_is_a_case_that_fails(tmp_path: Path, monke
     deny(monkeypatch, tmp_path / "lost+found")
     cases = find_cases(tmp_path)
     assert names(cases) == ["a", "lost+found", "z"]
-    ((frame, _),) = cases[1].frames()
-    assert isinstance(frame, BadFrame) and "Permission denied" in frame.reason
+    with pytest.raises(ImageError, match="Permission denied"):
+        open_image(cases[1].path)
 
 
 def test_input_that_cannot_be_listed(tmp_path: Path, monkeypatch) -> None:
@@ -269,5 +269,5 @@ def test_input_that_cannot_be_listed(tmp_path: Path, monkeypatch) -> None:
 def test_jobs_folder_that_cannot_be_listed(tmp_path: Path, monkeypatch) -> None:
     touch(write_job(tmp_path), "images/us/a.mha")
     deny(monkeypatch, tmp_path / "images/us")
-    ((frame, _),) = find_cases(tmp_path)[0].frames()
-    assert isinstance(frame, BadFrame) and "Permission denied" in frame.reason
+    with pytest.raises(ImageError, match="Permission denied"):
+        open_image(find_cases(tmp_path)[0].path)

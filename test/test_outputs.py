@@ -1,6 +1,5 @@
 """The answers' schemas, the table, and writers that leave a whole file or none."""
 
-import errno
 import json
 from pathlib import Path
 
@@ -9,18 +8,14 @@ import pytest
 from pydantic import ValidationError
 
 from model.anatomy import angle_of_progression
+from model.files import AnswerFiles, write_json
 from model.outputs import (
-    AnswerFiles,
     CaseEntry,
     MultiplePoints,
     NamedPoint,
-    OutputError,
-    csv_text,
     named,
-    open_output,
+    table_lines,
     three_point_angle,
-    write_bytes,
-    write_json,
 )
 from training.cases import read_cases
 
@@ -41,8 +36,13 @@ def frame_points(k: int) -> list[NamedPoint]:
     ]
 
 
+def table(*entries: CaseEntry) -> str:
+    stacks = any(entry.frame is not None for entry in entries if entry.status == "ok")
+    return "".join(table_lines(entries, stacks))
+
+
 def rows(*entries: CaseEntry) -> list[str]:
-    return csv_text(entries).splitlines()
+    return table(*entries).splitlines()
 
 
 def load(path: Path) -> object:
@@ -152,7 +152,7 @@ def test_angle_is_in_mm_where_pixels_are_not_square(spacing: tuple | None) -> No
 def test_table_leaves_failed_cases_out_and_gives_stacks_a_column(tmp_path: Path) -> None:
     failed = CaseEntry(case="b", file="b.png", frame=3, status="failed", error="no")
     assert rows(failed) == ["Filename,PS1,PS2,FH1,AoP"]
-    text = csv_text([entry(), failed, entry("c.tif", frame=0), entry("c.tif", frame=11)])
+    text = table(entry(), failed, entry("c.tif", frame=0), entry("c.tif", frame=11))
     assert [line.split(',"')[0] for line in text.splitlines()] == [
         "Filename,Frame,PS1,PS2,FH1,AoP",
         *("a.png,", "c.tif,0", "c.tif,11"),
@@ -167,77 +167,5 @@ def test_table_leaves_failed_cases_out_and_gives_stacks_a_column(tmp_path: Path)
 
 @pytest.mark.parametrize("name", ['a, "b".png', "line\nbreak.png", "a/\\xff.png", "é/ü.png"])
 def test_table_holds_any_name(tmp_path: Path, name: str) -> None:
-    (tmp_path / "landmarks.csv").write_bytes(csv_text([entry(name)]).encode())
+    (tmp_path / "landmarks.csv").write_bytes(table(entry(name)).encode())
     assert read_cases(tmp_path / "landmarks.csv")[0].file == name
-
-
-# ---- Writers
-
-
-def test_write_makes_folders_and_replaces(tmp_path: Path) -> None:
-    path = tmp_path / "a" / "b" / "c.txt"
-    for data in (b"first, longer", b"second"):
-        write_bytes(path, data)
-        assert path.read_bytes() == data and listed(path.parent) == ["c.txt"]
-
-
-def test_write_that_fails_leaves_the_old_file_whole(tmp_path: Path, monkeypatch) -> None:
-    write_bytes(tmp_path / "a.txt", b"old")
-
-    def full(self: Path, data: bytes) -> None:
-        with self.open("wb") as file:
-            file.write(data[:2])
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(OSError, match="No space"):
-        write_bytes(tmp_path / "a.txt", b"new")
-    assert (tmp_path / "a.txt").read_bytes() == b"old" and listed(tmp_path) == ["a.txt"]
-
-
-def test_answers_of_one_frame(tmp_path: Path) -> None:
-    FILES.write(tmp_path / "a", [101.25], frame_points(0))
-    assert listed(tmp_path / "a") == [FILES.angle, FILES.landmarks]
-    assert (tmp_path / "a" / FILES.angle).read_text() == "101.25\n"
-
-
-def test_answers_of_several_frames(tmp_path: Path) -> None:
-    files = AnswerFiles("points.json", "sub/angle.json", "three.json")
-    points = [point for k in range(4) for point in frame_points(k)]
-    files.write(tmp_path, [100.0, 90.0, 120.0, 110.0], points)
-    assert load(tmp_path / "sub/angle.json") == 100.0  # the lower of the two in the middle
-    assert load(tmp_path / "three.json")["angle"][1] == [0.0, 0.0, 0.0]  # its frame
-    found = load(tmp_path / "points.json")["points"]
-    assert [(point["name"], point["point"][2]) for point in found] == [
-        (name, float(k)) for k in range(4) for name in ("PS1", "PS2", "FH1")
-    ]
-    files.write(tmp_path, [100.0, 90.0, 95.0], points[:9])
-    assert load(tmp_path / "sub/angle.json") == 95.0
-    assert load(tmp_path / "three.json")["angle"][1] == [0.0, 2.0, 2.0]
-
-
-def test_remove_takes_answers_of_the_case_and_its_frames_and_nothing_else(tmp_path: Path) -> None:
-    files = AnswerFiles("points.json", "angle.json", "three.json")
-    mine = [*files.names, *(f"frame-{k}/{name}" for k in ("0007", "12345") for name in files.names)]
-    others = ["notes.txt", "results.json", "frame-0007/notes.txt", "other/points.json"]
-    for name in (*mine, *others):
-        write_bytes(tmp_path / name, b"x")
-    for _ in range(2):  # again where nothing is left
-        files.remove(tmp_path)
-        left = [str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()]
-        assert sorted(left) == sorted(others)
-    files.remove(tmp_path / "not-there")
-
-
-def test_open_output_makes_the_folder_and_clears_earlier_results(tmp_path: Path) -> None:
-    for name in ("results.json", "landmarks.csv", "a/aop-landmarks.json"):
-        write_bytes(tmp_path / "new" / "out" / name, b"old")
-    open_output(tmp_path / "new" / "out")
-    assert listed(tmp_path / "new" / "out") == ["a"]
-
-
-@pytest.mark.parametrize("blocked", ["out", "out/results.json/x", "out/landmarks.csv/x"])
-def test_output_that_cannot_be_written(tmp_path: Path, blocked: str) -> None:
-    write_bytes(tmp_path / blocked, b"in the way")
-    with pytest.raises(OutputError, match=r"out cannot be written \(.+\); mount a writable"):
-        open_output(tmp_path / "out")

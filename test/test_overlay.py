@@ -13,7 +13,20 @@ from model.frame import Geometry
 from model.image import GreyFrame
 from model.measure import failed_entry
 from model.outputs import CaseEntry, named
-from model.overlay import COLOURS, DOUBT, LONGEST, NARROWEST, SHORTEST, draw_overlay, overlay_png
+from model.overlay import (
+    COLOURS,
+    DOUBT,
+    LONGEST,
+    NARROWEST,
+    SHORTEST,
+    WHITE,
+    draw_overlay,
+    overlay_picture,
+    png,
+    put_text,
+    text_width,
+    without_words,
+)
 from test.phantom import phantom
 
 SURE = (0.9, 0.8, 0.7)
@@ -176,19 +189,51 @@ def test_grey_values_of_either_type_look_the_same() -> None:
     assert dark[600, 5].max() == 0 and bright[600, 5].min() == 255
 
 
-def test_png_of_an_entry() -> None:
-    made = phantom(2, 300, 200)
-    spacing = (0.2, 0.3)
-    frame = GreyFrame(made.image, None, 0, Geometry(spacing))
+def answered(spacing: tuple[float, float] | None, width: int, height: int) -> tuple:
+    """A frame and its doubtful entry."""
+    made = phantom(2, width, height)
     known = {"case": "a", "file": "a.png", "status": "ok", "aop_deg": 86.2, "reasons": REASONS[:1]}
+    known |= {"width": width, "height": height, "spacing_mm": spacing}
     confidence = dict(zip(LANDMARKS, SURE, strict=True))
     entry = CaseEntry(**known, landmarks_px=named(made.landmarks_px), confidence=confidence)
-    png = overlay_png(frame, entry)
-    picture = cv2.imdecode(np.frombuffer(png, np.uint8), cv2.IMREAD_UNCHANGED)
-    expected = draw(made.image, made.landmarks_px, REASONS[:1], spacing)
-    assert np.array_equal(picture, expected) and overlay_png(frame, entry) == png
+    return GreyFrame(made.image, None, 0, Geometry(spacing)), entry
+
+
+def test_picture_of_an_entry_and_its_png() -> None:
+    frame, entry = answered((0.2, 0.3), 300, 200)
+    picture = overlay_picture(frame, entry)
+    points = np.array(list(entry.landmarks_px.values()))
+    assert np.array_equal(picture, draw(frame.pixels, points, REASONS[:1], (0.2, 0.3)))
+    decoded = cv2.imdecode(np.frombuffer(png(picture), np.uint8), cv2.IMREAD_UNCHANGED)
+    assert np.array_equal(decoded, picture)
     with pytest.raises(AssertionError):
-        overlay_png(frame, failed_entry(entry, "no"))
+        overlay_picture(frame, failed_entry(entry, "no"))
+
+
+@pytest.mark.parametrize(
+    ("size", "spacing", "expected"),
+    [
+        ((300, 200), None, (640, 427)),
+        ((300, 200), (0.2, 0.3), (640, 640)),
+        ((900, 700), None, (900, 700)),
+        ((100, 400), (0.1, 0.1), (NARROWEST, 640)),
+    ],
+)
+def test_picture_without_words(size: tuple, spacing: tuple | None, expected: tuple) -> None:
+    frame, entry = answered(spacing, *size)
+    picture = overlay_picture(frame, entry)
+    part = without_words(picture, entry)
+    assert part.shape[1::-1] == expected and np.array_equal(part, picture[: len(part)])
+    assert has(part[-1], DOUBT).all()  # the frame closes it
+    assert len(picture) > len(part) + 30 and not has(picture[len(part) + 5], DOUBT).any()
+
+
+def test_width_of_a_text_is_that_of_its_pixels() -> None:
+    picture = blank(60, 400)[..., None].repeat(3, axis=2) * 0
+    put_text(picture, "AoP 121.3°", np.array([20, 40]), 26, WHITE)
+    columns = np.flatnonzero(picture.any(axis=(0, 2)))
+    assert text_width("AoP 121.3°", 26) == pytest.approx(np.ptp(columns), abs=4)
+    assert 20 <= columns[0] <= 23 and text_width("AoP 121.3°", 13) < 0.6 * np.ptp(columns)
 
 
 def test_drawing_needs_no_simpleitk_and_no_torch() -> None:

@@ -74,7 +74,8 @@ def test_every_case_is_answered_in_its_folder(answered: Run) -> None:
     assert (answered.status, answered.err) == (0, "")
     assert "11 answered, of them" in answered.out and "0 failed" in answered.out
     expected = [f"{folder}/{name}" for folder in FOLDERS.values() for name in ANSWERS]
-    assert tree(answered.folder) == sorted([*expected, "results.json", "landmarks.csv"])
+    sheets = [f"{stack}/contact-sheet.png" for stack in ("cine", "pages")]
+    assert tree(answered.folder) == sorted([*expected, *sheets, "results.json", "landmarks.csv"])
     found = [(entry["file"], entry["frame"]) for entry in answered.results["cases"]]
     assert sorted(found, key=str) == sorted(FOLDERS, key=str)
 
@@ -271,3 +272,4 @@ def test_frames_of_a_job_have_their_z(tmp_path: Path) -> None:
     overlaid = run(tmp_path / "in", tmp_path / "out", "--overlay")
     pictures = [name for name in tree(overlaid.folder) if name.endswith("overlay.png")]
     assert pictures == ["frame-0000/overlay.png", "frame-0001/overlay.png"]
+    assert "contact-sheet.png" in tree(overlaid.folder)

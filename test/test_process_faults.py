@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import process
+from model import journal
 from model.overlay import DOUBT
 from test.runs import (
     ANGLE,
@@ -312,10 +313,13 @@ def test_results_that_cannot_be_written_are_told(tmp_path: Path, monkeypatch) ->
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(process, "write_run", full)
+    monkeypatch.setattr(journal, "write_table", full)
     result = run(tmp_path / "in", tmp_path / "out")
     assert result.status == 1 and "results.json" in result.sentence
-    assert "No space left on device" in result.sentence
+    assert "No space left on device" in result.sentence and "--resume" in result.sentence
+    monkeypatch.undo()
+    resumed = run(tmp_path / "in", tmp_path / "out", "--resume")
+    assert resumed.status == 0 and "1 of 1 cases are answered already" in resumed.out
 
 
 def test_output_inside_the_input_is_not_read_again(tmp_path: Path) -> None:

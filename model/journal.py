@@ -1,0 +1,199 @@
+"""What a run has answered so far, kept on disk: memory does not grow with it, and a run that was
+killed can be resumed.
+
+The journal is a hidden file in the output folder, of JSON lines: the settings, then for each case
+the entries of its frames and a line that ends it. When the run ends, results.json and landmarks.csv
+are written from it, and it goes. Room for them is set aside before the first case, so that a disk
+which fills up with answers still takes the list of what failed.
+"""
+
+import errno
+import json
+import os
+from collections.abc import Iterator, Mapping
+from itertools import chain, groupby
+from pathlib import Path
+from typing import Any
+
+from model.files import OutputError, RunFiles, json_line, results_json, write_chunks, write_table
+from model.outputs import CaseEntry, Loop, RunSummary
+
+ROOM = 4096  # bytes for a frame: its line in the journal, in results.json and in the table
+CHUNK = 16 * ROOM
+END = b'{"end":'
+FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+class Journal:
+    """The journal of one run.
+
+    Args:
+        folder: the output folder; made where it is missing.
+        names: of the run's files in it. An earlier run's are removed, unless it is resumed.
+        settings: what the answers depend on.
+        cases: name -> file of each case of the run, in the order of results.json.
+        resume: keep what a run with these settings, interrupted or ended, has answered.
+
+    Raises:
+        OutputError: the folder cannot be written, has no room, or was begun with other settings:
+            that is better known before hours of work.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        names: RunFiles,
+        settings: Mapping[str, Any],
+        cases: Mapping[str, str],
+        resume: bool = False,
+    ) -> None:
+        self._cases, self._names, self._folder = cases, names, folder
+        self._path, self._room = folder / names.journal, folder / names.room
+        self._reserved = 0  # bytes
+        self._offsets: dict[str, int] = {}  # where the cases that have ended begin
+        first = json_line({"settings": settings})
+        try:
+            write_chunks(self._path, chain([first], self._kept(settings) if resume else []))
+            names.remove(folder)
+            self._file = os.open(self._path, os.O_RDWR)
+            self.reserve(CHUNK // ROOM + len(cases))
+        except OSError as error:
+            raise OutputError(
+                f"{folder} cannot be written ({error.strerror}); mount a writable folder with room"
+            ) from error
+        except (ValueError, KeyError, TypeError) as error:
+            if isinstance(error, OutputError):
+                raise
+            raise OutputError(
+                f"--resume: {folder} holds no run that can be read; leave --resume out"
+            ) from error
+        self._start = self._end = len(first)  # of the current case
+        for line in self._lines_from(self._start):
+            self._end += len(line)
+            if line.startswith(END):
+                self._offsets[json.loads(line)["end"]] = self._start
+                self._start = self._end
+
+    @property
+    def done(self) -> frozenset[str]:
+        """Names of the cases that have ended."""
+        return frozenset(self._offsets)
+
+    def reserve(self, frames: int) -> None:
+        """Set room aside for so many frames more; OSError where there is none."""
+        if hasattr(os, "posix_fallocate"):  # macOS has none
+            with self._room.open("ab") as file:
+                os.posix_fallocate(file.fileno(), 0, self._reserved + frames * ROOM)
+            self._reserved += frames * ROOM
+
+    def add(self, entry: CaseEntry) -> None:
+        """An entry of the current case."""
+        self._append(json_line(entry))
+
+    def end(self, case: str, loop: Loop | None = None) -> None:
+        """The current case is complete."""
+        self._append(_end_line(case, loop.model_dump() if loop else None))
+        self._offsets[case], self._start = self._start, self._end
+
+    def entries(self) -> Iterator[CaseEntry]:
+        """Of the cases that have ended."""
+        return map(CaseEntry.model_validate_json, self._lines(ends=False))
+
+    def finish(self, summary: RunSummary) -> None:
+        """Write results.json and landmarks.csv, and remove the journal."""
+        self._room.unlink(missing_ok=True)
+        loops = (json.loads(line)["loop"] for line in self._lines(ends=True))
+        results = results_json(
+            summary, self._lines(ends=False), (json_line(loop) for loop in loops if loop)
+        )
+        write_chunks(self._folder / self._names.results, results)
+        write_table(self._folder / self._names.table, self.entries)
+        self.close()
+        self._path.unlink()
+
+    def close(self) -> None:
+        """Leave the journal behind, for --resume."""
+        os.close(self._file)
+        self._room.unlink(missing_ok=True)
+
+    def _lines(self, ends: bool) -> Iterator[bytes]:
+        """The lines of entries, or those that end cases, in the order of the run's cases."""
+        for case in self._cases:
+            if case in self._offsets:
+                for line in self._lines_from(self._offsets[case]):
+                    is_end = line.startswith(END)
+                    if is_end == ends:
+                        yield line
+                    if is_end:
+                        break
+
+    def _lines_from(self, offset: int) -> Iterator[bytes]:
+        with self._path.open("rb") as file:
+            file.seek(offset)
+            yield from file
+
+    def _append(self, line: bytes) -> None:
+        """Add a whole line or none; where the disk is full, in the room that was set aside."""
+        try:
+            self._write(line)
+        except OSError as error:
+            if error.errno not in FULL or not self._reserved:
+                raise
+            self._reserved = max(0, self._reserved - CHUNK)
+            os.truncate(self._room, self._reserved)
+            self._write(line)
+        self._end += len(line)
+
+    def _write(self, line: bytes) -> None:
+        try:
+            if os.pwrite(self._file, line, self._end) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            os.ftruncate(self._file, self._end)
+            raise
+
+    def _kept(self, settings: Mapping[str, Any]) -> Iterator[bytes]:
+        """The lines of an earlier run's cases that are answered in full and are of this run."""
+        earlier = self._of_journal if self._path.is_file() else self._of_results
+        block: list[bytes] = []
+        for line in earlier(settings):
+            block.append(line)
+            if line.startswith(END):
+                entries = [CaseEntry.model_validate_json(entry) for entry in block[:-1]]
+                if all(e.status == "ok" and self._cases.get(e.case) == e.file for e in entries):
+                    yield from block
+                block = []
+
+    def _of_journal(self, settings: Mapping[str, Any]) -> Iterator[bytes]:
+        lines = self._lines_from(0)
+        _check_settings(json.loads(next(lines, b"{}"))["settings"], settings)
+        yield from (line for line in lines if line.endswith(b"\n"))  # a killed run's may not
+
+    def _of_results(self, settings: Mapping[str, Any]) -> Iterator[bytes]:
+        path = self._folder / self._names.results
+        if not path.is_file():
+            return
+        results = json.loads(path.read_bytes())
+        _check_settings(settings_of(results), settings)
+        loops = {loop["case"]: loop for loop in results["loops"]}
+        for case, entries in groupby(results["cases"], key=lambda entry: str(entry["case"])):
+            yield from map(json_line, entries)
+            yield _end_line(case, loops.get(case))
+
+
+def settings_of(results: Mapping[str, Any]) -> dict[str, Any]:
+    """What the answers in a results.json depend on."""
+    return {"model_sha256": results["model_sha256"], **results["settings"]}
+
+
+def _check_settings(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    other = [name for name in {**earlier, **now} if earlier.get(name) != now.get(name)]
+    if other:
+        raise OutputError(
+            f"--resume: the earlier run had another {', '.join(other)}; "
+            "choose another --output, or leave --resume out to begin anew"
+        )
+
+
+def _end_line(case: str, loop: Mapping[str, Any] | None) -> bytes:
+    return json_line({"end": case, "loop": loop})

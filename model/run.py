@@ -1,0 +1,169 @@
+"""One run: every case of the input folder, results.json and landmarks.csv."""
+
+import argparse
+import signal
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from model.answer import answer_case
+from model.jobs import Case, InputError, find_cases
+from model.journal import Journal, settings_of
+from model.outputs import CaseEntry, RunSummary
+from model.predictor import Predictor
+
+STOPPED_BY: list[int] = []  # signals; looked at between frames, so that what is written is whole
+
+
+class Stopped(Exception):
+    """The run was asked to stop between two frames of a stack."""
+
+
+@dataclass
+class Tally:
+    """What came of a run's cases, an entry each, or one a frame."""
+
+    answered: int = 0
+    failed: int = 0
+    doubtful: int = 0
+    late: int = 0
+    first_failure: CaseEntry | None = None
+
+
+def run(predictor: Predictor, args: argparse.Namespace) -> tuple[int, str]:
+    """Answer every case of the input folder; returns the exit status, and what is wrong.
+
+    Raises:
+        InputError, OutputError: nothing can be done.
+    """
+    start = time.perf_counter()
+    cases = cases_of(args)
+    args = argparse.Namespace(**vars(args))
+    if args.overlay is None:
+        args.overlay = not any(case.is_job for case in cases)
+    summary = summary_of(predictor, args)
+    files = {case.name: case.file for case in cases}
+    journal = Journal(args.output, args.run_files, settings_of(vars(summary)), files, args.resume)
+    if journal.done:
+        print(f"{len(journal.done)} of {len(cases)} cases are answered already", flush=True)
+    try:
+        answer_cases(cases, predictor, args, journal)
+        if STOPPED_BY:
+            journal.close()
+            return stopped(len(journal.done), len(cases))
+        tally = tally_of(journal.entries())
+        counts = {name: getattr(tally, name) for name in ("answered", "failed", "doubtful")}
+        journal.finish(summary.model_copy(update=counts))
+    except OSError as error:
+        names = f"{args.run_files.results} and {args.run_files.table}"
+        sentence = f"{args.output}: {names} not written ({error.strerror}); mend it, then --resume"
+        return 1, sentence
+    written = ", ".join(
+        str(args.output / name) for name in (args.run_files.results, args.run_files.table)
+    )
+    print(f"{time.perf_counter() - start:.1f} s; {written}")
+    return conclude(tally, args)
+
+
+def cases_of(args: argparse.Namespace) -> list[Case]:
+    """The cases of the input folder, or of this part of it."""
+    cases = find_cases(args.input, args.output)
+    if args.shard is None:
+        return cases
+    if cases[0].is_job:
+        raise InputError("--shard divides a folder of images, but this is a job: leave it out")
+    held = [case for case in cases if args.shard.holds(case.file)]
+    print(f"part {args.shard}: {len(held)} of {len(cases)} cases", flush=True)
+    return held
+
+
+def answer_cases(
+    cases: Sequence[Case], predictor: Predictor, args: argparse.Namespace, journal: Journal
+) -> None:
+    """Answer the cases that the journal does not have, until all are done or a signal came."""
+    for number, case in enumerate(cases, 1):
+        if STOPPED_BY:
+            return
+        if case.name in journal.done:
+            continue
+
+        def take(entry: CaseEntry, number: int = number) -> None:
+            journal.add(entry)
+            print(f"[{number}/{len(cases)}] {_line(entry)}", flush=True)
+            if STOPPED_BY and entry.frame is not None:
+                raise Stopped
+
+        try:
+            journal.end(case.name, answer_case(case, predictor, args, journal, take))
+        except Stopped:
+            return
+
+
+def summary_of(predictor: Predictor, args: argparse.Namespace) -> RunSummary:
+    """How the run is made; its numbers are not known yet."""
+    return RunSummary(
+        model=predictor.spec.name,
+        model_file=args.model.name,
+        model_sha256=args.model_sha256,
+        provider=predictor.provider,
+        settings={
+            "decode": args.decode or predictor.spec.decode,
+            "frame_of_answers": args.frame_of_answers,
+            "overlay": args.overlay,
+            "latency_budget_ms": args.latency_budget_ms,
+            "landmarks_file": args.files.landmarks,
+            "angle_file": args.files.angle,
+            "three_points_file": args.files.three_points,
+        },
+        shard=str(args.shard) if args.shard else None,
+        answered=0,
+        failed=0,
+        doubtful=0,
+    )
+
+
+def tally_of(entries: Iterable[CaseEntry]) -> Tally:
+    """Count what came of the cases."""
+    tally = Tally()
+    for entry in entries:
+        tally.answered += entry.status == "ok"
+        tally.failed += entry.status == "failed"
+        tally.doubtful += bool(entry.doubtful)
+        tally.late += any("latency budget" in text for text in entry.warnings)
+        if entry.status == "failed" and tally.first_failure is None:
+            tally.first_failure = entry
+    return tally
+
+
+def conclude(tally: Tally, args: argparse.Namespace) -> tuple[int, str]:
+    """Print the summary; returns the exit status and what is wrong."""
+    count = tally.answered + tally.failed
+    print(f"{tally.answered} answered, of them {tally.doubtful} doubtful; {tally.failed} failed")
+    if tally.late:
+        print(f"{tally.late} took longer than the latency budget of {args.latency_budget_ms:g} ms")
+    if tally.first_failure is None:
+        return 0, ""
+    first = f"{_label(tally.first_failure)!r}: {tally.first_failure.error}"
+    if count == 1:
+        return 1, f"the case failed: {first}"
+    rest = f"; {args.run_files.results} names the others" if tally.failed > 1 else ""
+    return 1, f"{tally.failed} of {count} cases failed, the first is {first}{rest}"
+
+
+def stopped(done: int, count: int) -> tuple[int, str]:
+    """What is said after a signal."""
+    name = signal.Signals(STOPPED_BY[0]).name
+    sentence = f"stopped by {name} after {done} of {count} cases; run it again with --resume"
+    return 128 + STOPPED_BY[0], sentence
+
+
+def _label(entry: CaseEntry) -> str:
+    return entry.file if entry.frame is None else f"{entry.file} frame {entry.frame}"
+
+
+def _line(entry: CaseEntry) -> str:
+    """One line of progress."""
+    if entry.aop_deg is None:
+        return f"{_label(entry)!r}: FAILED: {entry.error}"
+    doubt = f"  not sure: {'; '.join(entry.reasons)}" if entry.doubtful else ""
+    return f"{_label(entry)!r}: AoP {entry.aop_deg:.1f} deg{doubt}"
