@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Run the shipped model on a folder of images and check the answers.
-#   ./test/run_local.sh              synthetic sample images; the answers must be the recorded ones
+# Run the shipped model as a challenge platform would, and check the answers.
+#   ./test/run_local.sh              synthetic images in every layout, exec and invoke; prints a table
 #   ./test/run_local.sh INPUT_DIR    your images (or a grand-challenge job)
 # With a Docker engine: in the image, under the flags of a challenge platform. Without: in a virtual
 # environment (.venv). RUNTIME=cpu|cuda chooses the variant (cuda where there is a GPU).
@@ -10,38 +10,137 @@ input=${1:-$top/test/cases/input}
 [ -d "$input" ] || { echo "no folder $input; expected a folder of images" >&2; exit 2; }
 input=$(cd "$input" && pwd -P)
 cd "$top"
-output=$PWD/test/output
 gpu=(); runtime=cpu
 if command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; then
   gpu=(--gpus all); runtime=cuda
 fi
 runtime=${RUNTIME:-$runtime}
 [ "$runtime" = cuda ] || gpu=()
+image=aop:$runtime
+output=$PWD/test/output
 rm -rf "$output"; mkdir -p "$output"; chmod 777 "$output"
+work=$(mktemp -d); chmod 755 "$work"
+server=aop-server-$$; docker=
+trap 'rm -rf "$work"; [ -z "$docker" ] || docker rm -f "$server" >/dev/null 2>&1 || true' EXIT
 
 as=()  # the image's own user, or whoever calls, so that the answers can be deleted again
 [ "$(id -u)" = 0 ] || as=(--user "$(id -u):$(id -g)")
 
 if docker info >/dev/null 2>&1; then
-  docker build --build-arg RUNTIME="$runtime" -t aop:"$runtime" .
-  strict=(--rm "${gpu[@]}" "${as[@]}" --network none --cap-drop ALL --security-opt no-new-privileges
+  docker=yes
+  docker build --build-arg RUNTIME="$runtime" -t "$image" .
+  strict=("${gpu[@]}" "${as[@]}" --network none --cap-drop ALL --security-opt no-new-privileges
     --read-only --tmpfs /tmp --pids-limit 256 --memory 4g --shm-size 128m)
-  run=(docker run "${strict[@]}" -v "$input":/input:ro -v "$output":/output aop:"$runtime")
-  check=(docker run "${strict[@]}" -v "$PWD/test":/test:ro --entrypoint python aop:"$runtime"
-    /test/check_answers.py /test/output)
-  expected=/test/cases/expected.csv
 else
   python3 -m venv .venv
   requirements=$(cat requirements.txt)
   [ "$runtime" = cpu ] || requirements=${requirements/onnxruntime==/onnxruntime-gpu[cuda,cudnn]==}
   .venv/bin/pip install -q -r <(echo "$requirements")
-  run=(.venv/bin/python process.py --input "$input" --output "$output")
-  check=(.venv/bin/python test/check_answers.py "$output")
-  expected=test/cases/expected.csv
 fi
-status=0
-"${run[@]}" || status=$?
-[ $# -gt 0 ] || check+=(--expected "$expected")
-[ ! -e "$output/results.json" ] || "${check[@]}" || status=1
+
+run() {  # INPUT OUTPUT [option ...]
+  local in=$1 out=$2; shift 2
+  if [ "$docker" ]; then
+    docker run --rm "${strict[@]}" -v "$in":/input:ro -v "$out":/output "$image" "$@"
+  else
+    .venv/bin/python process.py --input "$in" --output "$out" "$@"
+  fi
+}
+run_linked() {  # INPUT OUTPUT: the input folder is a symbolic link
+  if [ "$docker" ]; then
+    docker run --rm "${strict[@]}" -v "$1":/mnt:ro -v "$2":/output --entrypoint sh "$image" \
+      -c 'ln -s /mnt /tmp/input && exec python /opt/app/process.py --input /tmp/input'
+  else
+    ln -sfn "$1" "$work/link"; run "$work/link" "$2"
+  fi
+}
+python() {  # with test/ at hand
+  if [ "$docker" ]; then
+    docker run --rm "${strict[@]}" -v "$PWD/test":/test:ro -v "$output":/output --entrypoint python \
+      -w / "$image" "$@"
+  else
+    .venv/bin/python "$@"
+  fi
+}
+check() {  # NAME [option ...]: the answers in $output/NAME
+  local name=$1; shift
+  if [ "$docker" ]; then python test/check_answers.py "/output/$name" "$@"
+  else python test/check_answers.py "$output/$name" "$@"; fi
+}
+
+if [ $# -gt 0 ]; then
+  status=0
+  run "$input" "$output" || status=$?
+  [ ! -e "$output/results.json" ] || check . || status=1
+  echo "answers and overlays: $output"
+  exit "$status"
+fi
+
+# ---- Every layout and mode, on the synthetic images
+
+make_job() {  # FOLDER KEY IMAGE: a grand-challenge job
+  mkdir -p "$1/images/ultrasound"
+  cp "$3" "$1/images/ultrasound/"
+  printf '[{"%s": {"slug": "site", "super_kind": "Value"}, "value": 3},
+    {"%s": {"slug": "ultrasound", "relative_path": "images/ultrasound", "super_kind": "Image"}}]' \
+    "$2" "$2" >"$1/inputs.json"
+}
+ask() {  # METHOD PATH STATUS
+  if [ "$docker" ]; then docker exec -i "$server" python - "$@" <test/ask.py
+  else .venv/bin/python test/ask.py "$@"; fi
+}
+serve_jobs() {
+  mkdir -p "$work/serve"; mkdir -m 777 -p "$output/invoke"
+  if [ "$docker" ]; then
+    docker run -d --name "$server" "${strict[@]}" -v "$work/serve":/input:ro \
+      -v "$output/invoke":/output "$image" --serve
+  else
+    .venv/bin/python process.py --serve --input "$work/serve" --output "$output/invoke" & server=$!
+    trap 'kill "$server" 2>/dev/null || true' EXIT
+  fi
+  ask GET /health 200
+  ask POST /invoke 500  # there is no job yet
+  cp -R "$work/socket/." "$work/serve"
+  ask POST /invoke 201
+  check invoke --expected test/cases/expected.csv --some
+  echo "{" >"$work/serve/inputs.json"
+  ask POST /invoke 500
+  ask GET /health 200
+  if [ "$docker" ]; then
+    docker stop "$server"; docker logs "$server"
+    [ "$(docker inspect -f '{{.State.ExitCode}}' "$server")" = 0 ]
+  else
+    kill -TERM "$server"; wait "$server"
+  fi
+}
+exec_and_check() {  # NAME INPUT [option ...]
+  local name=$1 in=$2; shift 2
+  mkdir -m 777 "$output/$name"
+  "${how:-run}" "$in" "$output/$name"
+  check "$name" --expected test/cases/expected.csv "$@"
+}
+
+table=; status=0
+row() {  # WORDS COMMAND...: run it, and note how it went
+  local words=$1 result=ok; shift
+  echo; echo "---- $words"
+  set +e  # with "||" bash would not stop at the first command that fails
+  ( set -e; "$@" )
+  [ $? = 0 ] || { result=FAILED; status=1; }
+  set -e
+  table+=$(printf '%-44s %s' "$words" "$result")$'\n'
+}
+images=(test/cases/input/*.png)
+make_job "$work/socket" socket "${images[0]}"
+make_job "$work/interface" interface "${images[1]}"
+mkdir -p "$work/slug/images/pelvic-2d-ultrasound"
+cp "${images[@]}" "$work/slug/images/pelvic-2d-ultrasound"
+row "exec    a folder of images" exec_and_check folder "$input"
+row "exec    images/<slug>/" exec_and_check slug "$work/slug"
+row "exec    inputs.json with socket" exec_and_check socket "$work/socket" --some
+row "exec    inputs.json with interface" exec_and_check interface "$work/interface" --some
+how=run_linked row "exec    the input folder is a link" exec_and_check linked "$work/socket" --some
+row "invoke  health, jobs good and bad, SIGTERM" serve_jobs
+echo; echo "${docker:+in $image: }checked against test/cases/expected.csv"; printf '%s' "$table"
 echo "answers and overlays: $output"
 exit "$status"
