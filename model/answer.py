@@ -112,9 +112,7 @@ def _answer_frame(
     return Answer(entry, points_of(entry, frame, args.frame_of_answers == "world"), picture)
 
 
-def _write(
-    answers: Sequence[Answer], folder: Path, args: argparse.Namespace
-) -> list[CaseEntry]:
+def _write(answers: Sequence[Answer], folder: Path, args: argparse.Namespace) -> list[CaseEntry]:
     """Write what grand-challenge reads, one answer for all frames; returns their entries."""
     angles = [answer.entry.aop_deg for answer in answers if answer.entry.aop_deg is not None]
     start = time.perf_counter()

@@ -1,7 +1,7 @@
 """Whether a volume's file holds as many pixels as its header claims.
 
-ITK does not always find out: it fills up with zeros (NIfTI, DICOM, packed MetaImage), or unpacks
-for ever (frames of a packed MetaImage).
+ITK does not always find out: it fills up with zeros (NIfTI, packed MetaImage), or unpacks for ever
+(frames of a packed MetaImage).
 """
 
 import gzip
@@ -14,8 +14,6 @@ from pathlib import Path
 
 from model.formats import head_of, is_gzip
 
-_NATIVE = (b"1.2.840.10008.1.2", b"1.2.840.10008.1.2.1", b"1.2.840.10008.1.2.2")
-
 
 def is_packed(path: Path, kind: str) -> bool:
     """Whether a MetaImage or NIfTI file is compressed."""
@@ -24,20 +22,11 @@ def is_packed(path: Path, kind: str) -> bool:
     return kind == "NIfTI" and is_gzip(path)
 
 
-def is_cut(path: Path, kind: str, pixels: int, pixel_bytes: int) -> bool:
-    """Whether so many pixels, of so many bytes each, are not there; False where ITK sees that."""
-    if kind == "DICOM":
-        return _is_cut_dicom(path, pixels)
+def is_cut(path: Path, kind: str, needed: int) -> bool:
+    """Whether pixels of so many bytes are not there; False where ITK sees that."""
     if kind == "NIfTI":
         return _is_cut_nifti(path)
-    return is_packed(path, kind) and _is_cut_metaimage(path, pixels * pixel_bytes)
-
-
-def _is_cut_dicom(path: Path, pixels: int) -> bool:
-    """Of each pixel that is not compressed, one byte at least must be there."""
-    syntax = re.search(rb"\x02\0\x10\0UI..([\d.]+)", head_of(path), re.DOTALL)
-    native = syntax is None or syntax[1] in _NATIVE
-    return native and pixels > path.stat().st_size
+    return is_packed(path, kind) and _is_cut_metaimage(path, needed)
 
 
 def _is_cut_nifti(path: Path) -> bool:

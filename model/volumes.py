@@ -11,14 +11,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from model.complete import is_cut, is_packed
-from model.formats import head_of, is_gzip
+from model.dicom import open_dicom
+from model.formats import head_of
 from model.placing import placing
 from model.reading import (
-    MAX_BYTES,
     MIN_SIDE,
     ImageError,
     ImageFile,
@@ -31,19 +30,18 @@ from model.reading import (
     damaged,
     unreadable,
 )
+from model.stand_in import acceptable
 
 ITK_NAMES = {"MetaImage": "Meta", "NIfTI": "Nifti", "NRRD": "Nrrd", "DICOM": "GDCM"}
-# What to replace, and how often, in a file whose pixels ITK refuses because of the geometry. In
-# DICOM only the tag Pixel Spacing gets another number, so that the file keeps its length.
-_GEOMETRY = {
-    "MetaImage": (rb"(?m)^(?:Element(?:Spacing|Size)|TransformMatrix)[ \t]*=.*\n", b"", 3),
-    "NRRD": (rb"(?m)^space[a-z ]*:.*\n", b"", 5),
-    "DICOM": (rb"\x28\x00\x30\x00", b"\x28\x00\x31\x00", 1),
-}
 
 
 def open_volume(path: Path, kind: str) -> ImageFile:
     """A file of one of the `ITK_NAMES`: one image, or a stack of them."""
+    return open_dicom(path, _open) if kind == "DICOM" else _open(path, kind)
+
+
+def _open(path: Path, kind: str = "DICOM") -> ImageFile:
+    """A file as ITK understands it; one in DICOM has one frame."""
     with _itk(path, kind, path.stat().st_size) as header:
         header.ReadImageInformation()
         value = _simpleitk().Image([1, 1], header.GetPixelID())
@@ -55,14 +53,13 @@ def open_volume(path: Path, kind: str) -> ImageFile:
     flat = channels == 1 and len(lengths) > 2 and lengths[0] in (1, 3, 4)
     first = 1 if flat and min(lengths[1:3]) >= MIN_SIDE else 0
     stacked = [axis for axis in range(first + 2, len(lengths)) if lengths[axis] > 1]
-    geometry, warnings, readable = placing(header, path, kind, first)
+    geometry, warnings, readable = placing(header, first)
     pixel_bytes = channels * value.GetSizeOfPixelComponent()
     volume = _Volume(path, kind, lengths, channels, pixel_bytes, first, stacked, readable)
     volume.check()
     count = lengths[stacked[0]] if stacked else 1
     size = lengths[first], lengths[first + 1]
-    number = _instance_number(header)
-    return ImageFile(count, size, volume.open, geometry, stacked == [2], warnings, number)
+    return ImageFile(count, size, volume.open, geometry, stacked == [2], warnings)
 
 
 @dataclass(frozen=True)
@@ -111,12 +108,10 @@ class _Volume:
         by_frames = bool(self.stacked) and self.readable and self._can_extract()
         if by_frames and not is_packed(self.path, self.kind):
             return self._frame
-        if is_cut(self.path, self.kind, self.pixels, self.pixel_bytes):
-            raise damaged(self.kind)
         needed = max(self.pixels * self.pixel_bytes, self.path.stat().st_size)
-        if by_frames and needed > MAX_BYTES:
-            return self._frame
-        check_bytes(needed, "save them as .mha, which is read by frames")
+        check_bytes(needed, "save them as .mha without compression, which is read by frames")
+        if is_cut(self.path, self.kind, self.pixels * self.pixel_bytes):
+            raise damaged(self.kind)
         whole = self._pixels(needed)
         return lambda k: whole[k]
 
@@ -141,7 +136,7 @@ class _Volume:
         """Whether ITK reads one frame without the rest, and rightly.
 
         ITK 5.4 gives wrong values for MetaImage in ASCII and breaks the heap on NIfTI with
-        channels; for NRRD and DICOM it would read the whole file again for each frame.
+        channels; for NRRD it would read the whole file again for each frame.
         """
         if self.kind == "MetaImage":
             return re.search(rb"(?m)^BinaryData[ \t]*=[ \t]*True", head_of(self.path)) is not None
@@ -161,7 +156,7 @@ def _itk(path: Path, kind: str, needed: int, without_geometry: bool = False) -> 
     reader = _simpleitk().ImageFileReader()
     reader.SetImageIO(f"{ITK_NAMES[kind]}ImageIO")
     try:
-        with _acceptable(path, kind, without_geometry) as name, bounded_memory(needed):
+        with acceptable(path, kind, without_geometry) as name, bounded_memory(needed), _silence():
             reader.SetFileName(str(name))
             yield reader
     except RuntimeError as error:
@@ -171,32 +166,13 @@ def _itk(path: Path, kind: str, needed: int, without_geometry: bool = False) -> 
 
 
 @contextmanager
-def _acceptable(path: Path, kind: str, without_geometry: bool) -> Iterator[Path]:
-    """The file, or one that stands in for it where ITK refuses its name or its geometry."""
-    if kind != "NIfTI" and not without_geometry:
-        yield path
-        return
-    with TemporaryDirectory() as folder:
-        stand_in = Path(folder) / ("a.nii.gz" if is_gzip(path) else "a.nii")
-        if kind == "NIfTI":  # alone is refused where the suffix is not its own
-            stand_in.symlink_to(path.absolute())
-        else:
-            stand_in.write_bytes(_strike_geometry(path, kind))
-        yield stand_in
-
-
-def _strike_geometry(path: Path, kind: str) -> bytes:
-    pattern, replacement, count = _GEOMETRY[kind]
-    data = re.sub(pattern, replacement, path.read_bytes(), count=count)
-    if kind != "MetaImage":
-        return data
-    beside = os.fsencode(path.absolute().parent) + b"/"  # where an .mhd has its pixels
-    partner = rb"(?m)^(ElementDataFile[ \t]*=[ \t]*)(?![ \t]|LOCAL|LIST|/)"
-    return re.sub(partner, lambda match: match[1] + beside, data, count=1)
-
-
-def _instance_number(header: Any) -> float:
+def _silence() -> Iterator[None]:
+    """Nothing gets to stderr: libjpeg and OpenJPEG, among others, print there by themselves."""
+    before = os.dup(2)
     try:
-        return float(header.GetMetaData("0020|0013"))
-    except (RuntimeError, ValueError):  # no such tag, or no number in it
-        return math.inf
+        with Path(os.devnull).open("wb") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(before, 2)
+        os.close(before)

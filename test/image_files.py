@@ -85,32 +85,56 @@ def makers() -> dict[str, Callable[[Path], Path]]:
 
 # ---- DICOM, by hand: SimpleITK writes neither YBR nor the sequences of an ultrasound machine
 
+LITTLE, IMPLICIT, BIG = ("<", True), ("<", False), (">", True)  # order of bytes; kinds are named
+ROOT = "1.2.840.10008.1.2"
+SYNTAXES = {LITTLE: ROOT + ".1", IMPLICIT: ROOT, BIG: ROOT + ".2"}
+OPEN = 0xFFFFFFFF  # the length of what an end mark ends
 
-def element(tag: int, kind: str, value: str | bytes | int) -> bytes:
-    if isinstance(value, int):
-        value = struct.pack("<H", value)
-    value = value.encode() if isinstance(value, str) else value
+
+def element(
+    tag: int, kind: str, value: str | bytes | int | float, code: tuple[str, bool] = LITTLE
+) -> bytes:
+    """A number is written as US, SS or FD; `OPEN` as a length."""
+    order, explicit = code
+    if isinstance(value, str):
+        value = value.encode()
+    elif not isinstance(value, bytes):
+        value = struct.pack(order + {"SS": "h", "FD": "d"}.get(kind, "H"), value)
     value += b"\0" * (len(value) % 2) if kind == "UI" else b" " * (len(value) % 2)
-    head = struct.pack("<HH", tag >> 16, tag & 0xFFFF) + kind.encode()
-    long = kind in ("OB", "OW", "SQ")
-    return (
-        head + (struct.pack("<2xI", len(value)) if long else struct.pack("<H", len(value))) + value
-    )
+    head = struct.pack(order + "HH", tag >> 16, tag & 0xFFFF)
+    if not explicit:
+        return head + struct.pack(order + "I", len(value)) + value
+    if kind in ("OB", "OW", "SQ", "UN", "UT"):
+        return head + kind.encode() + struct.pack(order + "2xI", len(value)) + value
+    return head + kind.encode() + struct.pack(order + "H", len(value)) + value
 
 
-def item(value: bytes) -> bytes:
-    return struct.pack("<HHI", 0xFFFE, 0xE000, len(value)) + value
+def item(value: bytes, order: str = "<") -> bytes:
+    return struct.pack(order + "HHI", 0xFFFE, 0xE000, len(value)) + value
 
 
-def region(x_cm: float, y_cm: float, unit: int = 3) -> bytes:
+def region(
+    x_cm: float, y_cm: float, unit: int = 3, code: tuple[str, bool] = LITTLE, y_unit: int = 0
+) -> bytes:
     """One item of the Sequence of Ultrasound Regions."""
     return item(
-        element(0x00186024, "US", unit)
-        + element(0x00186026, "US", 3)
-        + element(0x00186028, "FD", struct.pack("<d", 0))
-        + element(0x0018602C, "FD", struct.pack("<d", x_cm))
-        + element(0x0018602E, "FD", struct.pack("<d", y_cm))
+        element(0x00186024, "US", unit, code)
+        + element(0x00186026, "US", y_unit or unit, code)
+        + element(0x00186028, "FD", 0.0, code)
+        + element(0x0018602C, "FD", x_cm, code)
+        + element(0x0018602E, "FD", y_cm, code),
+        code[0],
     )
+
+
+def left_open(tag: int, items: list[bytes], code: tuple[str, bool] = LITTLE) -> bytes:
+    """A sequence of items, none of which says how long it is: end marks do."""
+    order, explicit = code
+    head = struct.pack(order + "HH", tag >> 16, tag & 0xFFFF) + b"SQ\0\0" * explicit
+    marks = [struct.pack(order + "HHI", 0xFFFE, mark, 0) for mark in (0xE00D, 0xE0DD)]
+    start = struct.pack(order + "HHI", 0xFFFE, 0xE000, OPEN)
+    inside = b"".join(start + item[8:] + marks[0] for item in items)
+    return head + struct.pack(order + "I", OPEN) + inside + marks[1]
 
 
 def dicom(
@@ -122,30 +146,49 @@ def dicom(
     number: int | None = None,
     jpeg: list[bytes] | None = None,
     preamble: bool = True,
+    code: tuple[str, bool] = LITTLE,
+    syntax: str = "",
+    table: bytes = b"",
+    more: dict[int, bytes] | None = None,
 ) -> Path:
-    """A multi-frame ultrasound file of (frames, H, W[, 3]) pixels, or of frames packed as JPEG."""
-    kind = "1.2.840.10008.5.1.4.1.1.3.1"
-    syntax = "1.2.840.10008.1.2.4.50" if jpeg else "1.2.840.10008.1.2.1"
-    meta = element(0x00020001, "OB", b"\0\1") + element(0x00020002, "UI", kind)
-    meta += element(0x00020003, "UI", "1.2.3") + element(0x00020010, "UI", syntax)
+    """A multi-frame ultrasound file of (frames, H, W[, 3]) pixels, or of frames packed as JPEG.
+
+    Args:
+        syntax: the end of the transfer syntax's UID.
+        table: of the packed frames' offsets.
+        more: whole elements by their tags, also instead of those that are there.
+    """
+    shape, bits = pixels.shape, 8 * pixels.dtype.itemsize
+    values = {
+        0x00080016: ("UI", "1.2.840.10008.5.1.4.1.1.3.1"),
+        0x00080018: ("UI", "1.2.3"),
+        0x00186011: ("SQ", regions),
+        0x00200013: ("IS", "" if number is None else str(number)),
+        0x00280002: ("US", 3 if len(shape) == 4 else 1),
+        0x00280004: ("CS", colours),
+        0x00280006: ("US", 0 if len(shape) == 4 else ""),
+        0x00280008: ("IS", str(shape[0])),
+        0x00280010: ("US", shape[1]),
+        0x00280011: ("US", shape[2]),
+        0x00280030: ("DS", spacing),
+        0x00280100: ("US", bits),
+        0x00280101: ("US", bits),
+        0x00280102: ("US", bits - 1),
+        0x00280103: ("US", int(pixels.dtype.kind == "i")),
+        0x7FE00010: (
+            "OW" if bits == 16 else "OB",
+            pixels.astype(pixels.dtype.newbyteorder(code[0])).tobytes(),
+        ),
+    }
+    data = {tag: element(tag, *at, code) for tag, at in values.items() if at[1] not in ("", b"")}
+    if jpeg is not None:
+        items = b"".join(item(part + b"\0" * (len(part) % 2)) for part in [table, *jpeg])
+        head = struct.pack("<HH2s2xI", 0x7FE0, 0x10, b"OB", OPEN)
+        data[0x7FE00010] = head + items + struct.pack("<HHI", 0xFFFE, 0xE0DD, 0)
+    data |= more or {}
+    uid = ROOT + syntax if syntax else SYNTAXES[code] if jpeg is None else ROOT + ".4.50"
+    meta = element(0x00020001, "OB", b"\0\1") + element(0x00020010, "UI", uid)
     meta = element(0x00020000, "UL", struct.pack("<I", len(meta))) + meta
-    bits = 8 * pixels.dtype.itemsize
-    data = element(0x00080016, "UI", kind) + element(0x00080018, "UI", "1.2.3")
-    data += element(0x00186011, "SQ", regions) if regions else b""
-    data += element(0x00200013, "IS", str(number)) if number is not None else b""
-    data += element(0x00280002, "US", 3 if pixels.ndim == 4 else 1)
-    data += element(0x00280004, "CS", colours)
-    data += element(0x00280006, "US", 0) if pixels.ndim == 4 else b""
-    data += element(0x00280008, "IS", str(len(pixels))) + element(0x00280010, "US", pixels.shape[1])
-    data += element(0x00280011, "US", pixels.shape[2])
-    data += element(0x00280030, "DS", spacing) if spacing else b""
-    for tag, value in ((0x100, bits), (0x101, bits), (0x102, bits - 1), (0x103, 0)):
-        data += element(0x00280000 + tag, "US", value)
-    if jpeg:
-        data += struct.pack("<HH2s2xI", 0x7FE0, 0x10, b"OB", 0xFFFFFFFF) + item(b"")
-        data += b"".join(item(part + b"\0" * (len(part) % 2)) for part in jpeg)
-        data += struct.pack("<HHI", 0xFFFE, 0xE0DD, 0)
-    else:
-        data += element(0x7FE00010, "OW" if bits == 16 else "OB", pixels.tobytes())
-    path.write_bytes((b"\0" * 128 + b"DICM" + meta if preamble else b"") + data)
+    body = b"".join(data[tag] for tag in sorted(data))
+    path.write_bytes((bytes(128) + b"DICM" + meta if preamble else b"") + body)
     return path

@@ -104,7 +104,7 @@ FILES: dict[str, Row] = {
     "20,000 px sides": ("huge.png", lambda p: png_claiming(p, 20_000), "larger than 64 Mpx"),
     "a 20,000 px side": ("long.png", lambda p: png(p, np.tile(GREY[:40, :200], (1, 100))), None),
     "bomb png": ("bomb.png", lambda p: png_claiming(p, 2**31 - 1), "larger than 64 Mpx"),
-    "bomb mha": ("bomb.mha", bomb_mha, "constant"),
+    "bomb mha": ("bomb.mha", bomb_mha, "0.6 GiB, more than 0.5 GiB"),
     "bomb nii.gz": ("bomb.nii.gz", bomb_nifti, r"GiB|damaged"),
     "spaces in a name": ("  a  b .png", png, None),
     "newline in a name": ("a\nb.png", png, None),

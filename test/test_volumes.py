@@ -1,4 +1,4 @@
-"""MetaImage, NIfTI, NRRD and DICOM: shapes, stacks, and where the pixels lie."""
+"""MetaImage, NIfTI and NRRD: shapes, stacks, and where the pixels lie."""
 
 from pathlib import Path
 
@@ -17,11 +17,8 @@ from test.image_files import (
     H,
     W,
     assert_stack,
-    dicom,
     edit,
-    element,
     frames,
-    region,
     save,
     single,
     stretched,
@@ -92,14 +89,6 @@ def test_packed_metaimage_with_less_than_it_claims(tmp_path: Path, suffix: str) 
     assert_stack(path, STACK)
     edit(path, b"DimSize = 60 40 5", b"DimSize = 60 40 6")
     with pytest.raises(ImageError, match="MetaImage data is damaged"):
-        open_image(path)
-
-
-def test_dicom_with_fewer_pixels_than_it_claims(tmp_path: Path) -> None:
-    """ITK would fill up with zeros."""
-    path = dicom(tmp_path / "a.dcm", GREY[None])
-    edit(path, *(element(0x00280010, "US", rows) for rows in (H, 80)))
-    with pytest.raises(ImageError, match="DICOM data is damaged"):
         open_image(path)
 
 
@@ -228,106 +217,6 @@ def test_axes_that_span_no_space(tmp_path: Path) -> None:
     frame = next(open_image(path).frames())
     assert frame.geometry == Geometry((0.5, 0.25), (0.5, 0.25, 2.0))
     assert "not turned" in frame.warnings[0]
-
-
-# ---- DICOM
-
-
-def test_dicom_frames(tmp_path: Path) -> None:
-    np.testing.assert_array_equal(single(dicom(tmp_path / "a.dcm", GREY[None])).pixels, GREY)
-    assert_stack(dicom(tmp_path / "a.dcm", STACK), STACK)
-    assert_stack(dicom(tmp_path / "a.dcm", STACK, preamble=False), STACK)
-
-
-def test_monochrome1_is_inverted(tmp_path: Path) -> None:
-    frame = single(dicom(tmp_path / "a.dcm", GREY[None], colours="MONOCHROME1"))
-    np.testing.assert_array_equal(frame.pixels, 255 - GREY)
-    wide = GREY.astype(np.uint16) * 16
-    frame = single(dicom(tmp_path / "a.dcm", wide[None], colours="MONOCHROME1"))
-    np.testing.assert_allclose(frame.pixels, 255 - stretched(wide), atol=1e-4)
-
-
-@pytest.mark.parametrize("colours", ["RGB", "YBR_FULL"])
-def test_dicom_colours(tmp_path: Path, colours: str) -> None:
-    stored = RGB if colours == "RGB" else cv2.cvtColor(RGB, cv2.COLOR_RGB2YCrCb)[..., [0, 2, 1]]
-    frame = single(dicom(tmp_path / "a.dcm", stored[None], colours=colours))
-    expected = cv2.cvtColor(RGB, cv2.COLOR_RGB2GRAY).astype(int)
-    assert np.abs(frame.pixels - expected).max() <= 1
-
-
-def test_dicom_of_jpeg_frames(tmp_path: Path) -> None:
-    planes = [RGB, RGB[::-1], RGB[:, ::-1]]
-    parts = [
-        cv2.imencode(".jpg", plane[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 98])[1].tobytes()
-        for plane in planes
-    ]
-    path = dicom(tmp_path / "a.dcm", np.stack(planes), colours="YBR_FULL_422", jpeg=parts)
-    for frame, plane in zip(frames(path), planes, strict=True):
-        expected = cv2.cvtColor(np.ascontiguousarray(plane), cv2.COLOR_RGB2GRAY).astype(int)
-        assert np.abs(frame.pixels - expected).max() <= 4
-
-
-def test_dicom_spacing(tmp_path: Path) -> None:
-    def spacing(**tags: object) -> tuple[float, float] | None:
-        return single(dicom(tmp_path / "a.dcm", GREY[None], **tags)).geometry.spacing_mm
-
-    assert spacing() is None
-    assert spacing(spacing="0.5\\0.25") == (0.25, 0.5)  # the tag gives rows first
-    assert spacing(spacing="1\\1") == (1.0, 1.0)
-    assert spacing(regions=region(0.02, 0.03)) == pytest.approx((0.2, 0.3))
-    assert spacing(regions=region(0.02, 0.03) * 2) == pytest.approx((0.2, 0.3))
-    assert spacing(regions=region(0.1, 0.1, unit=4) + region(0.02, 0.03)) == pytest.approx(
-        (0.2, 0.3)
-    )
-    assert spacing(regions=region(0.02, 0.03) + region(0.04, 0.03)) is None
-    assert spacing(regions=region(0.02, 0.03, unit=4)) is None
-    assert spacing(regions=region(0.02, 0.03), spacing="0.5\\0.25") == (0.25, 0.5)
-
-
-@pytest.mark.parametrize("spacing", ["0\\0", "abc", "-1\\1"])
-def test_dicom_spacing_that_cannot_be(tmp_path: Path, spacing: str) -> None:
-    path = dicom(tmp_path / "a.dcm", STACK, spacing=spacing)
-    assert_stack(path, STACK)
-    frame = next(open_image(path).frames())
-    assert frame.geometry.spacing_mm is None and "cannot be" in frame.warnings[0]
-
-
-def test_folder_of_dicom_files(tmp_path: Path) -> None:
-    for name, number in (("a", 10), ("b", 9), ("c", 2), ("d", 9)):
-        plane = STACK["cbda".index(name)]
-        dicom(tmp_path / name, plane[None], number=number, spacing=f"{number}\\1")
-    (tmp_path / "notes.txt").write_text("not a frame")
-    dicom(tmp_path / "DICOMDIR", STACK[4:])
-    assert_stack(tmp_path, STACK[:4])
-    source = open_image(tmp_path)
-    assert source.geometry.spacing_mm == (1.0, 2.0)
-    assert [frame.geometry.spacing_mm[1] for frame in source.frames()] == [2, 9, 9, 10]
-    assert [frame.slice_index for frame in source.frames()] == [0] * 4
-
-
-def test_folder_with_a_damaged_file(tmp_path: Path) -> None:
-    for k in range(3):
-        dicom(tmp_path / f"{k}.dcm", STACK[k][None], number=k)
-    path = dicom(tmp_path / "0.dcm", STACK[0][None], number=0)
-    path.write_bytes(path.read_bytes()[:-500])
-    first, second, bad = frames(tmp_path)
-    np.testing.assert_array_equal(first.pixels, STACK[1])
-    np.testing.assert_array_equal(second.pixels, STACK[2])
-    assert "DICOM data is damaged" in bad.reason
-    source = open_image(tmp_path)
-    assert (source.width, source.height) == (W, H)
-
-
-def test_folders_of_one_none_and_only_damaged(tmp_path: Path) -> None:
-    with pytest.raises(ImageError, match="neither one image nor DICOM"):
-        open_image(tmp_path)
-    dicom(tmp_path / "a", GREY[None])
-    np.testing.assert_array_equal(single(tmp_path).pixels, GREY)
-    (tmp_path / "a").unlink()
-    for name in ("b.dcm", "c.dcm"):
-        (tmp_path / name).write_bytes(b"")
-    with pytest.raises(ImageError, match="empty"):
-        open_image(tmp_path)
 
 
 # ---- Real files

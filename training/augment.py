@@ -16,6 +16,7 @@ def augment(
     points: Floats,
     settings: Augmentation,
     rng: np.random.Generator,
+    style: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray | None, Floats]:
     """Rotate, scale, stretch and shift image, mask and landmarks alike; then change grey values.
 
@@ -25,14 +26,39 @@ def augment(
         image: (size, size) grey 0..255.
         mask: (size, size) class numbers or None.
         points: (3, 2) landmarks in input px; the returned ones may lie outside the frame.
+        style: (size, size) grey values of another machine's image, to look like.
     """
     size = image.shape[0]
+    if style is not None and rng.random() < settings.style:
+        image = mix_amplitudes(image, style, rng.uniform(0.0, 1.0), settings.style_band)
     matrix = _affine(size, settings, rng)
     image = cv2.warpAffine(image, matrix, (size, size), flags=cv2.INTER_LINEAR)
     if mask is not None:
         mask = cv2.warpAffine(mask, matrix, (size, size), flags=cv2.INTER_NEAREST)
     points = points @ matrix[:, :2].T + matrix[:, 2]
     return _change_grey(image.astype(np.float32), settings, rng), mask, points
+
+
+def mix_amplitudes(image: np.ndarray, style: np.ndarray, share: float, band: float) -> np.ndarray:
+    """An image whose low frequencies have amplitudes partly of another, and its own phases.
+
+    Phases carry the anatomy, low amplitudes the machine's look (Yang and Soatto 2020, FDA, Eq. 3;
+    mixed by a random share as in Xu et al. 2021, Eq. 5).
+
+    Args:
+        image, style: (size, size) grey 0..255.
+        share: 0: the image as it is; 1: the style's amplitudes.
+        band: the frequencies that are mixed lie below band * size on each axis, in cycles.
+    """
+    size = image.shape[0]
+    own = np.fft.fftshift(np.fft.fft2(image))
+    other = np.abs(np.fft.fftshift(np.fft.fft2(style)))
+    centre, reach = size // 2, int(band * size)
+    low = (slice(centre - reach, centre + reach + 1),) * 2
+    amplitude = np.abs(own)
+    amplitude[low] += share * (other[low] - amplitude[low])
+    mixed = np.fft.ifft2(np.fft.ifftshift(amplitude * np.exp(1j * np.angle(own)))).real
+    return np.clip(mixed, 0.0, 255.0).astype(np.float32)
 
 
 def _affine(size: int, settings: Augmentation, rng: np.random.Generator) -> Floats:

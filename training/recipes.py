@@ -33,6 +33,10 @@ class Augmentation(BaseModel):
     blur_sigma_px: float = Field(0.0, description="Gaussian blur of up to this, half of the time")
     speckle: float = Field(0.0, description="multiplicative noise of up to this, half of the time")
     erase: float = Field(0.0, description="a black box of up to this side, half of the time")
+    style: float = Field(
+        0.0, description="share of images that take an unlabelled image's style, with --styles"
+    )
+    style_band: float = Field(0.05, description="frequencies that are style, share of the side")
 
 
 class Recipe(BaseModel):

@@ -1,0 +1,48 @@
+"""The look of another machine, mixed into an image by Fourier amplitudes."""
+
+import numpy as np
+import pytest
+
+from test.phantom import phantom
+from training.augment import augment, mix_amplitudes
+from training.recipes import Augmentation
+
+IMAGE, STYLE = (phantom(seed, 96, 96).image.astype(np.float32) for seed in (1, 2))
+DARK = STYLE * 0.4
+
+
+def low_amplitudes(image: np.ndarray, reach: int) -> np.ndarray:
+    found = np.abs(np.fft.fftshift(np.fft.fft2(image)))
+    centre = image.shape[0] // 2
+    return found[centre - reach : centre + reach + 1, centre - reach : centre + reach + 1]
+
+
+def test_nothing_of_the_style_is_the_image() -> None:
+    np.testing.assert_allclose(mix_amplitudes(IMAGE, DARK, 0.0, 0.05), IMAGE, atol=1e-3)
+
+
+def test_the_style_takes_the_low_amplitudes_alone() -> None:
+    gentle = 128 + (IMAGE - 128) / 8  # so that nothing is clipped
+    other = 128 + (STYLE - 128) / 9
+    mixed = mix_amplitudes(gentle, other, 1.0, 0.05)
+    reach = int(0.05 * 96)
+    wanted = low_amplitudes(other, reach)
+    np.testing.assert_allclose(low_amplitudes(mixed, reach), wanted, rtol=1e-3, atol=1)
+    outside = np.abs(np.fft.fftshift(np.fft.fft2(mixed - gentle)))
+    outside[48 - reach : 49 + reach, 48 - reach : 49 + reach] = 0
+    assert outside.max() < 1
+    half = mix_amplitudes(gentle, other, 0.5, 0.05)
+    between = (low_amplitudes(gentle, reach) + wanted) / 2
+    np.testing.assert_allclose(low_amplitudes(half, reach), between, rtol=1e-3, atol=1)
+
+
+@pytest.mark.parametrize(("share", "changes"), [(0.0, False), (1.0, True)])
+def test_augment_mixes_as_often_as_it_is_told(share: float, changes: bool) -> None:
+    still = Augmentation(
+        rotation_deg=0, scale=(1, 1), gamma=(1, 1), contrast=(1, 1), style=share, style_band=0.1
+    )
+    points = np.array([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
+    mixed, _, moved = augment(IMAGE, None, points, still, np.random.default_rng(0), DARK)
+    plain, _, _ = augment(IMAGE, None, points, still, np.random.default_rng(0))
+    np.testing.assert_allclose(moved, points)
+    assert np.allclose(mixed, plain, atol=0.5) is not changes
