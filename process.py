@@ -22,7 +22,7 @@ from model.files import OutputError
 from model.jobs import InputError, find_cases
 from model.options import MOUNTED_MODELS, parse_options
 from model.predictor import ModelError, Predictor, load_predictor
-from model.run import STOPPED_BY, conclude, run, tally_of
+from model.run import STOPPED_BY, conclude, run, tally_of, tell
 from model.serve import serve
 from model.shards import merge
 
@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         predictor = load_predictor(args.model, args.provider, args.threads)
         args.model_sha256 = sha256(args.model)
         name = f"{predictor.spec.name} ({args.model}) on {predictor.provider}"
-        print(f"model {name}", flush=True)
+        tell(f"model {name}")
         if args.api_method == "invoke":
             return serve_jobs(predictor, args)
         return _say(*run(predictor, args))
@@ -86,11 +86,11 @@ def merge_parts(args: argparse.Namespace) -> int:
     try:
         files = [case.file for case in find_cases(args.input, args.output)]
     except InputError as error:
-        print(f"what is missing of the input is not known: {error}")
+        tell(f"what is missing of the input is not known: {error}")
         files = []
     merged = merge(args.output, files)
     for name in merged.missing:
-        print(f"missing: {name!r}")
+        tell(f"missing: {name!r}")
     status, sentence = conclude(tally_of(merged.cases), args)
     if not merged.missing:
         return _say(status, sentence)

@@ -59,7 +59,8 @@ class Journal:
             self.reserve(CHUNK // ROOM + len(cases))
         except OSError as error:
             raise OutputError(
-                f"{folder} cannot be written ({error.strerror}); mount a writable folder with room"
+                f"{folder} cannot be written ({error.strerror}); mount a writable folder with "
+                "room, or run as its owner (docker run --user)"
             ) from error
         except (ValueError, KeyError, TypeError) as error:
             if isinstance(error, OutputError):

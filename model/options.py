@@ -1,6 +1,8 @@
 """The command line of process.py; each option can be set by an environment variable as well."""
 
 import argparse
+import contextlib
+import difflib
 import math
 import os
 import sys
@@ -37,6 +39,11 @@ def parse_options(
         exit_on_error=False,
     )
     options = _add_options(parser, environment)
+    known = [variable(option.option_strings[0]) for option in options]
+    for name in environment:
+        near = difflib.get_close_matches(name, known, 1, 0.8) if name not in known else []
+        if name.startswith("AOP_") and near:
+            parser.error(f"unknown environment variable {name}; did you mean {near[0]}?")
     where = "from the environment: "
     try:
         first = [text for option in options for text in _from_environment(option, environment)]
@@ -77,10 +84,10 @@ def _add_options(
     provider_help = "processor; auto: CUDA where it runs, else the CPU (%(default)s)"
     add("--provider", choices=providers, default="auto", help=provider_help)
     threads_help = "threads of the network on the CPU (all that the process may use)"
-    add("--threads", type=count, metavar="N", help=threads_help)
+    add("--threads", type=_count, metavar="N", help=threads_help)
     add("--decode", choices=("subpixel", "argmax"), help="heatmap decoder (the model's own)")
     budget_help = "warn of cases that took longer"
-    add("--latency-budget-ms", type=milliseconds, metavar="N", help=budget_help)
+    add("--latency-budget-ms", type=_milliseconds, metavar="N", help=budget_help)
 
     add = group("answers")
     frame_help = "landmarks in the file's world frame, mm where it has one, or in px (%(default)s)"
@@ -110,7 +117,7 @@ def _add_options(
     add("--api-method", choices=("exec", "invoke"), default="exec", help=method_help)
     serve_help = "the same as --api-method invoke"
     add("--serve", dest="api_method", action="store_const", const="invoke", help=serve_help)
-    add("--port", type=count, default=PORT, metavar="N", help="of the server (%(default)s)")
+    add("--port", type=_count, default=PORT, metavar="N", help="of the server (%(default)s)")
     return added
 
 
@@ -132,20 +139,18 @@ def _from_environment(option: argparse.Action, environment: Mapping[str, str]) -
     return [name if text.lower() == "yes" else option.option_strings[1]]
 
 
-def milliseconds(text: str) -> float:
-    """A number above 0; argparse tells the user this function's name for any other text."""
-    value = float(text)
-    if not 0 < value < math.inf:
-        raise ValueError
-    return value
+def _milliseconds(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 0 < (value := float(text)) < math.inf:
+            return value
+    raise argparse.ArgumentTypeError(f"expected milliseconds, a number above 0, got {text!r}")
 
 
-def count(text: str) -> int:
-    """A whole number above 0; see milliseconds."""
-    value = int(text)
-    if value < 1:
-        raise ValueError
-    return value
+def _count(text: str) -> int:
+    with contextlib.suppress(ValueError):
+        if (value := int(text)) > 0:
+            return value
+    raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text!r}")
 
 
 def _name_inside(text: str) -> str:

@@ -1,7 +1,9 @@
 """One run: every case of the input folder, results.json and landmarks.csv."""
 
 import argparse
+import os
 import signal
+import sys
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -30,6 +32,14 @@ class Tally:
     first_failure: CaseEntry | None = None
 
 
+def tell(text: str) -> None:
+    """Print a line; whoever reads them may stop listening, the run goes on."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def run(predictor: Predictor, args: argparse.Namespace) -> tuple[int, str]:
     """Answer every case of the input folder; returns the exit status, and what is wrong.
 
@@ -45,7 +55,7 @@ def run(predictor: Predictor, args: argparse.Namespace) -> tuple[int, str]:
     files = {case.name: case.file for case in cases}
     journal = Journal(args.output, args.run_files, settings_of(vars(summary)), files, args.resume)
     if journal.done:
-        print(f"{len(journal.done)} of {len(cases)} cases are answered already", flush=True)
+        tell(f"{len(journal.done)} of {len(cases)} cases are answered already")
     try:
         answer_cases(cases, predictor, args, journal)
         if STOPPED_BY:
@@ -61,7 +71,7 @@ def run(predictor: Predictor, args: argparse.Namespace) -> tuple[int, str]:
     written = ", ".join(
         str(args.output / name) for name in (args.run_files.results, args.run_files.table)
     )
-    print(f"{time.perf_counter() - start:.1f} s; {written}")
+    tell(f"{time.perf_counter() - start:.1f} s; {written}")
     return conclude(tally, args)
 
 
@@ -73,7 +83,7 @@ def cases_of(args: argparse.Namespace) -> list[Case]:
     if cases[0].is_job:
         raise InputError("--shard divides a folder of images, but this is a job: leave it out")
     held = [case for case in cases if args.shard.holds(case.file)]
-    print(f"part {args.shard}: {len(held)} of {len(cases)} cases", flush=True)
+    tell(f"part {args.shard}: {len(held)} of {len(cases)} cases")
     return held
 
 
@@ -89,7 +99,7 @@ def answer_cases(
 
         def take(entry: CaseEntry, number: int = number) -> None:
             journal.add(entry)
-            print(f"[{number}/{len(cases)}] {_line(entry)}", flush=True)
+            tell(f"[{number}/{len(cases)}] {_line(entry)}")
             if STOPPED_BY and entry.frame is not None:
                 raise Stopped
 
@@ -138,9 +148,9 @@ def tally_of(entries: Iterable[CaseEntry]) -> Tally:
 def conclude(tally: Tally, args: argparse.Namespace) -> tuple[int, str]:
     """Print the summary; returns the exit status and what is wrong."""
     count = tally.answered + tally.failed
-    print(f"{tally.answered} answered, of them {tally.doubtful} doubtful; {tally.failed} failed")
+    tell(f"{tally.answered} answered, of them {tally.doubtful} doubtful; {tally.failed} failed")
     if tally.late:
-        print(f"{tally.late} took longer than the latency budget of {args.latency_budget_ms:g} ms")
+        tell(f"{tally.late} took longer than the latency budget of {args.latency_budget_ms:g} ms")
     if tally.first_failure is None:
         return 0, ""
     first = f"{_label(tally.first_failure)!r}: {tally.first_failure.error}"

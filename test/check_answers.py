@@ -43,7 +43,8 @@ def main() -> int:
         faults += [f"{entry['file']}: {fault}" for some in found for fault in some]
     for fault in faults:
         print(f"MISMATCH {fault}", file=sys.stderr)
-    print(f"{len(entries)} cases checked, {len(faults)} mismatches")
+    against = f"{args.expected.name}" if args.expected else "their form; accuracy is not checked"
+    print(f"{len(entries)} answers checked against {against}: {len(faults)} mismatches")
     return 1 if faults else 0
 
 

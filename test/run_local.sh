@@ -2,6 +2,7 @@
 # Run the shipped model as a challenge platform would, and check the answers.
 #   ./test/run_local.sh              synthetic images in every layout, exec and invoke; prints a table
 #   ./test/run_local.sh INPUT_DIR    your images (or a grand-challenge job)
+# The answers lie in test/output, which is emptied first.
 # With a Docker engine: in the image, under the flags of a challenge platform. Without: in a virtual
 # environment (.venv). RUNTIME=cpu|cuda chooses the variant (cuda where there is a GPU).
 set -euo pipefail

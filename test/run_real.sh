@@ -8,6 +8,7 @@ cd "$(dirname "$0")/.."
 data=${1:-${AOP_DATA:-../shared/data}/psfhs}
 [ -f "$data/cases.csv" ] || { echo "no cases.csv in $data; pass the PSFHS folder" >&2; exit 2; }
 python=${AOP_VENV:-$PWD/.venv-test}/bin/python
+[ -x "$python" ] || { echo "no $python; run ./test/run_tests.sh first, which makes it" >&2; exit 2; }
 images=$(mktemp -d)
 trap 'rm -rf "$images"' EXIT
 chmod 755 "$images"

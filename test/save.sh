@@ -1,33 +1,55 @@
 #!/usr/bin/env bash
 # Save the two files that grand-challenge takes: the image, and the weights, which it unpacks to
-# /opt/ml/model. Then check them: the saved image is loaded and runs on the sample images, with the
-# weights mounted.
+# /opt/ml/model (they are in the image too: model.tar.gz is for weights that change without it). Then
+# check them: the saved image is loaded and answers the sample images with the weights mounted.
 #   ./test/save.sh [FOLDER] [MODEL.onnx]      default: dist and the shipped model
-# RUNTIME=cuda|cpu and API_METHOD=exec|invoke choose the image (default: cuda, exec). Needs Docker.
+# RUNTIME=cuda|cpu and API_METHOD=exec|invoke choose the image (default: cuda, exec); LANDMARKS_FILE,
+# ANGLE_FILE, THREE_POINTS_FILE and FRAME_OF_ANSWERS are what a challenge asks for. Needs Docker.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 folder=${1:-dist}
 model=${2:-model/weights/aop.onnx}
 [ -f "$model" ] || { echo "no model $model; expected an .onnx file" >&2; exit 2; }
+docker info >/dev/null 2>&1 || { echo "needs a running Docker engine" >&2; exit 2; }
 mkdir -p "$folder"
-tag=aop:saved-$$
+api=${API_METHOD:-exec}
+image=$folder/aop-${RUNTIME:-cuda}-$api.tar.gz
+tag=aop:${RUNTIME:-cuda}-$api
 work=$(mktemp -d); chmod 755 "$work"
-trap 'rm -rf "$work"; docker rmi -f "$tag" >/dev/null 2>&1 || true' EXIT
+server=aop-saved-$$
+trap 'rm -rf "$work"; docker rm -f "$server" >/dev/null 2>&1 || true' EXIT
 
-docker build --build-arg RUNTIME="${RUNTIME:-cuda}" --build-arg API_METHOD="${API_METHOD:-exec}" -t "$tag" .
+arguments=()
+for name in RUNTIME API_METHOD LANDMARKS_FILE ANGLE_FILE THREE_POINTS_FILE FRAME_OF_ANSWERS; do
+  [ -z "${!name:-}" ] || arguments+=(--build-arg "$name=${!name}")
+done
+docker build "${arguments[@]}" -t "$tag" .
 docker save "$tag" | gzip >"$folder/.image.partial"
-mv "$folder/.image.partial" "$folder/aop.tar.gz"
+mv "$folder/.image.partial" "$image"
 tar -czf "$folder/model.tar.gz" -C "$(dirname "$model")" "$(basename "$model")"
 
 docker rmi "$tag" >/dev/null
-docker load <"$folder/aop.tar.gz"
-mkdir "$work/model"; mkdir -m 777 "$work/out"
+docker load <"$image"
+mkdir -p "$work/model" "$work/in/images/ultrasound"; mkdir -m 777 "$work/out"
 tar -xzf "$folder/model.tar.gz" -C "$work/model"
-chmod -R a+rX "$work/model"
+cp test/cases/input/phantom-10.png "$work/in/images/ultrasound"
+echo '[{"socket": {"slug": "ultrasound", "relative_path": "images/ultrasound",
+  "super_kind": "Image"}}]' >"$work/in/inputs.json"
+chmod -R a+rX "$work"
 as=()  # the image's own user, or whoever calls, so that the answers can be deleted again
 [ "$(id -u)" = 0 ] || as=(--user "$(id -u):$(id -g)")
-docker run --rm "${as[@]}" --network none --cap-drop ALL --security-opt no-new-privileges --read-only \
-  --tmpfs /tmp --pids-limit 256 --memory 4g --shm-size 128m -v "$work/model":/opt/ml/model:ro \
-  -v "$PWD/test/cases/input":/input:ro -v "$work/out":/output "$tag" --api-method exec | tee "$work/log"
+docker run -d --name "$server" "${as[@]}" --network none --cap-drop ALL --read-only --tmpfs /tmp \
+  --security-opt no-new-privileges --pids-limit 256 --memory 4g --shm-size 128m \
+  -v "$work/model":/opt/ml/model:ro -v "$work/in":/input:ro -v "$work/out":/output "$tag" >/dev/null
+if [ "$api" = invoke ]; then
+  docker exec -i "$server" python - GET /health 200 <test/ask.py
+  docker exec -i "$server" python - POST /invoke 201 <test/ask.py
+  docker stop "$server" >/dev/null
+fi
+[ "$(docker wait "$server")" = 0 ] || { docker logs "$server" >&2; exit 1; }
+docker logs "$server" | tee "$work/log"
 grep -q '(/opt/ml/model/' "$work/log" || { echo "the mounted weights were not used" >&2; exit 1; }
-ls -lh "$folder/aop.tar.gz" "$folder/model.tar.gz"
+for name in "${LANDMARKS_FILE:-aop-landmarks.json}" "${ANGLE_FILE:-angle-of-progression.json}"; do
+  [ -s "$work/out/$name" ] || { echo "no answer $name" >&2; exit 1; }
+done
+ls -lh "$image" "$folder/model.tar.gz"

@@ -87,6 +87,14 @@ def test_batch_engine(capsys: pytest.CaptureFixture[str]) -> None:
     assert parse(JOB_COMPLETION_INDEX="3").shard is None  # such a job may have cases of its own
 
 
+def test_a_variable_that_is_nearly_one(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(AOP_LANDMARKS="a.json")
+    said = "unknown environment variable AOP_LANDMARKS; did you mean AOP_LANDMARKS_FILE?"
+    assert said in capsys.readouterr().err
+    assert parse(AOP_DATA="/data", PATH="/bin").landmarks_file == "aop-landmarks.json"
+
+
 @pytest.mark.parametrize(
     "variables",
     [

@@ -209,6 +209,17 @@ def test_as_a_command(tmp_path: Path) -> None:
     assert rb"[1/1] '\xfc.png': AoP " in ran.stdout and ran.stdout.endswith(b"\nset()\n")
 
 
+def test_nobody_listens(tmp_path: Path) -> None:
+    """As in `process.py ... | head -1`."""
+    for k in range(5):
+        png(tmp_path / "in" / f"{k}.png")
+    command = [sys.executable, "process.py", "--input", tmp_path / "in", "--output", tmp_path / "o"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=-1, stderr=-1) as child:
+        child.stdout.close()
+        assert (child.stderr.read(), child.wait()) == (b"", 0)
+    assert load(tmp_path / "o" / "results.json")["answered"] == 5
+
+
 # ---- Nothing can be done
 
 

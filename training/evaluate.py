@@ -85,7 +85,10 @@ def matched(
         found.append(case)
         predictions.append(CasePrediction(answer.landmarks_px, longer, answer.aop_deg))
     if not found:
-        raise CaseError(f"none of the {len(cases)} cases has a row in the predictions")
+        raise CaseError(
+            f"none of the {len(cases)} cases, the first being {cases[0].file}, has a row in the "
+            "predictions: run process.py on the folder of these images first"
+        )
     return found, predictions, missing
 
 
