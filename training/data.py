@@ -18,7 +18,7 @@ from model.frame import Letterbox, Pair, input_to_cells
 from model.image import BadFrame, ImageError, open_image
 from model.masks import CLASSES
 from training.augment import augment
-from training.cases import Case
+from training.cases import Case, CaseError, read_cases
 from training.masks import read_mask
 from training.recipes import Recipe
 
@@ -30,13 +30,24 @@ class LandmarkDataset(Dataset[dict[str, Tensor]]):
         cases: the cases; `file` is below `images`.
         masks: folder of masks with the images' stems, or None.
         train: augment and perturb; else the plain letterboxed image.
+        more: further cases, each with its own folder of images; they have no masks.
+        styles: images whose look the augmentation may take (training.augment.mix_amplitudes).
     """
 
     def __init__(
-        self, cases: Sequence[Case], images: Path, masks: Path | None, recipe: Recipe, train: bool
+        self,
+        cases: Sequence[Case],
+        images: Path,
+        masks: Path | None,
+        recipe: Recipe,
+        train: bool,
+        more: Sequence[tuple[Case, Path]] = (),
+        styles: Sequence[Path] = (),
     ) -> None:
-        self.cases = list(cases)
-        self.images = images
+        self.styles = list(styles)
+        self.cases = [*cases, *(case for case, _ in more)]
+        self.folders = [images] * len(cases) + [folder for _, folder in more]
+        self.with_mask = len(cases)  # the first so many, where there are masks
         self.masks = {path.stem: path for path in masks.iterdir()} if masks else None
         self.recipe = recipe
         self.spec = recipe.spec()
@@ -48,16 +59,18 @@ class LandmarkDataset(Dataset[dict[str, Tensor]]):
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Tensor]:
         epoch, index = key
         case = self.cases[index]
-        grey, spacing = read_grey(self.images / case.file, case.frame)
+        grey, spacing = read_grey(self.folders[index] / case.file, case.frame)
         box = Letterbox(grey.shape[1], grey.shape[0], self.spec.input_size, spacing)
         image, points, mask = box.apply(grey), box.to_input(case.landmarks_px), None
-        if self.masks is not None:
+        if self.masks is not None and index < self.with_mask:
             mask = box.apply(read_mask(self.masks[Path(case.file).stem]), nearest=True)
         if self.train:
             rng = np.random.default_rng((self.recipe.seed, epoch, index))
             noise_px = self.recipe.landmark_noise_px * self.spec.input_size / 512
             points = points + rng.normal(0.0, 1.0, points.shape) * noise_px
-            image, mask, points = augment(image, mask, points, self.recipe.augmentation, rng)
+            style = self._style(rng) if self.styles else None
+            settings = self.recipe.augmentation
+            image, mask, points = augment(image, mask, points, settings, rng, style)
         inside = ((points >= -0.5) & (points <= self.spec.input_size - 0.5)).all(axis=1)
         heatmaps = self.spec.codec.encode(input_to_cells(points, self.spec.stride))
         sample = {
@@ -66,13 +79,20 @@ class LandmarkDataset(Dataset[dict[str, Tensor]]):
             "visible": torch.from_numpy(inside.astype(np.float32)),
             "index": torch.tensor(index),
         }
-        if mask is not None:
+        if self.masks is not None:
             sample["masks"] = torch.from_numpy(self._mask_shares(mask))
+            sample["has_mask"] = torch.tensor(float(mask is not None))
         return sample
 
-    def _mask_shares(self, mask: np.ndarray) -> np.ndarray:
+    def _style(self, rng: np.random.Generator) -> np.ndarray:
+        grey, spacing = read_grey(self.styles[rng.integers(len(self.styles))])
+        return Letterbox(grey.shape[1], grey.shape[0], self.spec.input_size, spacing).apply(grey)
+
+    def _mask_shares(self, mask: np.ndarray | None) -> np.ndarray:
         """(size, size) class numbers -> (2, cells, cells) each cell's share of a class."""
         cells = self.spec.codec.columns
+        if mask is None:
+            return np.zeros((len(CLASSES), cells, cells), np.float32)
         shares = [
             cv2.resize(
                 (mask == k + 1).astype(np.float32), (cells, cells), interpolation=cv2.INTER_AREA
@@ -80,6 +100,44 @@ class LandmarkDataset(Dataset[dict[str, Tensor]]):
             for k in range(len(CLASSES))
         ]
         return np.stack(shares)
+
+
+def further_cases(
+    tables: Sequence[tuple[Path, Path]], data: Path, images: Path
+) -> list[tuple[Case, Path]]:
+    """The training cases of further tables, each with its folder of images.
+
+    Args:
+        tables: (table, folder of its images); of a table with a split, its cases of split train.
+        data, images: the table with the validation split, and its images.
+
+    Raises:
+        CaseError: a table cannot be read or used, an image is missing, or is one of val or test.
+    """
+    known = read_cases(data) if tables else []
+    if tables and not any(case.split for case in known):
+        raise CaseError(
+            f"--more needs a split column in {data} (fit writes one to RUN/cases.csv): a split "
+            "drawn anew could validate on images that pseudo-labels were made from"
+        )
+    apart = [case for case in known if case.split != "train"]
+    kept = {((images / case.file).resolve(), case.frame) for case in apart}
+    found = []
+    for table, folder in tables:
+        cases = [case for case in read_cases(table) if case.split in (None, "train")]
+        missing = [case.file for case in cases if not (folder / case.file).exists()]
+        if missing:
+            raise CaseError(
+                f"{len(missing)} images of {table} not in {folder}, the first is {missing[0]}"
+            )
+        leaked = [c.file for c in cases if ((folder / c.file).resolve(), c.frame) in kept]
+        if leaked:
+            raise CaseError(
+                f"{len(leaked)} images of {table} are of split val or test in {data}, the first is "
+                f"{leaked[0]}: take them out, for they would be trained on"
+            )
+        found += [(case, folder) for case in cases]
+    return found
 
 
 def read_grey(path: Path, frame: int | None = None) -> tuple[np.ndarray, Pair]:

@@ -25,6 +25,7 @@ from pydantic import ValidationError
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
+from model.image import is_supported_name
 from model.masks import CLASSES
 from model.network import build_network
 from training.cases import Case, CaseError, read_cases, write_cases
@@ -35,13 +36,14 @@ from training.checkpoint import (
     load_weights,
     save_weights,
 )
-from training.data import LandmarkDataset, read_grey, train_loader
+from training.data import LandmarkDataset, further_cases, read_grey, train_loader
 from training.groups import near_duplicate_groups, split_by_group
 from training.loop import Processes, Trainer, processes
 from training.metrics import mean_errors
 from training.pictures import sample_sheet
 from training.predict import predict_cases, torch_predictor
 from training.recipes import Recipe, add_recipe_arguments, recipe_from_arguments
+from training.transfer import start_pretrained
 
 FRACTIONS = (0.8, 0.2, 0.0)  # the paper's 4:1
 SAMPLES_EVERY = 8  # epochs between two sample sheets
@@ -64,20 +66,28 @@ def fit(args: argparse.Namespace, recipe: Recipe, place: Processes) -> None:
     """Train until the recipe's epochs or --max-minutes are over."""
     checkpoint = _checkpoint(args)
     args.output.mkdir(parents=True, exist_ok=True)
+    more = further_cases(args.more, args.data, args.images)
     cases = split_cases(args, recipe, place)
-    dataset = LandmarkDataset(cases["train"], args.images, args.masks, recipe, train=True)
+    styles = style_images(args.styles)
+    dataset = LandmarkDataset(cases["train"], args.images, args.masks, recipe, True, more, styles)
     loader = train_loader(dataset, place.rank, place.world)
+    if args.steps:
+        recipe = recipe.model_copy(update={"epochs": max(1, round(args.steps / len(loader)))})
     torch.manual_seed(recipe.seed)
     masks = len(CLASSES) if args.masks else 0
     network = build_network(recipe.network, masks)
     if args.init and not args.resume:
         start_from(args.init, network, bool(masks), place)
+    if not args.resume:
+        for report in start_pretrained(network, args.pretrained, args.encoder_weights):
+            if place.leads:
+                print(report)
     trainer = Trainer(network, recipe, len(loader), place)
     spent = trainer.resume(checkpoint) if args.resume else 0.0
     if place.leads:
         count = sum(parameter.numel() for parameter in network.parameters()) / 1e6
         print(
-            f"{len(cases['train'])} images train, {len(cases['val'])} choose; {count:.1f} M "
+            f"{len(dataset)} images train, {len(cases['val'])} choose; {count:.1f} M "
             f"parameters, {place.world} x {place.device}, epoch {trainer.epoch} of {recipe.epochs}"
         )
     start = time.monotonic() - spent
@@ -101,7 +111,19 @@ def _checkpoint(args: argparse.Namespace) -> Path:
         raise CaseError(f"{args.output} holds a training: pass --resume, or another --output")
     if args.resume and not path.exists():
         raise CaseError(f"there is no {path} to resume")
+    if args.init and (args.pretrained or args.encoder_weights):
+        raise ValueError("--init fills the whole network: give no --pretrained, --encoder-weights")
     return path
+
+
+def style_images(folder: Path | None) -> list[Path]:
+    """Every image below a folder."""
+    if folder is None:
+        return []
+    found = sorted(path for path in folder.rglob("*") if is_supported_name(path))
+    if not found:
+        raise CaseError(f"--styles: no image below {folder}")
+    return found
 
 
 def start_from(weights: Path, network: nn.Module, masks: bool, place: Processes) -> None:
@@ -209,7 +231,27 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--data", type=Path, required=True, help="case table (CSV), see prepare")
     parser.add_argument("--images", type=Path, required=True, help="folder of its images")
     parser.add_argument("--masks", type=Path, help="folder of masks: an auxiliary target")
+    parser.add_argument(
+        "--more", type=Path, nargs=2, action="append", default=[], metavar=("TABLE", "IMAGES"),
+        help="further training cases with their own images and no masks, such as the pseudo.csv "
+        "of pseudo_label; may be given several times",
+    )  # fmt: skip
     parser.add_argument("--init", type=Path, help="start from these weights (.safetensors)")
+    parser.add_argument(
+        "--pretrained", metavar="RUN", help="bottleneck from a run of training.pretrain, or "
+        "usfm:FILE; its width, depth and heads must be the network's",
+    )  # fmt: skip
+    parser.add_argument(
+        "--encoder-weights", type=Path, metavar="FILE",
+        help="encoder from ImageNet: ResNet-50 under torchvision's keys",
+    )  # fmt: skip
+    parser.add_argument(
+        "--styles", type=Path, metavar="DIR", help="unlabelled images, of other machines too, "
+        "whose look is mixed in: see --augmentation.style",
+    )  # fmt: skip
+    parser.add_argument(
+        "--steps", type=int, metavar="N", help="in place of epochs: as many as make N steps"
+    )
     parser.add_argument("--output", type=Path, required=True, help="the run's folder")
     parser.add_argument("--resume", action="store_true", help="go on from RUN/checkpoint.pt")
     parser.add_argument("--max-minutes", type=float, help="stop after the epoch in which they end")

@@ -28,13 +28,19 @@ def heatmap_cross_entropy(raw: Tensor, target: Tensor, visible: Tensor) -> Tenso
     return (divergence * visible).sum() / visible.sum().clamp(min=1)
 
 
-def mask_loss(logits: Tensor, target: Tensor) -> Tensor:
-    """Binary cross-entropy plus one minus Dice of (n, classes, h, w) soft masks."""
+def mask_loss(logits: Tensor, target: Tensor, given: Tensor | None = None) -> Tensor:
+    """Binary cross-entropy plus one minus Dice of (n, classes, h, w) soft masks.
+
+    Args:
+        given: (n,) 1 for a sample that has masks, else 0; by default all have them.
+    """
     logits = logits.float()
     overlap = 2 * (logits.sigmoid() * target).sum(dim=(2, 3))
     total = (logits.sigmoid() + target).sum(dim=(2, 3))
     dice = (overlap + 1) / (total + 1)
-    return F.binary_cross_entropy_with_logits(logits, target) + (1 - dice).mean()
+    entropy = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
+    value = entropy.mean(dim=(1, 2, 3)) + (1 - dice).mean(dim=1)
+    return value.mean() if given is None else (value * given).sum() / given.sum().clamp(min=1)
 
 
 def total_loss(
@@ -48,5 +54,5 @@ def total_loss(
     heatmap_loss = heatmap_mse if loss == "mse" else heatmap_cross_entropy
     value = heatmap_loss(raw, batch["heatmaps"], batch["visible"])
     if mask_logits is not None:
-        value = value + mask_weight * mask_loss(mask_logits, batch["masks"])
+        value = value + mask_weight * mask_loss(mask_logits, batch["masks"], batch["has_mask"])
     return torch.nan_to_num(value, nan=float("inf"))

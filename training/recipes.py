@@ -1,7 +1,8 @@
 """Recipes: full training configurations as frozen pydantic models, and their command-line flags.
 
-`paper` holds the paper's settings with the corrections that model/ documents, `compact` those of
-the shipped weights. Every field, those of the network too (`--network.vit_depth 4`), is a flag.
+`paper` holds the paper's settings with the corrections that model/ documents, `unet` the same for
+the baseline's network, `compact` those of the shipped weights. Every field, those of the network
+too (`--network.vit_depth 4`), is a flag.
 """
 
 import argparse
@@ -10,7 +11,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from model.network import NetworkConfig, TransUNetConfig
+from model.network import NetworkConfig, TransUNetConfig, UNetConfig
 from model.spec import ModelSpec
 
 Range = tuple[float, float]
@@ -94,6 +95,7 @@ class Recipe(BaseModel):
 
 
 PAPER = Recipe()
+UNET = Recipe(name="unet", network=UNetConfig())
 COMPACT = Recipe(
     name="compact",
     network=TransUNetConfig(
@@ -133,18 +135,18 @@ COMPACT = Recipe(
         erase=0.25,
     ),
 )
-RECIPES = {"paper": PAPER, "compact": COMPACT}
+RECIPES = {"paper": PAPER, "compact": COMPACT, "unet": UNET}
 
 
 def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
     """`--recipe` and one flag for every field of a recipe, nested ones with a dot."""
     parser.add_argument("--recipe", choices=sorted(RECIPES), default="compact")
     group = parser.add_argument_group(
-        "recipe fields", "override the recipe; lists as 1,2,3; defaults below are paper | compact"
+        "recipe fields", "override the recipe; lists as 1,2,3; in brackets: paper | compact | unet"
     )
-    for path, description in _fields(PAPER):
-        values = [_get(recipe, path) for recipe in (PAPER, COMPACT)]
-        shown = " | ".join(json.dumps(value) for value in values)
+    for path, description in FIELDS.items():
+        values = [_get(recipe, path) for recipe in RECIPES.values()]
+        shown = " | ".join("-" if value is None else json.dumps(value) for value in values)
         group.add_argument(
             f"--{path}",
             metavar="V",
@@ -160,7 +162,7 @@ def recipe_from_arguments(args: argparse.Namespace) -> Recipe:
         ValueError: (pydantic's ValidationError) a value that its field does not take.
     """
     values = RECIPES[args.recipe].model_dump(mode="json")
-    for path, _ in _fields(PAPER):
+    for path in FIELDS:
         if path in args:
             *parents, leaf = path.split(".")
             target = values
@@ -181,10 +183,14 @@ def _fields(model: BaseModel, prefix: str = "") -> list[tuple[str, str]]:
     return found
 
 
+FIELDS = dict(field for recipe in RECIPES.values() for field in _fields(recipe))
+
+
 def _get(recipe: Recipe, path: str) -> Any:
+    """A field's value; None where the recipe's network has no such field."""
     value: Any = recipe.model_dump(mode="json")
     for name in path.split("."):
-        value = value[name]
+        value = value.get(name)
     return value
 
 

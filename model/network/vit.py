@@ -1,6 +1,11 @@
-"""The Vision Transformer of the bottleneck: pre-norm blocks and fixed 2-D sin-cos positions."""
+"""The Vision Transformer of the bottleneck: pre-norm blocks, and how they know positions.
+
+Positions are fixed 2-D sin-cos codes added to the tokens, or, in the fashion of BEiT, a learned
+bias for every offset between two cells, added to each block's attention scores.
+"""
 
 import math
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -26,8 +31,20 @@ def sincos_positions(rows: int, columns: int, width: int) -> Tensor:
     return torch.cat(parts, dim=1)
 
 
+def relative_index(rows: int, columns: int) -> Tensor:
+    """(rows * columns, rows * columns) number of the offset from each cell to each other one.
+
+    Offsets are counted as in BEiT: rows from -(rows - 1) on, then columns; a table of biases has
+    (2 rows - 1) * (2 columns - 1) of them.
+    """
+    row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+    down = row.reshape(-1, 1) - row.reshape(1, -1) + rows - 1
+    right = column.reshape(-1, 1) - column.reshape(1, -1) + columns - 1
+    return down * (2 * columns - 1) + right
+
+
 class Attention(nn.Module):
-    """Multi-head self-attention."""
+    """Multi-head self-attention; `bias`, (heads, tokens, tokens), is added to the scores."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -35,13 +52,24 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """(n, tokens, width) -> the same shape."""
+        query, key, value = self._heads(x)
+        mask = None if bias is None else bias.to(query.dtype)
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        return self.proj(attended.transpose(1, 2).reshape(x.shape))
+
+    def maps(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """(n, tokens, width) -> (n, heads, tokens, tokens): what share each token takes of each."""
+        query, key, _ = self._heads(x)
+        scores = query.float() @ key.float().transpose(-1, -2) / math.sqrt(query.shape[-1])
+        return (scores if bias is None else scores + bias).softmax(dim=-1)
+
+    def _heads(self, x: Tensor) -> Tensor:
+        """(n, tokens, width) -> (3, n, heads, tokens, width / heads): query, key and value."""
         n, tokens, width = x.shape
         qkv = self.qkv(x).reshape(n, tokens, 3, self.heads, width // self.heads)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4)
-        attended = F.scaled_dot_product_attention(query, key, value)
-        return self.proj(attended.transpose(1, 2).reshape(n, tokens, width))
+        return qkv.permute(2, 0, 3, 1, 4)
 
 
 class Block(nn.Module):
@@ -55,26 +83,45 @@ class Block(nn.Module):
         hidden = int(width * mlp_ratio)
         self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(n, tokens, width) -> the same shape."""
-        x = x + self.attn(self.norm1(x))
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """(n, tokens, width) -> the same shape; `bias` as in `Attention`."""
+        x = x + self.attn(self.norm1(x), bias)
         return x + self.mlp(self.norm2(x))
 
 
 class ViTBottleneck(nn.Module):
     """A feature map as tokens through `depth` blocks and back; positions fit the map's size."""
 
-    def __init__(self, rows: int, columns: int, width: int, depth: int, heads: int) -> None:
+    index: Tensor
+
+    def __init__(
+        self,
+        rows: int,
+        columns: int,
+        width: int,
+        depth: int,
+        heads: int,
+        positions: Literal["sincos", "relative"] = "sincos",
+    ) -> None:
         super().__init__()
-        positions = sincos_positions(rows, columns, width)
-        self.position_embedding = nn.Parameter(positions[None], requires_grad=False)
+        self.rows, self.columns, self.relative = rows, columns, positions == "relative"
+        if self.relative:
+            offsets = (2 * rows - 1) * (2 * columns - 1)
+            self.bias_tables = nn.Parameter(torch.zeros(depth, offsets, heads))
+            self.register_buffer("index", relative_index(rows, columns), persistent=False)
+        else:
+            fixed = sincos_positions(rows, columns, width)
+            self.position_embedding = nn.Parameter(fixed[None], requires_grad=False)
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=1e-6)
 
     def forward(self, x: Tensor) -> Tensor:
         """(n, width, rows, columns) -> the same shape."""
         n, width, rows, columns = x.shape
-        tokens = x.flatten(2).transpose(1, 2) + self.position_embedding
-        for block in self.blocks:
-            tokens = block(tokens)
+        tokens = x.flatten(2).transpose(1, 2)
+        if not self.relative:
+            tokens = tokens + self.position_embedding
+        for k, block in enumerate(self.blocks):
+            bias = self.bias_tables[k][self.index].permute(2, 0, 1) if self.relative else None
+            tokens = block(tokens, bias)
         return self.norm(tokens).transpose(1, 2).reshape(n, width, rows, columns)

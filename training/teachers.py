@@ -1,0 +1,112 @@
+"""Teachers of the distillation, frozen: USFM (BEiT-style weights), or a larger model of our own.
+
+Both take (n, 1, side, side) grey values 0..1, and `kept` as in training.mae.
+"""
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.network.vit import Block, relative_index
+from training.beit import BeitWeights, read_beit
+from training.checkpoint import load_strictly
+from training.mae import Encoder, Features, load_mae, resize_positions, take
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # USFM's input scale
+
+
+class Beit(nn.Module):
+    """A BEiT-style ViT for images of `grid` by `grid` patches; grey images become its RGB."""
+
+    index: Tensor
+
+    def __init__(self, weights: BeitWeights, grid: int) -> None:
+        super().__init__()
+        tables = weights.on_grid(grid, grid)
+        state = weights.state
+        self.width, _, self.patch, _ = state["patch_embed.weight"].shape
+        self.grid, (depth, offsets, self.heads) = grid, tables.shape
+        ratio = len(state["blocks.0.mlp.0.bias"]) / self.width
+        self.patch_embed = nn.Conv2d(3, self.width, self.patch, self.patch)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, self.width))
+        self.tables = nn.Parameter(torch.zeros(tables.shape))
+        self.blocks = nn.ModuleList(Block(self.width, self.heads, ratio) for _ in range(depth))
+        self.norm = nn.LayerNorm(self.width, eps=1e-6)
+        index = torch.full((grid**2 + 1, grid**2 + 1), offsets - 2)
+        index[0] = offsets - 3
+        index[0, 0] = offsets - 1
+        index[1:, 1:] = relative_index(grid, grid)
+        self.register_buffer("index", index, persistent=False)
+        for name, value in zip(("mean", "std"), (IMAGENET_MEAN, IMAGENET_STD), strict=True):
+            self.register_buffer(name, torch.tensor(value).reshape(3, 1, 1), persistent=False)
+        load_strictly(self, {**state, "tables": tables}, weights.report.file)
+
+    def forward(
+        self, image: Tensor, kept: Tensor | None = None, attention: bool = False
+    ) -> Features:
+        """Features of all patches, or of those kept; attention maps without the cls token."""
+        image = scaled(image, self.grid * self.patch)
+        tokens = self.patch_embed((image - self.mean) / self.std).flatten(2).transpose(1, 2)
+        index = self.index
+        if kept is not None:
+            tokens = take(tokens, kept)
+            with_cls = F.pad(kept + 1, (1, 0))
+            index = index[with_cls[:, :, None], with_cls[:, None, :]]
+        tokens = torch.cat([self.cls_token.expand(len(tokens), -1, -1).to(tokens.dtype), tokens], 1)
+        maps = None
+        for k, block in enumerate(self.blocks):
+            bias = self.tables[k][index].movedim(-1, -3)  # (heads, ...) or (n, heads, ...)
+            if attention and k + 1 == len(self.blocks):
+                maps = block.attn.maps(block.norm1(tokens), bias)[..., 1:, 1:]
+                maps = maps / maps.sum(dim=-1, keepdim=True)
+            tokens = block(tokens, bias)
+        return Features(self.norm(tokens)[:, 1:], maps)
+
+
+class MaeTeacher(nn.Module):
+    """The encoder of one of our own runs, on a grid of `grid` by `grid` patches."""
+
+    def __init__(self, encoder: Encoder, grid: int) -> None:
+        super().__init__()
+        self.width, self.patch = encoder.patch_embed.weight.shape[0], encoder.patch_embed.stride[0]
+        self.grid, self.encoder = grid, encoder
+        positions = resize_positions(encoder.position_embedding, grid, grid)
+        encoder.position_embedding = nn.Parameter(positions, requires_grad=False)
+
+    def forward(
+        self, image: Tensor, kept: Tensor | None = None, attention: bool = False
+    ) -> Features:
+        """Features of all patches, or of those kept; attention maps where asked for."""
+        return self.encoder(scaled(image, self.grid * self.patch), kept, attention)
+
+
+def scaled(image: Tensor, side: int) -> Tensor:
+    """Square images at another size; unchanged where they have it."""
+    if image.shape[-1] == side:
+        return image
+    return F.interpolate(image, (side, side), mode="bilinear", antialias=True)
+
+
+def load_teacher(text: str, grid: int) -> tuple[Beit | MaeTeacher | None, str]:
+    """The teacher that a recipe names, for so many patches a side, frozen; and a line about it.
+
+    Raises:
+        ValueError: (CheckpointError) a kind that is not known, or a file that does not fit.
+    """
+    kind, _, name = text.partition(":")
+    if text == "none":
+        return None, "no teacher: a plain masked autoencoder"
+    if kind not in ("usfm", "mae") or not name:
+        raise ValueError(f"expected the teacher usfm:FILE, mae:RUN or none, got {text!r}")
+    teacher: Beit | MaeTeacher
+    if kind == "usfm":
+        weights = read_beit(Path(name))
+        teacher = Beit(weights, grid)
+        line = f"teacher {weights.report}"
+    else:
+        mae, described = load_mae(Path(name))
+        teacher = MaeTeacher(mae.encoder, grid)
+        line = f"teacher {name}: {described.recipe.width} wide, epoch {described.epoch}"
+    return teacher.eval().requires_grad_(False), line
