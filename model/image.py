@@ -3,12 +3,13 @@
 `open_image` raises ImageError for what concerns the whole file. It reads a single image at once, so
 that this image's faults are raised there too; the frames of a stack are read one at a time by
 `ImageSource.frames`, which does not raise for one that is unusable but yields a BadFrame. Pages of
-a TIFF, files of a folder, MetaImage stacks, and NIfTI stacks of one value a pixel are never held
-whole; other stacks are.
+a TIFF, DICOM, and MetaImage and NIfTI stacks that are not compressed and of one value a pixel are
+never held whole; other stacks are.
 
 formats.py recognises a file, raster.py and volumes.py read it, grey.py makes grey of its values.
 """
 
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -129,7 +130,8 @@ def _open_folder(folder: Path) -> ImageSource:
     """The DICOM files of a folder as frames, by InstanceNumber, then by name."""
     paths = [path for path in sorted(folder.iterdir()) if path.is_file() and is_dicom(path)]
     if not paths:
-        raise ImageError("the folder holds neither one image nor DICOM files")
+        count = sum(is_supported_name(path) for path in folder.iterdir())
+        raise ImageError(f"the folder holds {count} images: expected one, or DICOM files")
     if len(paths) == 1:
         return _open_one(paths[0])
     files, errors = [], []
@@ -154,6 +156,8 @@ def _stack(files: tuple[ImageFile, ...]) -> ImageSource:
 
 def _open_file(path: Path) -> ImageFile:
     try:
+        if not stat.S_ISREG(path.stat().st_mode):  # a pipe would be waited for
+            raise ImageError("the file cannot be read: it is a pipe, a socket or a device")
         kind = format_of(path)
         if kind in ITK_NAMES:
             return open_volume(path, kind)

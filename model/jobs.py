@@ -3,13 +3,14 @@
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from model.files import RESULTS, TABLE
-from model.formats import SUFFIXES, is_supported_name
+from model.formats import SUFFIXES, is_dicom, is_supported_name
 
 LONGEST_NAME = 200  # bytes; file systems stop at 255, and a number may have to be added
 
@@ -33,13 +34,16 @@ class Case:
     is_job: bool = False
 
 
-def find_cases(root: Path, output: Path | None = None) -> list[Case]:
+def find_cases(
+    root: Path, output: Path | None = None, passed_over: Counter[str] | None = None
+) -> list[Case]:
     """The cases below an input folder, in a fixed order.
 
     1. inputs.json: a grand-challenge job. Its one value of super_kind "Image" names the folder.
     2. images/<slug>/: grand-challenge's older format; what lies beside images/ is no case.
     3. Any folder: every supported image below it.
-    In 2 and 3, links are followed; hidden files and the output folder are left out.
+    In 2 and 3, links are followed; hidden files and the output folder are left out. So are files
+    whose suffix is no image's, but for DICOM without one; `passed_over` counts them by suffix.
 
     Raises:
         InputError: no folder, no image, or an inputs.json that names none.
@@ -49,8 +53,8 @@ def find_cases(root: Path, output: Path | None = None) -> list[Case]:
         is_job = (root / "inputs.json").is_file()
     except OSError as error:
         raise InputError(
-            f"the input folder {root} cannot be read ({error.strerror}); mount a folder there "
-            "or pass --input DIR"
+            f"the input folder {root} cannot be read ({error.strerror}); mount a folder there that "
+            "this user may read, or pass --input DIR"
         ) from error
     if is_job:
         return [_job_case(root)]
@@ -58,25 +62,26 @@ def find_cases(root: Path, output: Path | None = None) -> list[Case]:
     if _real(root) in left_out:
         raise InputError(f"{root} is the input and the output folder; choose another --output")
     images = root / "images"
-    paths = _images_below(images, left_out) if _is_folder(images) else []
+    passed_over = Counter() if passed_over is None else passed_over
+    paths = _images_below(images, left_out, passed_over) if _is_folder(images) else []
     if all(path.parent == images for path in paths):  # no <slug>/
-        paths = _images_below(root, left_out)
+        passed_over.clear()
+        paths = _images_below(root, left_out, passed_over)
     if not paths:
         raise InputError(f"no image below {root}; expected files of {', '.join(SUFFIXES)}")
     taken = {RESULTS, TABLE}
     return [_case(root, path, taken) for path in paths]
 
 
-def _images_below(folder: Path, left_out: frozenset[Path]) -> list[Path]:
-    return sorted(_walk(folder, left_out), key=os.fsencode)
+def _images_below(folder: Path, left_out: frozenset[Path], passed_over: Counter[str]) -> list[Path]:
+    return sorted(_walk(folder, left_out, passed_over), key=os.fsencode)
 
 
-def _walk(top: Path, left_out: frozenset[Path]) -> Iterator[Path]:
+def _walk(top: Path, left_out: frozenset[Path], passed_over: Counter[str]) -> Iterator[Path]:
     """Every image; a folder that cannot be listed too, so that its case fails and says so."""
-    ahead = [(top, left_out)]  # a list, for folders can be deeper than Python calls
+    ahead = [(top, _real(top), left_out)]  # a list, for folders can be deeper than Python calls
     while ahead:
-        folder, above = ahead.pop()
-        real = _real(folder)
+        folder, real, above = ahead.pop()
         if real in above:  # one of them: a folder above this one, to which a link leads back
             continue
         try:
@@ -84,11 +89,22 @@ def _walk(top: Path, left_out: frozenset[Path]) -> Iterator[Path]:
                 if path.name.startswith("."):
                     continue
                 if _is_folder(path):
-                    ahead.append((path, above | {real}))
-                elif is_supported_name(path):
+                    place = _real(path) if path.is_symlink() else real / path.name
+                    ahead.append((path, place, above | {real}))
+                elif is_supported_name(path) or _is_bare_dicom(path):
                     yield path
+                elif path.suffix.lower() not in (".raw", ".zraw"):  # the pixels of an .mhd
+                    passed_over[path.suffix.lower() or "no suffix"] += 1
         except OSError:
             yield folder
+
+
+def _is_bare_dicom(path: Path) -> bool:
+    """Whether it is a DICOM file that has no suffix, as many machines export them."""
+    try:
+        return not path.suffix and path.is_file() and is_dicom(path)
+    except OSError:
+        return False
 
 
 def _is_folder(path: Path) -> bool:
@@ -99,7 +115,7 @@ def _is_folder(path: Path) -> bool:
 
 
 def _real(path: Path) -> Path:
-    """Without links; unlike Path.resolve, Python 3.11's too, it bears those that lead in a ring."""
+    """Without links; unlike Path.resolve in Python 3.11 it bears those that lead in a ring."""
     return Path(os.path.realpath(path))
 
 

@@ -4,9 +4,11 @@ OpenCV makes up what is missing at the end of a file, and makes room for whateve
 size and end are looked at here, before it reads.
 """
 
+import mmap
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
@@ -26,6 +28,8 @@ from model.reading import (
 )
 
 _START_OF_FRAME = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # JPEG markers
+_MOST_ENTRIES = 2**12  # of a TIFF directory, as in libtiff
+_LARGEST_ARRAY = 2**31 - 1  # bytes of an array that OpenCV takes
 _SUBFILE, _WIDTH, _HEIGHT, _BITS, _SAMPLES = 254, 256, 257, 258, 277  # TIFF tags
 
 
@@ -43,13 +47,11 @@ def open_picture(path: Path, kind: str) -> ImageFile:
         raise ImageError(f"the {kind} data is truncated: its end mark is missing")
 
     def read(_: int) -> Raw:
-        with _opencv(
-            kind, 8 * size[0] * size[1]
-        ):  # as stored: an orientation in EXIF is left alone
+        with _opencv(kind, 8 * size[0] * size[1]):  # as stored: EXIF's orientation is left alone
             image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
-        if image is None:
-            raise damaged(kind)
-        return _rgb(image)
+            if image is None:
+                raise damaged(kind)
+            return _rgb(image)
 
     return ImageFile(1, size, lambda: read)
 
@@ -58,20 +60,21 @@ def open_tiff(path: Path) -> ImageFile:
     """A TIFF file; its pages may differ in size."""
     try:
         pages = list(_tiff_pages(path))
-        size = pages[0][1]
+        size = pages[0].size
     except (struct.error, IndexError, ValueError) as error:
         raise damaged("TIFF") from error
 
     def read(k: int) -> Raw:
-        number, (width, height), pixel_bits = pages[k]
-        check_size(width, height)
-        needed = width * height * pixel_bits // 8
+        page = pages[k]
+        check_size(*page.size)
+        needed = page.size[0] * page.size[1] * page.pixel_bits // 8
         check_bytes(needed)
+        decode = _page_decoder(path, page)
         with _opencv("TIFF", needed):
-            done, images = cv2.imreadmulti(str(path), number, 1, flags=cv2.IMREAD_UNCHANGED)
-        if not done:
-            raise damaged("TIFF")
-        return _rgb(images[0])
+            images = decode()
+            if not images:
+                raise damaged("TIFF")
+            return _rgb(images[0])
 
     return ImageFile(len(pages), size, lambda: read, along_z=True)
 
@@ -83,7 +86,7 @@ def _opencv(kind: str, needed: int) -> Iterator[None]:
     try:
         with bounded_memory(needed):
             yield
-    except cv2.error as error:
+    except (cv2.error, MemoryError) as error:
         raise damaged(kind) from error
     finally:
         cv2.utils.logging.setLogLevel(before)
@@ -94,7 +97,11 @@ def _rgb(image: Raw) -> Raw:
     if image.ndim == 2:
         return image
     check_channels(image.shape[2])
-    return image[..., 2::-1] if image.shape[2] > 1 else image
+    if image.shape[2] == 1:
+        return image
+    rgb = np.empty((*image.shape[:2], 3), image.dtype)
+    cv2.mixChannels([image], [rgb], [0, 2, 1, 1, 2, 0])  # 8 times as fast as image[..., 2::-1]
+    return rgb
 
 
 def _picture_size(data: bytes, kind: str) -> tuple[int, int]:
@@ -126,20 +133,59 @@ def _has_end(data: bytes, kind: str) -> bool:
     return True  # BMP: OpenCV refuses
 
 
-def _tiff_pages(path: Path) -> Iterator[tuple[int, tuple[int, int], int]]:
-    """Number, (width, height) and bits a pixel of each page but the smaller copies in a pyramid."""
+@dataclass(frozen=True)
+class _Page:
+    """One of a TIFF file: its directory's number and place in the file, (width, height), bits."""
+
+    number: int
+    place: int
+    size: tuple[int, int]
+    pixel_bits: int
+
+
+def _page_decoder(path: Path, page: _Page) -> Callable[[], Sequence[Raw]]:
+    """What reads a page, and gives nothing where it cannot.
+
+    OpenCV looks through all pages before the one that it is to read, an hour for a long loop. So it
+    gets the file with this page as the first: mapped, so that only what it reads is in memory.
+    """
+    if path.stat().st_size > _LARGEST_ARRAY:
+        return lambda: cv2.imreadmulti(str(path), page.number, 1, flags=cv2.IMREAD_UNCHANGED)[1]
+    with path.open("rb") as file:
+        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    pointer, _, _, at = _layout(data[:4])
+    pointer.pack_into(data, at, page.place)
+    array = np.frombuffer(data, np.uint8)
+
+    def decode() -> Sequence[Raw]:
+        image = cv2.imdecode(array, cv2.IMREAD_UNCHANGED)
+        return () if image is None else (image,)
+
+    return decode
+
+
+def _layout(magic: bytes) -> tuple[struct.Struct, struct.Struct, str, int]:
+    """A TIFF file's pointers and counters, its order of bytes, where the first pointer stands."""
+    order = "<" if magic.startswith(b"II") else ">"
+    big = b"+" in magic[2:4]  # BigTIFF
+    pointer, counter = ("Q", "Q") if big else ("I", "H")
+    return struct.Struct(order + pointer), struct.Struct(order + counter), order, 8 if big else 4
+
+
+def _tiff_pages(path: Path) -> Iterator[_Page]:
+    """All pages but the smaller copies in a pyramid."""
     with path.open("rb") as file:
         head = file.read(16)
-        order = "<" if head.startswith(b"II") else ">"
-        big = b"+" in head[2:4]  # BigTIFF
-        codes = ("Q", "HHQ8s", "Q") if big else ("H", "HHI4s", "I")
-        counter, entry, pointer = (struct.Struct(order + code) for code in codes)
-        (offset,) = pointer.unpack_from(head, 8 if big else 4)
+        pointer, counter, order, at = _layout(head)
+        entry = struct.Struct(f"{order}HH{pointer.format[1:]}{pointer.size}s")
+        (offset,) = pointer.unpack_from(head, at)
         seen: set[int] = set()
         while offset and offset not in seen and len(seen) <= MAX_FRAMES:
             seen.add(offset)
             file.seek(offset)
             (count,) = counter.unpack(file.read(counter.size))
+            if count > _MOST_ENTRIES:
+                raise ValueError
             tags = {_SUBFILE: 0, _WIDTH: 0, _HEIGHT: 0, _BITS: 1, _SAMPLES: 1}
             for _ in range(count):
                 tag, kind, number, value = entry.unpack(file.read(entry.size))
@@ -153,5 +199,6 @@ def _tiff_pages(path: Path) -> Iterator[tuple[int, tuple[int, int], int]]:
                     file.seek(back)
                 (tags[tag],) = code.unpack_from(value)
             if not tags[_SUBFILE] & 1:
-                yield len(seen) - 1, (tags[_WIDTH], tags[_HEIGHT]), tags[_BITS] * tags[_SAMPLES]
+                size = tags[_WIDTH], tags[_HEIGHT]
+                yield _Page(len(seen) - 1, offset, size, tags[_BITS] * tags[_SAMPLES])
             (offset,) = pointer.unpack(file.read(pointer.size))

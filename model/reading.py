@@ -1,10 +1,10 @@
 """What the readers of pictures and of volumes share: what they give, and when they refuse."""
 
+import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from math import inf
 from pathlib import Path
 from threading import RLock
 from typing import Any
@@ -42,7 +42,7 @@ class ImageFile:
     geometry: Geometry = field(default_factory=Geometry)
     along_z: bool = False
     warnings: tuple[str, ...] = ()
-    number: float = inf  # DICOM's InstanceNumber
+    number: float = math.inf  # DICOM's InstanceNumber
 
 
 def damaged(kind: str) -> ImageError:
@@ -69,7 +69,8 @@ def check_channels(channels: int) -> None:
 def check_bytes(needed: int, remedy: str = "save them with fewer bytes a pixel") -> None:
     """Call it before the pixels are read, with the number of bytes that the header claims."""
     if needed > MAX_BYTES:
-        limit = f"{needed / 2**30:.1f} GiB, more than {MAX_BYTES / 2**30:g} GiB"
+        taken = math.ceil(100 * needed / 2**30) / 100  # never as few as the limit
+        limit = f"{taken:g} GiB, more than {MAX_BYTES / 2**30:g} GiB"
         raise ImageError(f"the pixels take {limit}: {remedy}")
 
 

@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -77,7 +78,11 @@ def run(predictor: Predictor, args: argparse.Namespace) -> tuple[int, str]:
 
 def cases_of(args: argparse.Namespace) -> list[Case]:
     """The cases of the input folder, or of this part of it."""
-    cases = find_cases(args.input, args.output)
+    passed_over: Counter[str] = Counter()
+    cases = find_cases(args.input, args.output, passed_over)
+    if passed_over:
+        found = ", ".join(f"{suffix} {count}" for suffix, count in sorted(passed_over.items()))
+        tell(f"passed over files that are no image by their name: {found}")
     if args.shard is None:
         return cases
     if cases[0].is_job:

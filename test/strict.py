@@ -64,7 +64,7 @@ def run(source: Path, output: Path, *options: str, models: Path | None = None) -
         text=True,
         errors="backslashreplace",
         check=False,
-        timeout=300,
+        timeout=3600,
     )
     return Outcome(ran.returncode, ran.stdout, ran.stderr, results_in(output))
 

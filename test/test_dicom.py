@@ -491,7 +491,7 @@ def test_folder_with_damaged_files(tmp_path: Path) -> None:
 
 
 def test_folders_of_one_none_and_only_damaged(tmp_path: Path) -> None:
-    with pytest.raises(ImageError, match="neither one image nor DICOM"):
+    with pytest.raises(ImageError, match="holds 0 images: expected one, or DICOM files"):
         open_image(tmp_path)
     dicom(tmp_path / "a", GREY[None])
     np.testing.assert_array_equal(single(tmp_path).pixels, GREY)

@@ -57,7 +57,8 @@ def png_claiming(path: Path, side: int) -> None:
 def bomb_mha(path: Path) -> None:
     zeros = zlib.compressobj()
     data = b"".join(zeros.compress(bytes(2**20)) for _ in range(9 * 64)) + zeros.flush()
-    header = "NDims = 3\nBinaryData = True\nDimSize = 8192 8192 9\nElementType = MET_UCHAR\nCompressedData = True\n"
+    header = "NDims = 3\nBinaryData = True\nDimSize = 8192 8192 9\nElementType = MET_UCHAR\n"
+    header += "CompressedData = True\n"
     header += f"CompressedDataSize = {len(data)}\nElementDataFile = LOCAL\n"
     path.write_bytes(b"ObjectType = Image\n" + header.encode() + data)
 

@@ -1,6 +1,7 @@
 """Recognition, pictures, values and refusals of every kind of image file that can come."""
 
 import gzip
+import os
 import struct
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import cv2
 import numpy as np
 import pytest
 
-from model import reading
+from model import raster, reading
 from model.frame import Geometry
 from model.image import SUFFIXES, BadFrame, GreyFrame, ImageError, is_supported_name, open_image
 from test.image_files import (
@@ -110,6 +111,34 @@ def test_tiff_pages_of_other_sizes_and_pyramids(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:8] + b"\xff" * 8)
     with pytest.raises(ImageError, match="TIFF data is damaged"):
         open_image(path)
+
+
+@pytest.mark.parametrize("largest", [0, raster._LARGEST_ARRAY])
+@pytest.mark.parametrize("kind", [np.uint8, np.float64])
+def test_tiff_pages_are_found_without_reading_those_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, largest: int, kind: type
+) -> None:
+    """But in a file that is larger than an array of OpenCV's."""
+    path = tmp_path / "a.tif"
+    pages = [RGB[..., ::-1], RGB[::-1, :, ::-1], STACK[0]]
+    assert cv2.imwritemulti(str(path), [page.astype(kind) for page in pages])
+    monkeypatch.setattr(raster, "_LARGEST_ARRAY", largest)
+    real, read = cv2.imreadmulti, []
+    monkeypatch.setattr(
+        cv2, "imreadmulti", lambda *args, **more: read.append(args[1]) or real(*args, **more)
+    )
+    expected = RGB @ np.array([0.299, 0.587, 0.114])
+    for frame, grey in zip(frames(path), (expected, expected[::-1], STACK[0]), strict=True):
+        np.testing.assert_allclose(
+            frame.pixels, grey if kind is np.uint8 else stretched(grey), atol=1
+        )
+    assert bool(read) == (largest == 0)
+
+
+def test_tiff_with_more_entries_than_any_has(tmp_path: Path) -> None:
+    (tmp_path / "a.tif").write_bytes(struct.pack("<2sHIH", b"II", 42, 8, 5000) + bytes(60_004))
+    with pytest.raises(ImageError, match="TIFF data is damaged"):
+        open_image(tmp_path / "a.tif")
 
 
 def test_resolution_of_pictures_is_not_trusted(tmp_path: Path) -> None:
@@ -264,6 +293,18 @@ def test_jpeg_with_its_last_lines_cut_or_with_bytes_behind(tmp_path: Path) -> No
     path.write_bytes(data[:-20])
     with pytest.raises(ImageError, match="JPEG data is truncated"):
         open_image(path)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes")
+@pytest.mark.parametrize("suffix", [".png", ".dcm"])
+def test_pipe_is_not_waited_for(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"a{suffix}"
+    os.mkfifo(path)
+    ours = os.open(path, os.O_RDWR)  # so that a reader would get something
+    os.write(ours, bytes(2**14))
+    with pytest.raises(ImageError, match="it is a pipe"):
+        open_image(path)
+    os.close(ours)
 
 
 def test_png_with_an_impossible_chunk(tmp_path: Path) -> None:

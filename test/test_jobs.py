@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -95,6 +96,15 @@ def test_refused_paths(tmp_path: Path, path: str) -> None:
         find_cases(write_job(tmp_path, path))
 
 
+@pytest.mark.parametrize("path", ["a" * 300, "a/" * 3000, "loop", "images/us/a.mha/b"])
+def test_job_whose_path_no_file_can_have_is_a_case_that_fails(tmp_path: Path, path: str) -> None:
+    touch(write_job(tmp_path, path), "images/us/a.mha")
+    (tmp_path / "loop").symlink_to("loop")
+    (case,) = find_cases(tmp_path)
+    with pytest.raises(ImageError, match="the file cannot be read"):
+        open_image(case.path)
+
+
 @pytest.mark.parametrize("path", [None, "", 3, ["images"], "a\0b", "a\nb", "\ud800"])
 def test_unusable_paths(tmp_path: Path, path: object) -> None:
     with pytest.raises(InputError, match="no usable relative_path"):
@@ -159,6 +169,15 @@ def test_any_folder(tmp_path: Path) -> None:
     assert [case.path for case in cases] == [tmp_path / case.file for case in cases]
 
 
+def test_dicom_without_a_suffix_and_what_is_passed_over(tmp_path: Path) -> None:
+    touch(tmp_path, "a.png", "loop.AVI", "sub/b.avi", "letter", "e.mhd", "e.raw", ".hidden")
+    (tmp_path / "IM_0001").write_bytes(bytes(128) + b"DICM")
+    passed_over: Counter[str] = Counter()
+    cases = find_cases(tmp_path, passed_over=passed_over)
+    assert names(cases) == ["IM_0001", "a", "e"]
+    assert passed_over == {".avi": 2, "no suffix": 1}
+
+
 def test_colliding_names_get_numbers(tmp_path: Path) -> None:
     files = ["a.png", "a.jpg", "a-2.png", "a/b.png", "a__b.png", "a/b.nii", "a/b.nii.gz"]
     touch(tmp_path, *files)
@@ -204,6 +223,12 @@ def test_names_that_are_no_text(tmp_path: Path) -> None:
     assert readable(Path(os.fsdecode(b"a/\xff.png"))) == r"a/\xff.png"
 
 
+def test_no_name_ends_a_line_of_the_table(tmp_path: Path) -> None:
+    """Python 3.11 writes a carriage return into CSV as it is, and reads it as the line's end."""
+    (case,) = find_cases(touch(tmp_path, "a\rb.png"))
+    assert (case.name, case.file) == ("a\\rb", "a\\rb.png") and case.path.is_file()
+
+
 def test_long_names_stay_apart_and_fit_a_folder(tmp_path: Path) -> None:
     long = "a" * 246
     touch(tmp_path, f"{long}.png", f"{long}.jpg", f"{long}a.png", f"{'é' * 123}.png")
@@ -221,6 +246,30 @@ def test_output_folder_inside_the_input_is_no_input(tmp_path: Path) -> None:
     assert names(find_cases(tmp_path, tmp_path / "not-yet")) == ["a", "out__a__overlay", "out2__b"]
     with pytest.raises(InputError, match="choose another --output"):
         find_cases(tmp_path, tmp_path / "out" / "..")
+
+
+def test_links_that_cannot_be_looked_at_hide_no_other_case(tmp_path: Path) -> None:
+    touch(tmp_path, "a/1.png", "a/3.png")
+    for link in ("a/2.png", "a/folder", "images"):
+        (tmp_path / link).symlink_to("x" * 300)
+    cases = find_cases(tmp_path)
+    assert names(cases) == ["a__1", "a__2", "a__3"]
+    with pytest.raises(ImageError, match="File name too long"):
+        open_image(cases[1].path)
+    (tmp_path / "out").symlink_to("out")  # which is for others to say
+    assert len(find_cases(tmp_path, tmp_path / "out")) == 3
+
+
+def test_folders_deeper_than_python_calls(tmp_path: Path) -> None:
+    folders = [tmp_path]
+    for _ in range(1100):
+        folders.append(folders[-1] / "a")
+        folders[-1].mkdir()
+    image = touch(folders[-1], "b.png") / "b.png"
+    assert [case.path for case in find_cases(tmp_path)] == [image]
+    image.unlink()
+    for folder in reversed(folders):  # shutil.rmtree cannot go so deep either
+        folder.rmdir()
 
 
 @pytest.mark.parametrize("made", ["nothing", "file", "empty", "no-image", "only-hidden"])

@@ -162,6 +162,11 @@ def test_gigabytes_are_refused_from_the_header(
     assert growth(lambda: refuse(path, reason)) < 2**24
 
 
+def test_what_is_too_much_is_told_as_more_than_the_limit() -> None:
+    with pytest.raises(ImageError, match=r"pixels take 0\.51 GiB, more than 0\.5 GiB: save"):
+        reading.check_bytes(reading.MAX_BYTES + 1)
+
+
 @on_linux
 @pytest.mark.parametrize(
     "old", [struct.pack("<HH2s2xI", 2, 1, b"OB", 2), item(JPEG)[:8]], ids=["header", "pixels"]
