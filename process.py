@@ -13,6 +13,7 @@ folder among several machines.
 import argparse
 import hashlib
 import io
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -51,9 +52,22 @@ def model_file() -> Path:
     """The one *.onnx under /opt/ml/model, else the shipped one.
 
     Raises:
-        ModelError: several are mounted.
+        ModelError: several are mounted, or a folder there cannot be read.
     """
-    mounted = sorted(MOUNTED_MODELS.rglob("[!.]*.onnx"))  # macOS packs a ._aop.onnx beside it
+
+    def refuse(error: OSError) -> None:
+        if error.filename != str(MOUNTED_MODELS) or not isinstance(error, FileNotFoundError):
+            raise ModelError(
+                f"{error.filename} cannot be read ({error.strerror}); let this user read the "
+                "mounted model, or pass --model"
+            ) from error
+
+    mounted = sorted(
+        Path(folder, name)
+        for folder, _, names in os.walk(MOUNTED_MODELS, onerror=refuse)
+        for name in names
+        if name.endswith(".onnx") and not name.startswith(".")  # macOS packs a ._aop.onnx too
+    )
     if len(mounted) > 1:
         names = ", ".join(str(path.relative_to(MOUNTED_MODELS)) for path in mounted)
         raise ModelError(f"{MOUNTED_MODELS} holds several models ({names}); choose one by --model")
@@ -62,10 +76,12 @@ def model_file() -> Path:
 
 def serve_jobs(predictor: Predictor, args: argparse.Namespace) -> int:
     """Answer the job in the input folder whenever asked to; returns the exit status."""
+    args.resume = False  # each job is a new one
     try:
-        return serve(lambda: invoke(predictor, args), args.port, STOPPED_BY.append)
+        return serve(lambda: invoke(predictor, args), args.serve_port, STOPPED_BY)
     except OSError as error:
-        sentence = f"port {args.port} cannot be used ({error.strerror}); choose another --port"
+        port = f"port {args.serve_port} cannot be used ({error.strerror})"
+        sentence = f"{port}; choose another --serve-port"
         return _say(2, sentence)
 
 
@@ -113,9 +129,10 @@ def _say(status: int, sentence: str) -> int:
 
 
 def _stop(number: int, _: object) -> None:
-    """Stop after the frame at hand; the same signal again stops at once."""
+    """Stop after the frame at hand; a second signal stops at once."""
+    if STOPPED_BY:
+        os._exit(128 + number)
     STOPPED_BY.append(number)
-    signal.signal(number, signal.SIG_DFL)
 
 
 if __name__ == "__main__":

@@ -30,12 +30,18 @@ class Answer:
 
 
 def answer_case(
-    case: Case, predictor: Predictor, args: argparse.Namespace, journal: Journal, take: Take
+    case: Case,
+    predictor: Predictor,
+    args: argparse.Namespace,
+    journal: Journal,
+    take: Take,
+    pause: Callable[[], None] = lambda: None,
 ) -> Loop | None:
     """Predict and write one case. What goes wrong stays in the entry it is of.
 
     Args:
         take: is given the entry of each frame in turn.
+        pause: is called before each frame is answered; may raise, to stop.
 
     Returns:
         the summary of a stack.
@@ -53,6 +59,7 @@ def answer_case(
     loop = LoopSummary(case.name, case.file, source.frame_count)
     of_job: list[Answer] = []
     for frame, read_ms in _timed(source, start):
+        pause()
         folder = top if frame.index is None else top / f"frame-{frame.index:04d}"
         answer = _answer_frame(case, frame, read_ms, folder, predictor, args)
         if case.is_job:  # there, all frames share one answer

@@ -1,6 +1,12 @@
-"""Which format a file is of: by its content, never by its name."""
+"""Which format a file is of: by its content, never by its name.
 
+A header that ITK must not see is refused here: one that would end the process, or keep it for ever.
+"""
+
+import math
+import os
 import re
+import struct
 import zlib
 from pathlib import Path
 
@@ -20,8 +26,13 @@ _MAGIC = (
     ("NIfTI", 344, b"n+1\0"),
     ("NIfTI", 4, b"n+2\0"),
 )
-# ITK breaks the heap where NDims is above 10.
+_HEAD = 2**16  # bytes; SimpleITK writes into headers what DICOM files say of themselves
 _METAIMAGE = re.compile(rb"(?:\w+[ \t]*=.*\n)*?NDims[ \t]*=[ \t]*[1-9]\s")
+# All fields up to the last; to ITK, a colon ends a field's name as well.
+_FIELDS = re.compile(rb"(?:\s*[^\s=:][^\n=:]*=.*\n)*?\s*ElementDataFile\s*=(?P<partner>.*)\n?")
+_NDIMS = re.compile(rb"NDims\s*=[ \t]*(\S+\s)")
+_NUMBERED = re.compile(rb"([^%\s]*%\d{0,2}d[^%\s]*)((?:[ \t]+\d{1,5}){3})")
+_NRRD_PARTNER = re.compile(rb"(?im)^[ \t]*data ?file[ \t]*:(.*)")
 
 
 def is_supported_name(path: Path) -> bool:
@@ -40,19 +51,64 @@ def format_of(path: Path) -> str:
         raise ImageError("the file is empty")
     if is_gzip(path):  # of these formats only NIfTI is packed as a whole
         try:
-            head = zlib.decompressobj(wbits=31).decompress(head)
+            head = zlib.decompressobj(wbits=31).decompress(head, _HEAD)
         except zlib.error as error:
             raise damaged("gzip") from error
-    for kind, offset, magic in _MAGIC:
-        if head.startswith(magic, offset):
-            return kind
-    if _METAIMAGE.match(head):
-        return "MetaImage"
+    kind = next((kind for kind, offset, magic in _MAGIC if head.startswith(magic, offset)), "")
+    if not kind and _METAIMAGE.match(head):
+        kind = "MetaImage"
+    if _is_harmful(path, kind, head):
+        raise damaged(kind)
+    if kind:
+        return kind
     if path.suffix.lower() == ".dcm":  # old DICOM files have no magic bytes
         return "DICOM"
     raise ImageError(
         "the content is none of the supported formats: expected MetaImage, NIfTI, NRRD, DICOM, "
         "TIFF, PNG, JPEG or BMP"
+    )
+
+
+def _is_harmful(path: Path, kind: str, head: bytes) -> bool:
+    """Whether ITK must not read it. `head`: the file's first bytes, unpacked."""
+    if kind == "NIfTI":  # where axes of infinite length span no space, ITK turns them for ever
+        axes = head[280:328].ljust(48, b"\0")
+        return any(map(math.isinf, struct.unpack("<12f", axes) + struct.unpack(">12f", axes)))
+    if kind == "NRRD":
+        partner = _NRRD_PARTNER.search(re.split(rb"\r?\n\r?\n", head)[0])
+        return partner is not None and not _are_files(path, [partner[1].strip()])
+    if kind != "MetaImage":
+        return False
+    fields = _FIELDS.match(head)
+    # ITK breaks the heap where NDims is above 10.
+    if fields is None or not re.fullmatch(rb"[1-9]\s", b"".join(_NDIMS.findall(fields[0]))):
+        return True
+    name, rest = fields["partner"].strip(), head[fields.end() :]
+    return name not in (b"LOCAL", b"Local", b"local") and not _are_files(path, _named(name, rest))
+
+
+def _named(name: bytes, rest: bytes) -> list[bytes]:
+    """The files that a MetaImage header names: one, or one a frame by a list or a pattern."""
+    if name == b"LIST":
+        return [line.strip() for line in rest.splitlines() if line.strip()]
+    numbered = _NUMBERED.fullmatch(name)
+    if numbered is None:
+        return [name]
+    first, last, step = map(int, numbered[2].split())
+    return [numbered[1] % k for k in range(first, last + 1, max(1, step))]
+
+
+def _are_files(path: Path, names: list[bytes]) -> bool:
+    """Whether ITK can read them: it waits for a pipe, and prints to any name that has a %.
+
+    Nor is it to read what does not lie beside the header.
+    """
+    return all(
+        b"%" not in name
+        and not name.startswith(b"/")
+        and b".." not in name.split(b"/")
+        and (path.parent / os.fsdecode(name)).is_file()
+        for name in names
     )
 
 
@@ -64,7 +120,7 @@ def is_dicom(path: Path) -> bool:
 
 def head_of(path: Path) -> bytes:
     with path.open("rb") as file:
-        return file.read(4096)
+        return file.read(_HEAD)
 
 
 def is_gzip(path: Path) -> bool:

@@ -58,37 +58,44 @@ def find_cases(
         ) from error
     if is_job:
         return [_job_case(root)]
-    left_out = frozenset([_real(output)] if output else [])
-    if _real(root) in left_out:
+    if output is not None and _is_same(root, output):
         raise InputError(f"{root} is the input and the output folder; choose another --output")
     images = root / "images"
     passed_over = Counter() if passed_over is None else passed_over
-    paths = _images_below(images, left_out, passed_over) if _is_folder(images) else []
+    paths = _images_below(images, output, passed_over) if _is_folder(images) else []
     if all(path.parent == images for path in paths):  # no <slug>/
         passed_over.clear()
-        paths = _images_below(root, left_out, passed_over)
+        paths = _images_below(root, output, passed_over)
     if not paths:
         raise InputError(f"no image below {root}; expected files of {', '.join(SUFFIXES)}")
     taken = {RESULTS, TABLE}
     return [_case(root, path, taken) for path in paths]
 
 
-def _images_below(folder: Path, left_out: frozenset[Path], passed_over: Counter[str]) -> list[Path]:
-    return sorted(_walk(folder, left_out, passed_over), key=os.fsencode)
+def _images_below(folder: Path, output: Path | None, passed_over: Counter[str]) -> list[Path]:
+    return sorted(_walk(folder, output, passed_over), key=os.fsencode)
 
 
-def _walk(top: Path, left_out: frozenset[Path], passed_over: Counter[str]) -> Iterator[Path]:
-    """Every image; a folder that cannot be listed too, so that its case fails and says so."""
-    ahead = [(top, _real(top), left_out)]  # a list, for folders can be deeper than Python calls
+def _walk(top: Path, output: Path | None, passed_over: Counter[str]) -> Iterator[Path]:
+    """Every image; what cannot be looked into too, so that its case fails and says so."""
+    nowhere: frozenset[Path] = frozenset()
+    ahead = [(top, _real(top), nowhere)]  # a list, for folders can be deeper than Python calls
     while ahead:
         folder, real, above = ahead.pop()
         if real in above:  # one of them: a folder above this one, to which a link leads back
+            continue
+        if output is not None and _is_same(folder, output):  # mounted at two places, perhaps
             continue
         try:
             for path in folder.iterdir():
                 if path.name.startswith("."):
                     continue
-                if _is_folder(path):
+                try:
+                    is_folder = path.is_dir()
+                except OSError:  # no right to look, or too long a path
+                    yield path
+                    continue
+                if is_folder:
                     place = _real(path) if path.is_symlink() else real / path.name
                     ahead.append((path, place, above | {real}))
                 elif is_supported_name(path) or _is_bare_dicom(path):
@@ -104,6 +111,13 @@ def _is_bare_dicom(path: Path) -> bool:
     try:
         return not path.suffix and path.is_file() and is_dicom(path)
     except OSError:
+        return False
+
+
+def _is_same(one: Path, other: Path) -> bool:
+    try:
+        return one.samefile(other)
+    except OSError:  # the output may not be there yet
         return False
 
 
@@ -160,7 +174,8 @@ def _only_image(folder: Path) -> Path:
     """The one image in a socket's folder: a file, a folder in it, or the folder itself."""
     try:
         inside = [path for path in folder.iterdir() if not path.name.startswith(".")]
-        images = [path for path in inside if path.is_file() and is_supported_name(path)]
+        files = [path for path in inside if path.is_file()]
+        images = [path for path in files if is_supported_name(path) or is_dicom(path)]
         if len(images) == 1:
             return images[0]
         return inside[0] if len(inside) == 1 and inside[0].is_dir() else folder

@@ -7,10 +7,11 @@ are written from it, and it goes. Room for them is set aside before the first ca
 which fills up with answers still takes the list of what failed.
 """
 
+import contextlib
 import errno
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,8 @@ class Journal:
         names: of the run's files in it. An earlier run's are removed, unless it is resumed.
         settings: what the answers depend on.
         cases: name -> file of each case of the run, in the order of results.json.
-        resume: keep what a run with these settings, interrupted or ended, has answered.
+        holds: to resume a run with these settings, interrupted or ended: whether what it answered
+            still holds. None: begin anew.
 
     Raises:
         OutputError: the folder cannot be written, has no room, or was begun with other settings:
@@ -45,24 +47,26 @@ class Journal:
         names: RunFiles,
         settings: Mapping[str, Any],
         cases: Mapping[str, str],
-        resume: bool = False,
+        holds: Callable[[CaseEntry], bool] | None = None,
     ) -> None:
         self._cases, self._names, self._folder = cases, names, folder
         self._path, self._room = folder / names.journal, folder / names.room
         self._reserved = 0  # bytes
+        self._file: int | None = None
         self._offsets: dict[str, int] = {}  # where the cases that have ended begin
         first = json_line({"settings": settings})
         try:
-            write_chunks(self._path, chain([first], self._kept(settings) if resume else []))
+            write_chunks(self._path, chain([first], self._kept(settings, holds) if holds else []))
             names.remove(folder)
-            self._file = os.open(self._path, os.O_RDWR)
             self.reserve(CHUNK // ROOM + len(cases))
+            self._file = os.open(self._path, os.O_RDWR)
         except OSError as error:
+            self.close()
             raise OutputError(
                 f"{folder} cannot be written ({error.strerror}); mount a writable folder with "
                 "room, or run as its owner (docker run --user)"
             ) from error
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             if isinstance(error, OutputError):
                 raise
             raise OutputError(
@@ -113,9 +117,12 @@ class Journal:
         self._path.unlink()
 
     def close(self) -> None:
-        """Leave the journal behind, for --resume."""
-        os.close(self._file)
-        self._room.unlink(missing_ok=True)
+        """Leave the journal behind, for --resume, if the run has not finished."""
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
+        with contextlib.suppress(OSError):
+            self._room.unlink(missing_ok=True)
 
     def _lines(self, ends: bool) -> Iterator[bytes]:
         """The lines of entries, or those that end cases, in the order of the run's cases."""
@@ -146,6 +153,7 @@ class Journal:
         self._end += len(line)
 
     def _write(self, line: bytes) -> None:
+        assert self._file is not None  # it is open
         try:
             if os.pwrite(self._file, line, self._end) < len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -153,21 +161,33 @@ class Journal:
             os.ftruncate(self._file, self._end)
             raise
 
-    def _kept(self, settings: Mapping[str, Any]) -> Iterator[bytes]:
+    def _kept(
+        self, settings: Mapping[str, Any], holds: Callable[[CaseEntry], bool]
+    ) -> Iterator[bytes]:
         """The lines of an earlier run's cases that are answered in full and are of this run."""
         earlier = self._of_journal if self._path.is_file() else self._of_results
         block: list[bytes] = []
+        known: set[str] = set()
         for line in earlier(settings):
             block.append(line)
             if line.startswith(END):
                 entries = [CaseEntry.model_validate_json(entry) for entry in block[:-1]]
-                if all(e.status == "ok" and self._cases.get(e.case) == e.file for e in entries):
+                case = str(json.loads(line)["end"])
+                mine = bool(entries) and {e.case for e in entries} == {case} and case not in known
+                known.add(case)
+                if mine and all(
+                    e.status == "ok" and self._cases.get(case) == e.file and holds(e)
+                    for e in entries
+                ):
                     yield from block
                 block = []
 
     def _of_journal(self, settings: Mapping[str, Any]) -> Iterator[bytes]:
         lines = self._lines_from(0)
-        _check_settings(json.loads(next(lines, b"{}"))["settings"], settings)
+        first = next(lines, None)
+        if first is None:  # a machine that lost its power may leave an empty file
+            return
+        _check_settings(json.loads(first)["settings"], settings)
         yield from (line for line in lines if line.endswith(b"\n"))  # a killed run's may not
 
     def _of_results(self, settings: Mapping[str, Any]) -> Iterator[bytes]:

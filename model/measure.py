@@ -4,7 +4,7 @@ from model.anatomy import LANDMARKS, Floats, angle_of_progression, implausibilit
 from model.heatmap import Decode
 from model.image import BadFrame, GreyFrame
 from model.outputs import PX_DECIMALS, CaseEntry, NamedPoint, named
-from model.predictor import Predictor
+from model.predictor import EngineError, Predictor
 
 
 def measure(
@@ -13,7 +13,10 @@ def measure(
     """Predict one frame and judge the answer; doubt is a mark, the numbers are always there."""
     height, width = frame.pixels.shape
     geometry = frame.geometry
-    found = predictor.predict(frame.pixels, geometry.pixel_shape, decode)
+    try:
+        found = predictor.predict(frame.pixels, geometry.pixel_shape, decode)
+    except EngineError as error:
+        return bad_frame(case, file, BadFrame(frame.index, str(error)))
     landmarks = found.landmarks_px.round(PX_DECIMALS)
     common = {
         "case": case,

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import difflib
+import itertools
 import math
 import os
 import sys
@@ -10,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
 from model.files import RESULTS, TABLE, AnswerFiles, RunFiles
+from model.predictor import MOST_THREADS
 from model.shards import Shard, parse_shard
 
 INPUT = Path("/input")
@@ -55,7 +57,7 @@ def parse_options(
     args.files = AnswerFiles(args.landmarks_file, args.angle_file, args.three_points_file)
     args.run_files = args.shard.run_files if args.shard else RunFiles()
     names = [*args.files.names, RESULTS, TABLE]
-    if len(set(names)) < len(names):
+    if any(f"{b}/".startswith(f"{a}/") for a, b in itertools.permutations(names, 2)):
         parser.error(f"each answer needs a name of its own, got {', '.join(names)}")
     return args
 
@@ -84,7 +86,7 @@ def _add_options(
     provider_help = "processor; auto: CUDA where it runs, else the CPU (%(default)s)"
     add("--provider", choices=providers, default="auto", help=provider_help)
     threads_help = "threads of the network on the CPU (all that the process may use)"
-    add("--threads", type=_count, metavar="N", help=threads_help)
+    add("--threads", type=_threads, metavar="N", help=threads_help)
     add("--decode", choices=("subpixel", "argmax"), help="heatmap decoder (the model's own)")
     budget_help = "warn of cases that took longer"
     add("--latency-budget-ms", type=_milliseconds, metavar="N", help=budget_help)
@@ -117,7 +119,7 @@ def _add_options(
     add("--api-method", choices=("exec", "invoke"), default="exec", help=method_help)
     serve_help = "the same as --api-method invoke"
     add("--serve", dest="api_method", action="store_const", const="invoke", help=serve_help)
-    add("--port", type=_count, default=PORT, metavar="N", help="of the server (%(default)s)")
+    add("--serve-port", type=_port, default=PORT, metavar="N", help="of the server (%(default)s)")
     return added
 
 
@@ -153,9 +155,26 @@ def _count(text: str) -> int:
     raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text!r}")
 
 
+def _up_to(largest: int, text: str) -> int:
+    if _count(text) > largest:
+        raise argparse.ArgumentTypeError(f"expected {largest} or less, got {text}")
+    return int(text)
+
+
+def _port(text: str) -> int:
+    return _up_to(65535, text)
+
+
+def _threads(text: str) -> int:
+    return _up_to(MOST_THREADS, text)
+
+
 def _name_inside(text: str) -> str:
-    """A file's name, or its path below the case's folder; an answer never leaves the output."""
+    """A file's name, or its path below the case's folder; an answer never leaves the output.
+
+    Hidden names are the run's own.
+    """
     path = PurePosixPath(text)
-    if path.is_absolute() or ".." in path.parts or not path.name:
+    if path.is_absolute() or not path.name or any(part.startswith(".") for part in path.parts):
         raise argparse.ArgumentTypeError(f"expected a name inside the output folder, got {text!r}")
     return str(path)

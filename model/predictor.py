@@ -19,6 +19,7 @@ from model.heatmap import Decode, Heatmaps
 from model.masks import MaskError, landmarks_from_shares
 from model.spec import METADATA_KEY, ModelSpec, SpecError, parse_spec
 
+MOST_THREADS = 64  # a container may not start many more, and waits for ever then
 Provider = Literal["auto", "cuda", "cpu"]
 Run = Callable[[Heatmaps], Heatmaps]
 ORT_PROVIDERS = {"cuda": "CUDAExecutionProvider", "cpu": "CPUExecutionProvider"}
@@ -28,6 +29,10 @@ CUDA_OPTIONS = {
     # TF32 would move landmarks away from what the CPU gives
     "use_tf32": "0",
 }
+
+
+class EngineError(RuntimeError):
+    """The engine could not run on one image, for want of memory for instance; says why."""
 
 
 class ModelError(ValueError):
@@ -133,7 +138,7 @@ def load_predictor(
     if not path.is_file():
         raise ModelError(f"no model file at {path}; pass --model FILE.onnx")
     ort.set_default_logger_severity(4)
-    threads = threads or usable_cpus()
+    threads = threads or min(usable_cpus(), MOST_THREADS)
     session = _cuda_session(ort, path, provider, threads) or _session(
         ort, path, [ORT_PROVIDERS["cpu"]], threads
     )
@@ -147,7 +152,10 @@ def load_predictor(
     name = session.get_inputs()[0].name
 
     def run(network_input: Heatmaps) -> Heatmaps:
-        return np.asarray(session.run(None, {name: network_input})[0], np.float32)
+        try:
+            return np.asarray(session.run(None, {name: network_input})[0], np.float32)
+        except Exception as error:  # as in _session
+            raise EngineError(f"the network could not be run: {_first_line(error)}") from error
 
     _check_shapes(run, spec, path)
     return Predictor(spec, run, "cuda" if active == ORT_PROVIDERS["cuda"] else "cpu")
@@ -196,10 +204,8 @@ def _check_shapes(run: Run, spec: ModelSpec, path: Path) -> None:
         found = run(
             np.zeros((1, spec.channels, spec.input_size, spec.input_size), np.float32)
         ).shape
-    except Exception as error:  # as in _session
-        raise ModelError(
-            f"{path} does not run on its spec's input: {_first_line(error)}"
-        ) from error
+    except EngineError as error:
+        raise ModelError(f"{path} does not run on its spec's input: {error}") from error
     if found != expected:
         raise ModelError(f"{path} returns an output of {found}, its spec says {expected}")
 

@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from model.answer import answer_case
 from model.jobs import Case, InputError, find_cases
@@ -54,13 +55,14 @@ def run(predictor: Predictor, args: argparse.Namespace) -> tuple[int, str]:
         args.overlay = not any(case.is_job for case in cases)
     summary = summary_of(predictor, args)
     files = {case.name: case.file for case in cases}
-    journal = Journal(args.output, args.run_files, settings_of(vars(summary)), files, args.resume)
+    by_name = {case.name: case for case in cases}
+    holds = (lambda entry: _holds(by_name[entry.case], entry, args)) if args.resume else None
+    journal = Journal(args.output, args.run_files, settings_of(vars(summary)), files, holds)
     if journal.done:
         tell(f"{len(journal.done)} of {len(cases)} cases are answered already")
     try:
         answer_cases(cases, predictor, args, journal)
-        if STOPPED_BY:
-            journal.close()
+        if STOPPED_BY and len(journal.done) < len(cases):
             return stopped(len(journal.done), len(cases))
         tally = tally_of(journal.entries())
         counts = {name: getattr(tally, name) for name in ("answered", "failed", "doubtful")}
@@ -68,7 +70,9 @@ def run(predictor: Predictor, args: argparse.Namespace) -> tuple[int, str]:
     except OSError as error:
         names = f"{args.run_files.results} and {args.run_files.table}"
         sentence = f"{args.output}: {names} not written ({error.strerror}); mend it, then --resume"
-        return 1, sentence
+        return 2, sentence
+    finally:
+        journal.close()
     written = ", ".join(
         str(args.output / name) for name in (args.run_files.results, args.run_files.table)
     )
@@ -105,13 +109,30 @@ def answer_cases(
         def take(entry: CaseEntry, number: int = number) -> None:
             journal.add(entry)
             tell(f"[{number}/{len(cases)}] {_line(entry)}")
-            if STOPPED_BY and entry.frame is not None:
-                raise Stopped
 
         try:
-            journal.end(case.name, answer_case(case, predictor, args, journal, take))
+            journal.end(case.name, answer_case(case, predictor, args, journal, take, _pause))
         except Stopped:
             return
+
+
+def _pause() -> None:
+    if STOPPED_BY:
+        raise Stopped
+
+
+def _holds(case: Case, entry: CaseEntry, args: argparse.Namespace) -> bool:
+    """Whether an earlier run's answer is there, and newer than its image."""
+    folder = args.output / case.folder
+    if entry.frame is not None and not case.is_job:
+        folder = folder / f"frame-{entry.frame:04d}"
+    try:
+        images = [*case.path.iterdir()] if case.path.is_dir() else [case.path]
+        newest = max(max(s.st_mtime_ns, s.st_ctime_ns) for s in map(Path.stat, images))
+        answer: Path = folder / args.files.landmarks
+        return answer.stat().st_mtime_ns >= newest
+    except (OSError, ValueError):
+        return False
 
 
 def summary_of(predictor: Predictor, args: argparse.Namespace) -> RunSummary:
@@ -155,7 +176,7 @@ def conclude(tally: Tally, args: argparse.Namespace) -> tuple[int, str]:
     count = tally.answered + tally.failed
     tell(f"{tally.answered} answered, of them {tally.doubtful} doubtful; {tally.failed} failed")
     if tally.late:
-        tell(f"{tally.late} took longer than the latency budget of {args.latency_budget_ms:g} ms")
+        tell(f"{tally.late} took longer than the latency budget")
     if tally.first_failure is None:
         return 0, ""
     first = f"{_label(tally.first_failure)!r}: {tally.first_failure.error}"

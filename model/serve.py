@@ -1,11 +1,13 @@
 """Invoke mode: a server that runs the job in the input folder each time it is asked to."""
 
+import os
 import signal
 from collections.abc import Callable, Iterable
 from threading import Lock
 from types import FrameType
 from typing import Any
 
+THREADS = 32  # that many may wait for their job while /health is still answered
 FAILED = "500 Internal Server Error"
 Invoke = Callable[[], str | None]  # runs a job; returns what is wrong in a sentence, or None
 
@@ -29,7 +31,7 @@ def application(invoke: Invoke, one_at_a_time: Lock) -> Callable[..., Iterable[b
             status, text = "405 Method Not Allowed", "expected POST /invoke or GET /health"
         else:
             status, text = "404 Not Found", "expected POST /invoke or GET /health"
-        body = text.encode() + b"\n"
+        body = text.encode(errors="replace") + b"\n"
         headers = [
             ("Content-Type", "text/plain; charset=utf-8"),
             ("Content-Length", str(len(body))),
@@ -40,11 +42,12 @@ def application(invoke: Invoke, one_at_a_time: Lock) -> Callable[..., Iterable[b
     return respond
 
 
-def serve(invoke: Invoke, port: int, stopping: Callable[[int], None]) -> int:
+def serve(invoke: Invoke, port: int, stopped_by: list[int]) -> int:
     """Serve on all interfaces until SIGTERM or SIGINT; returns the exit status, 0.
 
     Args:
-        stopping: is told the signal; it has a running job end soon, which is then waited for.
+        stopped_by: takes the signal; it has a running job end soon, which is then waited for. One
+            that came before ends the server before it starts.
 
     Raises:
         OSError: the port cannot be had.
@@ -53,18 +56,20 @@ def serve(invoke: Invoke, port: int, stopping: Callable[[int], None]) -> int:
 
     one_at_a_time = Lock()
     respond = application(invoke, one_at_a_time)
-    server = create_server(respond, host="0.0.0.0", port=port, threads=4, ident=None)
+    server = create_server(respond, host="0.0.0.0", port=port, threads=THREADS, ident=None)
 
     def stop(number: int, frame: FrameType | None) -> None:
-        stopping(number)
+        if stopped_by:
+            os._exit(128 + number)
+        stopped_by.append(number)
         raise SystemExit(0)
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
     print(f"serving on port {port}: POST /invoke runs the job in the input folder", flush=True)
-    server.run()
-    server.close()
+    if not stopped_by:
+        server.run()
     with one_at_a_time:  # a job that still ran when the interpreter ends would abort it
-        pass
+        server.close()
     print("stopped", flush=True)
     return 0

@@ -1,7 +1,7 @@
 """Dividing a large folder among several containers, and merging what they wrote.
 
 A file belongs to a part by its name alone: parts neither overlap nor leave gaps, whatever the order
-in which a folder is listed, and even if files are added while they run.
+in which a folder is listed. The folder must not change while they run.
 """
 
 import hashlib
@@ -17,6 +17,7 @@ from model.files import OutputError, RunFiles, write_results
 from model.journal import settings_of
 from model.outputs import Results
 
+MOST = 10_000
 _COUNTS = ("answered", "failed", "doubtful")
 _NAME = re.compile(r"results-(\d+)-of-(\d+)\.json")
 
@@ -52,25 +53,27 @@ def parse_shard(text: str, environment: Mapping[str, str]) -> Shard:
     part, _, count = text.partition("/")
     if part == "auto":
         part, count = _of_batch_engine(count, environment)
-    if not (part.isdecimal() and count.isdecimal() and 1 <= int(part) <= int(count)):
-        raise ValueError(f"expected K/N with K from 1 to N, or auto/N, got {text!r}")
+    if not (part.isdecimal() and count.isdecimal() and 1 <= int(part) <= int(count) <= MOST):
+        raise ValueError(
+            f"expected K/N with K from 1 to N (at most {MOST}), or auto/N, got {text!r}, "
+            f"which is {part}/{count}"
+        )
     return Shard(int(part), int(count))
 
 
 def _of_batch_engine(count: str, environment: Mapping[str, str]) -> tuple[str, str]:
-    """(K, N) as text: Kubernetes counts from 0, Slurm from the first task of the array."""
-    index, first = environment.get("JOB_COMPLETION_INDEX"), "0"
+    """(K, N) as text: Kubernetes counts from 0, a Slurm array is to count from 1."""
+    index, first = environment.get("JOB_COMPLETION_INDEX"), 0
     if index is None:
-        index = environment.get("SLURM_ARRAY_TASK_ID")
-        first = environment.get("SLURM_ARRAY_TASK_MIN", "0")
+        index, first = environment.get("SLURM_ARRAY_TASK_ID"), 1
         count = count or environment.get("SLURM_ARRAY_TASK_COUNT", "")
     if index is None:
         raise ValueError(
             "auto needs JOB_COMPLETION_INDEX (Kubernetes) or SLURM_ARRAY_TASK_ID (Slurm)"
         )
-    if not (index.isdecimal() and first.isdecimal()):
+    if not index.isdecimal():
         raise ValueError(f"the batch engine's index is {index!r}, expected a number")
-    return str(int(index) - int(first) + 1), count
+    return str(int(index) - first + 1), count
 
 
 def merge(folder: Path, files: Iterable[str]) -> Results:
@@ -107,7 +110,10 @@ def merge(folder: Path, files: Iterable[str]) -> Results:
                 *(file for file in files if file not in known),
             ],
             "cases": sorted(entries, key=lambda e: (os.fsencode(e.file), e.case, e.frame or 0)),
-            "loops": [loop for result in results.values() for loop in result.loops],
+            "loops": sorted(
+                (loop for result in results.values() for loop in result.loops),
+                key=lambda loop: (os.fsencode(loop.file), loop.case),
+            ),
         }
     )
     write_results(folder, merged)

@@ -91,8 +91,9 @@ LINES = b"""HeaderSize = -1|ElementNumberOfChannels = 3|CompressedData = True|Bi
 CompressedDataSize = 9999999|BinaryDataByteOrderMSB = 1|ElementType = MET_DOUBLE
 ElementType = MET_NONE|ElementDataFile = LIST|ElementDataFile = %d 1 9999999 1
 ElementDataFile = x.raw|ElementDataFile = .|type: double|type: block|encoding: gzip|encoding: hex
-endian: big|line skip: 99999999|byte skip: -1|data file: LIST|data file: .|dimension: 16
-sizes: 40 60|kinds: vector domain domain""".replace(b"\n", b"|").split(b"|")
+ElementDataFile = %s%n 1 5 1|data file: %s%d 1 5 1|endian: big|line skip: 99999999
+byte skip: -1|data file: LIST|data file: .|dimension: 16|sizes: 40 60
+kinds: vector domain domain""".replace(b"\n", b"|").split(b"|")
 
 
 def extreme(n: int) -> bytes:

@@ -49,7 +49,7 @@ def loop() -> Loop:
 
 
 def begin(folder: Path, resume: bool = False, settings: dict = SETTINGS) -> Journal:
-    return Journal(folder, NAMES, settings, CASES, resume)
+    return Journal(folder, NAMES, settings, CASES, (lambda _: True) if resume else None)
 
 
 def fill(journal: Journal) -> None:
@@ -122,7 +122,45 @@ def test_a_name_that_now_means_another_file_is_not_kept(tmp_path: Path) -> None:
     fill(journal)
     journal.close()
     cases = {**CASES, "b": "b.jpg"}
-    assert Journal(tmp_path, NAMES, SETTINGS, cases, resume=True).done == {"c"}
+    assert Journal(tmp_path, NAMES, SETTINGS, cases, lambda _: True).done == {"c"}
+
+
+def test_what_no_longer_holds_is_not_kept(tmp_path: Path) -> None:
+    journal = begin(tmp_path)
+    fill(journal)
+    journal.close()
+    resumed = Journal(tmp_path, NAMES, SETTINGS, CASES, lambda entry: entry.frame != 1)
+    assert resumed.done == {"b"}
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda lines: [*lines, lines[1]],  # an entry without its end
+        lambda lines: [*lines, *lines[1:]],  # every case twice
+        lambda lines: [lines[0], *lines[2:]],  # a loop without its first frame
+        lambda lines: [line for line in lines if b'"end":"c"' not in line],
+    ],
+)
+def test_a_journal_that_was_edited_keeps_no_case_twice(tmp_path: Path, damage) -> None:
+    journal = begin(tmp_path)
+    fill(journal)
+    journal.close()
+    path = tmp_path / NAMES.journal
+    path.write_bytes(b"".join(damage(path.read_bytes().splitlines(keepends=True))))
+    resumed = begin(tmp_path, resume=True)
+    resumed.finish(SUMMARY)
+    found = [(e.case, e.frame) for e in read(tmp_path).cases]
+    assert len(found) == len({*found}) and ("b", None) in found
+
+
+@pytest.mark.parametrize("line", [b'{"end":1', b'{"end":\xff}', b'{"end":"b"', b"[" * 100_000])
+def test_a_journal_that_cannot_be_read(tmp_path: Path, line: bytes) -> None:
+    begin(tmp_path).close()
+    with (tmp_path / NAMES.journal).open("ab") as file:
+        file.write(line + b"\n" + b'{"end":"b","loop":null}\n')
+    with pytest.raises(OutputError, match="holds no run that can be read"):
+        begin(tmp_path, resume=True)
 
 
 def test_resume_where_there_is_nothing(tmp_path: Path) -> None:
@@ -142,7 +180,12 @@ def test_resume_with_other_settings_is_refused_and_loses_nothing(
     assert {name: (tmp_path / name).read_bytes() for name in listed(tmp_path)} == before
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"settings": {}}', "null"])
+def test_resume_from_an_empty_journal_begins_anew(tmp_path: Path) -> None:
+    (tmp_path / NAMES.journal).write_bytes(b"")
+    assert begin(tmp_path, resume=True).done == frozenset()
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"settings": {}}', "null"])
 @pytest.mark.parametrize("name", ["results.json", NAMES.journal])
 def test_resume_from_what_is_no_run(tmp_path: Path, name: str, text: str) -> None:
     (tmp_path / name).write_text(text)

@@ -25,7 +25,7 @@ VALUES = [
     ("--three-points-file", "a.json", "b.json", "a.json", "b.json"),
     ("--shard", "1/2", "2/2", Shard(1, 2), Shard(2, 2)),
     ("--api-method", "invoke", "exec", "invoke", "exec"),
-    ("--port", "80", "81", 80, 81),
+    ("--serve-port", "80", "81", 80, 81),
 ]
 SWITCHES = ["--overlay", "--resume", "--merge"]
 
@@ -101,7 +101,7 @@ def test_a_variable_that_is_nearly_one(capsys: pytest.CaptureFixture[str]) -> No
         {"AOP_DECODE": "peak"},
         {"AOP_OVERLAY": "maybe"},
         {"AOP_LANDMARKS_FILE": "../a.json"},
-        {"AOP_PORT": "0"},
+        {"AOP_SERVE_PORT": "0"},
         {"AOP_THREADS": "many"},
         {"AOP_SHARD": "auto/2"},
     ],

@@ -11,6 +11,7 @@ import SimpleITK as sitk
 
 import process
 from model.anatomy import LANDMARKS, angle_of_progression
+from test.image_files import dicom
 from test.runs import (
     ANGLE,
     ANSWERS,
@@ -226,19 +227,12 @@ def test_names_of_answers_and_overlay_by_option(tmp_path: Path) -> None:
     }
 
 
-def write_dicom(path: Path, image: np.ndarray, number: int) -> None:
-    picture = sitk.GetImageFromArray(image)
-    picture.SetSpacing((0.2, 0.2))
-    picture.SetMetaData("0020|0013", str(number))
-    sitk.WriteImage(picture, str(path))
-
-
 @pytest.mark.parametrize("below", ["", "series"])
 def test_job_of_a_dicom_folder_answers_all_frames_at_once(tmp_path: Path, below: str) -> None:
     folder = job(tmp_path / "in") / below
     folder.mkdir(exist_ok=True)
     for name, seed in (("c.dcm", 1), ("a.dcm", 2), ("b.dcm", 3)):
-        write_dicom(folder / name, made(seed), number=seed + 8)  # 9 before 10
+        dicom(folder / name, made(seed)[None], spacing="0.2\\0.2", number=seed + 8)  # 9 before 10
     result = run(tmp_path / "in", tmp_path / "out", "--three-points-file", THREE)
     assert (result.status, result.err) == (0, "")
     assert tree(result.folder) == sorted([POINTS, ANGLE, THREE, "results.json", "landmarks.csv"])

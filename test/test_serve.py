@@ -32,7 +32,7 @@ class Server:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
-        command = [sys.executable, "process.py", "--serve", "--port", str(self.port)]
+        command = [sys.executable, "process.py", "--serve", "--serve-port", str(self.port)]
         command += ["--input", str(self.input), "--output", str(self.output)]
         self.log = (folder / "log").open("w+b")
         self.process = subprocess.Popen(
@@ -177,7 +177,7 @@ def test_a_port_that_is_taken(tmp_path: Path) -> None:
         taken.listen()
         port = taken.getsockname()[1]
         ran = subprocess.run(
-            [sys.executable, "process.py", "--serve", "--port", str(port)],
+            [sys.executable, "process.py", "--serve", "--serve-port", str(port)],
             cwd=ROOT,
             capture_output=True,
             text=True,
@@ -186,7 +186,7 @@ def test_a_port_that_is_taken(tmp_path: Path) -> None:
     assert ran.returncode == 2
     assert (
         ran.stderr
-        == f"port {port} cannot be used (Address already in use); choose another --port\n"
+        == f"port {port} cannot be used (Address already in use); choose another --serve-port\n"
     )
 
 
