@@ -83,7 +83,7 @@ def merge(folder: Path, files: Iterable[str]) -> Results:
     folder) that no part has an entry of.
 
     Raises:
-        OutputError: there are no parts, or parts that do not belong together.
+        OutputError: there are no parts, or parts that do not belong together; or it cannot write.
     """
     parts = {Shard(*map(int, match.groups())): path for path, match in _named(folder)}
     counts = {part.count for part in parts}
@@ -116,7 +116,10 @@ def merge(folder: Path, files: Iterable[str]) -> Results:
             ),
         }
     )
-    write_results(folder, merged)
+    try:
+        write_results(folder, merged)
+    except OSError as error:
+        raise OutputError(f"--merge: {folder} cannot be written ({error.strerror})") from error
     return merged
 
 

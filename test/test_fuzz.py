@@ -171,7 +171,7 @@ def test_strange_images(place: Path, stderr: int, data: st.DataObject) -> None:
     values = data.draw(st.lists(st.integers(0, 9) | REALS, min_size=1, max_size=9), "values")
     world = data.draw(st.lists(REALS, min_size=8, max_size=8), "world")
     if min(width, height) > 99:  # which takes seconds enough
-        frames, channels = [], 1
+        kind, frames, channels = "u1", [], 1
     path = emptied(place / "in") / f"a{suffix}"
     with np.errstate(all="ignore"):
         pixels = np.array(values).astype(f"<{kind}")
