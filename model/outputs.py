@@ -56,7 +56,12 @@ class ThreePointAngle(_Strict):
 
 
 class CaseEntry(_Strict):
-    """What results.json says of one case: an image, or one frame of a stack."""
+    """What results.json says of one case: an image, or one frame of a stack.
+
+    aop_interval_deg holds the true angle nine times in ten; expected_error_* is the mean error to
+    expect, of each landmark and of the angle; view_score, 0 to 1, how much the image looks like the
+    view that the model is for. They are None where the model is not calibrated.
+    """
 
     case: str
     file: str
@@ -71,6 +76,9 @@ class CaseEntry(_Strict):
     aop_interval_deg: Point2 | None = None
     confidence: dict[str, Confidence] | None = None
     expected_error_px: dict[str, Finite] | None = None
+    expected_error_mm: dict[str, Finite] | None = None
+    expected_aop_error_deg: Finite | None = None
+    view_score: Confidence | None = None
     plausible: bool | None = None
     doubtful: bool | None = None
     reasons: list[str] = []

@@ -64,7 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         scale = SCALES[args.scale]
         data = prepare(args)
         if not args.table_only:
-            tasks = [task for seed in args.seeds for task in plan(args, scale, data, seed)]
+            tasks = [pretraining(args, scale, data)]
+            tasks += [task for seed in args.seeds for task in plan(args, scale, data, seed)]
             failed = carry_out(tasks, args.jobs)
             if failed:
                 raise CaseError(f"{', '.join(failed)} failed: see RUNS/logs, mend it, run again")
@@ -107,22 +108,24 @@ def prepare(args: argparse.Namespace) -> Data:
     return Data(args.output / "cases.csv", table, args.psfhs / "images", unlabelled, count)
 
 
+def pretraining(args: argparse.Namespace, scale: Scale, data: Data) -> Task:
+    """The one pretraining that all seeds start from, as others start from a published one."""
+    run = args.output / "shared" / "pretrain"
+    command = [
+        *("training.pretrain", "--images", str(data.unlabelled), "--output", str(run)),
+        *(*resume(run), *scale.pretrain, "--device", args.device),
+        *(("--teacher", args.teacher) if args.teacher else ()),
+    ]
+    return Task("pretrain", command, run / "done")
+
+
 def plan(args: argparse.Namespace, scale: Scale, data: Data, seed: int) -> list[Task]:
-    """The tasks of one seed: pretraining, pseudo-labels, and training and measuring each row."""
+    """The tasks of one seed: pseudo-labels, and training and measuring each row."""
     place = args.output / f"seed-{seed}"
     device = ["--device", args.device]
     unlabelled = str(data.unlabelled)
-    pretrained, pseudo = place / "pretrain", place / "pseudo"
+    pretrained, pseudo = args.output / "shared" / "pretrain", place / "pseudo"
     tasks = [
-        Task(
-            f"pretrain-{seed}",
-            [
-                *("training.pretrain", "--images", str(data.unlabelled), *resume(pretrained)),
-                *("--output", str(pretrained), "--seed", str(seed), *scale.pretrain, *device),
-                *(("--teacher", args.teacher) if args.teacher else ()),
-            ],
-            pretrained / "done",
-        ),
         Task(
             f"pseudo-{seed}",
             [
@@ -139,7 +142,7 @@ def plan(args: argparse.Namespace, scale: Scale, data: Data, seed: int) -> list[
         run = place / row.trained
         needs = [f"fit-{row.trained}-{seed}"]
         if row.trained == row.name:
-            before = (f"pretrain-{seed}",) if row.pretrained else ()
+            before = ("pretrain",) if row.pretrained else ()
             before += (f"pseudo-{seed}",) if row.pseudo else ()
             fit = [
                 *("training.fit", "--data", str(data.cases), "--images", str(data.images)),
