@@ -11,6 +11,7 @@ from torch import nn
 from tqdm import tqdm
 
 from model.anatomy import Floats, angle_of_progression
+from model.frame import Pair
 from model.heatmap import Decode, Heatmaps
 from model.predictor import Predictor
 from model.spec import ModelSpec
@@ -23,7 +24,8 @@ class CasePrediction:
     """One case's answer.
 
     landmarks_px: (3, 2) in image px. longer_side_px: the image's. aop_deg: NaN where two landmarks
-    coincide. confidence: (3,), heatmaps: (3, rows, columns); both empty for a reader's answer.
+    coincide. confidence: (3,), heatmaps: (3, rows, columns); both empty for a reader's answer. The
+    rest is as in `CaseEntry`: None or empty where the model is not calibrated, or a reader answers.
     """
 
     landmarks_px: Floats
@@ -31,6 +33,10 @@ class CasePrediction:
     aop_deg: float
     confidence: Floats = field(default_factory=lambda: np.empty(0))
     heatmaps: Heatmaps = field(default_factory=lambda: np.empty(0, np.float32))
+    aop_interval_deg: Pair | None = None
+    expected_error_px: Floats | None = None  # (3,) image px
+    expected_aop_error_deg: float | None = None
+    reasons: tuple[str, ...] = ()  # of doubt; none: not doubtful
 
 
 def torch_predictor(network: nn.Module, spec: ModelSpec, device: torch.device) -> Predictor:
