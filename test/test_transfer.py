@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from export import to_onnx
 from model.network import TransUNetConfig, UNetConfig, build_network
 from model.network.resnet import ResNet50
 from model.network.vit import Block, ViTBottleneck
@@ -222,3 +223,13 @@ def test_fit_names_what_does_not_fit(folder, tmp_path, capsys):
     assert run_fit(folder, tmp_path / "d", "--encoder-weights", str(tmp_path / "none.pth")) == 2
     assert "encoder is another" in capsys.readouterr().err
     assert not np.any([(tmp_path / name / "checkpoint.pt").exists() for name in "abcd"])
+
+
+def test_a_network_with_usfms_own_tables(folder, tmp_path, capsys):
+    torch.save(beit_tensors(hidden=96), tmp_path / "usfm.pth")
+    usfm = ["--pretrained", f"usfm:{tmp_path / 'usfm.pth'}", "--network.vit_positions", "relative"]
+    usfm += ["--network.vit_width", "24", "--network.vit_heads", "3"]
+    assert run_fit(folder, tmp_path / "run", *usfm) == 0
+    assert "32 tensors used, 2 resized" in capsys.readouterr().out
+    weights = ["--run", str(tmp_path / "run"), "--output", str(tmp_path / "aop.onnx")]
+    assert to_onnx.main(weights) == 0  # with parity

@@ -30,6 +30,9 @@ class TransUNetConfig(BaseModel):
     vit_width: int = Field(192, description="the bottleneck's width")
     vit_depth: int = Field(12, description="its blocks")
     vit_heads: int = Field(12, description="its attention heads")
+    vit_positions: Literal["sincos", "relative"] = Field(
+        "sincos", description="sincos: fixed codes; relative: learned tables, as USFM's ViT has"
+    )
     up_widths: tuple[int, ...] = Field(
         (1024, 512),
         description="channels of the up path from stride 16 on; its length sets the stride",
@@ -59,7 +62,12 @@ class TransUNet(nn.Module):
         side = config.input_size // 2 ** len(widths)
         self.project = nn.Conv2d(widths[-1], config.vit_width, 1)
         self.bottleneck = ViTBottleneck(
-            side, side, config.vit_width, config.vit_depth, config.vit_heads
+            side,
+            side,
+            config.vit_width,
+            config.vit_depth,
+            config.vit_heads,
+            config.vit_positions,
         )
         inputs = (config.vit_width, *config.up_widths)
         skips = widths[-2::-1]
