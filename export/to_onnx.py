@@ -32,7 +32,7 @@ from training.cases import CaseError, read_cases
 from training.checkpoint import Checkpoint, CheckpointError, load_weights, save_weights
 from training.data import read_grey
 from training.metrics import case_errors
-from training.predict import predict_cases
+from training.predict import predict_cases, torch_predictor
 
 OPSET, IR_VERSION = 20, 10
 TOLERANCE_PX = 0.05  # network input px
@@ -87,6 +87,7 @@ def export(weights: Path, args: argparse.Namespace) -> None:
 
 def converted(network: nn.Module, spec: ModelSpec) -> onnx.ModelProto:
     """A network in evaluation mode as an ONNX model, for batches of any size."""
+    has_view = getattr(network, "view", None) is not None  # a TransUNet's, and calibrated
     example = torch.zeros(2, spec.channels, spec.input_size, spec.input_size)
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it misses torchvision, we do not
     with warnings.catch_warnings():
@@ -98,7 +99,7 @@ def converted(network: nn.Module, spec: ModelSpec) -> onnx.ModelProto:
             external_data=False,
             opset_version=OPSET,
             input_names=["image"],
-            output_names=["heatmaps_and_masks"],
+            output_names=["heatmaps_and_masks", *(["view"] if has_view else [])],
             dynamic_shapes=({0: torch.export.Dim("batch")},),
             verbose=False,
         )
@@ -127,12 +128,8 @@ def parity(network: nn.Module, onnx_file: Path, inputs: Sequence[Heatmaps]) -> f
     spec = predictor.spec
     worst = 0.0
     for image in inputs:
-        with torch.inference_mode():
-            expected = network(torch.from_numpy(image[None])).numpy()
-        landmarks = [
-            decode_output(spec, output[0]).landmarks_px
-            for output in (expected, predictor.run(image[None]))
-        ]
+        runs = (torch_predictor(network, spec, torch.device("cpu")).run, predictor.run)
+        landmarks = [decode_output(spec, run(image[None]).maps[0]).landmarks_px for run in runs]
         worst = max(worst, float(np.linalg.norm(landmarks[0] - landmarks[1], axis=-1).max()))
     return worst
 

@@ -7,15 +7,19 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from model.files import OVERLAY, SHEET, write_bytes
+import cv2
+import numpy as np
+
+from model.files import OVERLAY, PICTURE, SHEET, write_bytes
 from model.image import BadFrame, GreyFrame, ImageError, ImageSource, open_image
 from model.jobs import Case
 from model.journal import Journal
 from model.loops import LoopSummary
 from model.measure import bad_frame, failed_entry, measure, points_of, within_budget
 from model.outputs import CaseEntry, Loop, NamedPoint
-from model.overlay import Picture, overlay_picture, png
+from model.overlay import LONGEST, overlay_picture, png
 from model.predictor import Predictor
+from model.words import Picture
 
 Take = Callable[[CaseEntry], None]
 
@@ -76,7 +80,7 @@ def answer_case(
             take(entry)
     if not source.is_stack:
         return None
-    sheet = loop.contact_sheet()
+    sheet = loop.contact_sheet(lambda frame: top / f"frame-{frame:04d}" / OVERLAY)
     if sheet is not None:
         with contextlib.suppress(OSError):  # a disk that is full: the answers count for more
             write_bytes(top / SHEET, sheet)
@@ -104,19 +108,33 @@ def _answer_frame(
     """Predict one frame and draw its overlay."""
     if isinstance(frame, BadFrame):
         return Answer(bad_frame(case.name, case.file, frame))
-    entry = measure(case.name, case.file, frame, predictor, args.decode)
+    entry = measure(case.name, case.file, frame, predictor, args.decode, args.mirror)
     if entry.status == "failed":
         return Answer(entry)
     start = time.perf_counter()
     picture = overlay_picture(frame, entry) if args.overlay else None
-    if picture is not None:
-        try:
+    try:
+        if picture is not None:
             write_bytes(folder / OVERLAY, png(picture))
-        except OSError as error:
-            return Answer(failed_entry(entry, _unwritten(error)))
+        if args.report:
+            write_bytes(folder / PICTURE, png(unmarked(frame)))
+    except OSError as error:
+        return Answer(failed_entry(entry, _unwritten(error)))
     stages = {"read": read_ms, **entry.milliseconds, "overlay": _ms_since(start)}
     entry = entry.model_copy(update={"milliseconds": stages})
     return Answer(entry, points_of(entry, frame, args.frame_of_answers == "world"), picture)
+
+
+def unmarked(frame: GreyFrame) -> Picture:
+    """(height, width) the image alone, of square pixels, none of them lost up to LONGEST px."""
+    height, width = frame.pixels.shape
+    extent = np.array([width, height]) * np.array(frame.geometry.pixel_shape)
+    finest = min(frame.geometry.pixel_shape)
+    size = np.rint(extent / max(finest, extent.max() / LONGEST)).astype(int)
+    byte = np.clip(np.rint(frame.pixels), 0, 255).astype(np.uint8)
+    smooth = cv2.INTER_AREA if size[0] < width else cv2.INTER_CUBIC
+    shown = cv2.resize(byte, np.maximum(1, size).tolist(), interpolation=smooth)
+    return np.asarray(shown, np.uint8)
 
 
 def _write(answers: Sequence[Answer], folder: Path, args: argparse.Namespace) -> list[CaseEntry]:

@@ -21,8 +21,9 @@ from model.outputs import (
     three_point_angle,
 )
 
-RESULTS, TABLE = "results.json", "landmarks.csv"
-OVERLAY, SHEET = "overlay.png", "contact-sheet.png"
+RESULTS, TABLE, REPORT = "results.json", "landmarks.csv", "report.html"
+OVERLAY, SHEET, PICTURE = "overlay.png", "contact-sheet.png", "picture.png"
+FIRST_ENTRY = b' "cases": [\n'  # the line before it
 
 
 class OutputError(ValueError):
@@ -37,6 +38,11 @@ class RunFiles:
     table: str = TABLE
 
     @property
+    def report(self) -> str:
+        """report.html, or of a shard report-2-of-3.html."""
+        return self.results.replace("results", "report").replace(".json", ".html")
+
+    @property
     def journal(self) -> str:
         return f".{self.results}.journal"
 
@@ -46,7 +52,7 @@ class RunFiles:
 
     def remove(self, folder: Path) -> None:
         """Remove an earlier run's, but for its journal."""
-        for name in (self.results, self.table, self.room):
+        for name in (self.results, self.table, self.report, self.room):
             (folder / name).unlink(missing_ok=True)
 
 
@@ -64,8 +70,8 @@ class AnswerFiles:
     @property
     def names(self) -> list[str]:
         """All of them and the pictures."""
-        named = (self.landmarks, self.angle, self.three_points, OVERLAY, SHEET)
-        return [name for name in named if name]
+        named = (self.landmarks, self.angle, self.three_points)
+        return [*(name for name in named if name), OVERLAY, SHEET, PICTURE]
 
     def write(self, folder: Path, angles_deg: Sequence[float], points: list[NamedPoint]) -> None:
         """Write one frame's answer, or one for several: all points, and the median angle.
@@ -139,12 +145,28 @@ def results_json(
 ) -> Iterator[bytes]:
     """results.json in pieces, an entry a line."""
     head = summary.model_dump_json(indent=1, exclude={"cases", "loops"})
-    yield head.encode().removesuffix(b"\n}")
-    yield b',\n "cases": ['
+    yield head.encode().removesuffix(b"\n}") + b",\n"
+    yield FIRST_ENTRY.removesuffix(b"\n")
     yield from _separated(entries)
     yield b'\n ],\n "loops": ['
     yield from _separated(loops)
     yield b"\n ]\n}\n"
+
+
+def read_summary(file: IO[bytes]) -> RunSummary:
+    """What a results.json begins with; the file then stands at its first entry."""
+    head = b""
+    for line in file:
+        if line == FIRST_ENTRY:
+            break
+        head += line
+    return RunSummary.model_validate_json(head.removesuffix(b",\n") + b"}")
+
+
+def read_entry(file: IO[bytes]) -> CaseEntry | None:
+    """The next entry of a results.json; None after the last."""
+    line = file.readline().strip().removesuffix(b",")
+    return None if line == b"]" else CaseEntry.model_validate_json(line)
 
 
 def write_table(path: Path, entries: Callable[[], Iterator[CaseEntry]]) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from model.files import RESULTS, TABLE
+from model.files import REPORT, RESULTS, TABLE
 from model.formats import SUFFIXES, is_dicom, is_supported_name
 
 LONGEST_NAME = 200  # bytes; file systems stop at 255, and a number may have to be added
@@ -68,7 +68,7 @@ def find_cases(
         paths = _images_below(root, output, passed_over)
     if not paths:
         raise InputError(f"no image below {root}; expected files of {', '.join(SUFFIXES)}")
-    taken = {RESULTS, TABLE}
+    taken = {RESULTS, TABLE, REPORT}
     return [_case(root, path, taken) for path in paths]
 
 

@@ -2,7 +2,9 @@
 
 import statistics
 from array import array
+from collections.abc import Callable
 from math import ceil, inf, nan
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -11,11 +13,11 @@ import numpy.typing as npt
 from model import overlay
 from model.anatomy import Floats
 from model.outputs import CaseEntry, Loop
-from model.overlay import BLACK, DOUBT, WHITE, Colour, Picture
+from model.words import BLACK, DOUBT, WHITE, Colour, Picture, put_text, text_width
 
 SHOWN, COLUMNS = 20, 5  # tiles at most: of a sheet, beside each other
 WIDEST, LARGEST = 1600, 490  # px of the sheet and of a tile
-GAP, LABEL = 10, 26  # px between tiles, and of the words below one
+GAP, LABEL = 10, 44  # px between tiles, and of the two lines of words below one
 TITLE, CURVE = 74, 300  # px of the sheet's height
 LEFT, RIGHT, TOP, BOTTOM = 62, 70, 20, 40  # px around the curve
 WORDS, LARGE = 14, 26  # px of letters
@@ -34,10 +36,12 @@ class LoopSummary:
     def __init__(self, case: str, file: str, frames: int) -> None:
         self._case, self._file, self._frames = case, file, frames
         self._angles, self._doubtful = array("d", [nan]) * frames, bytearray(frames)
+        self._heights = array("H", [0]) * frames  # px of the overlays without their words
         self._told = 0
         self._surest, self._confidence = -1, -inf
-        # of a longer loop, one tile is for the most confident frame, known only at the end
-        regular = np.linspace(0, frames - 1, frames if frames <= SHOWN else SHOWN - 1)
+        # of a longer loop, two tiles are for the most confident and the median frame, known only
+        # at the end
+        regular = np.linspace(0, frames - 1, frames if frames <= SHOWN else SHOWN - 2)
         self._regular = frozenset(regular.round().astype(int).tolist())
         tiles = min(frames, SHOWN)
         self._columns = ceil(tiles / ceil(tiles / COLUMNS))
@@ -58,8 +62,11 @@ class LoopSummary:
             if self._surest not in self._regular:
                 self._pictures.pop(self._surest, None)
             self._surest, self._confidence = at, confidence
-        if picture is not None and (surest or at in self._regular):
-            self._pictures[at] = _fitted(overlay.without_words(picture, entry), self._side)
+        if picture is not None:
+            shown = overlay.without_words(picture, entry)
+            self._heights[at] = len(shown)
+            if surest or at in self._regular:
+                self._pictures[at] = _fitted(shown, self._side)
 
     def summary(self) -> Loop:
         """The loop in numbers."""
@@ -78,39 +85,69 @@ class LoopSummary:
             doubtful_frames=sum(self._doubtful),
         )
 
-    def contact_sheet(self) -> bytes | None:
-        """A PNG: the counts, frames from all over the loop and the most confident one, the curve.
+    def contact_sheet(self, overlay_file: Callable[[int], Path] | None = None) -> bytes | None:
+        """A PNG: the counts, frames from all over the loop, the median and the most confident one
+        among them, and the curve.
 
-        None where no picture was given.
+        Args:
+            overlay_file: where the overlay of a frame was written. Which frame is the median is
+                known only at the end; without its overlay it may have no tile.
+
+        Returns:
+            None where no picture was given.
         """
         if not self._pictures:
             return None
-        shown = sorted(self._regular | {self._surest})
-        height = max(self._side // 3, *(len(picture) for picture in self._pictures.values()))
-        tiles = [self._tile(frame, height) for frame in shown]
+        loop, pictures = self.summary(), dict(self._pictures)
+        median = loop.median_frame
+        assert median is not None  # there is a picture
+        if median not in pictures and overlay_file is not None:
+            picture = self._read(median, overlay_file(median))
+            pictures |= {} if picture is None else {median: picture}
+        shown = sorted(self._regular | {self._surest} | ({median} & set(pictures)))
+        height = max(self._side // 3, *(len(picture) for picture in pictures.values()))
+        tiles = [self._tile(frame, pictures.get(frame), height, loop) for frame in shown]
         tiles += [np.zeros_like(tiles[0])] * (-len(tiles) % self._columns)
         starts = range(0, len(tiles), self._columns)
         rows = [np.hstack(tiles[k : k + self._columns]) for k in starts]
-        loop, width = self.summary(), rows[0].shape[1]
+        width = rows[0].shape[1]
         curve = _curve(loop, np.flatnonzero(np.array(self._doubtful)), width)
         return overlay.png(np.vstack([_title(loop, width), *rows, curve]))
 
-    def _tile(self, frame: int, height: int) -> Picture:
-        """A frame's overlay above what it says; dark where there is none."""
+    def _read(self, frame: int, path: Path) -> Picture | None:
+        """A frame's picture from its overlay; None where that cannot be read."""
+        try:
+            data = np.frombuffer(path.read_bytes(), np.uint8)
+        except OSError:  # gone since: the sheet can do without
+            return None
+        picture = cv2.imdecode(data, cv2.IMREAD_COLOR) if len(data) else None
+        if picture is None or not self._heights[frame]:
+            return None
+        return _fitted(np.asarray(picture, np.uint8)[: self._heights[frame]], self._side)
+
+    def _tile(self, frame: int, picture: Picture | None, height: int, loop: Loop) -> Picture:
+        """A frame's overlay above what it says and is; dark where there is none."""
         tile = _empty(height + LABEL + GAP, self._side + GAP)
         place = tile[GAP // 2 : GAP // 2 + height, GAP // 2 : -GAP // 2]
-        picture = self._pictures.get(frame, np.full_like(place, DARK))
+        picture = np.full_like(place, DARK) if picture is None else picture
         y, x = (height - len(picture)) // 2, (self._side - picture.shape[1]) // 2
         place[y : y + len(picture), x : x + picture.shape[1]] = picture
-        middle, baseline = tile.shape[1] // 2, len(tile) - 13
+        middle, baseline = tile.shape[1] // 2, len(tile) - 31
         if np.isnan(self._angles[frame]):
             _centred(tile, f"frame {frame}: failed", middle, height // 2, GREY)
             return tile
-        words = f"frame {frame}  AoP {self._angles[frame]:.1f}°"
+        corner, remarks = (tile.shape[1] - 2, len(tile) - 2), []
+        if frame == loop.median_frame:
+            remarks.append("median")
+            cv2.rectangle(tile, (1, 1), corner, GREY, 2)
         if frame == self._surest:
-            words += "  most confident"
-            cv2.rectangle(tile, (1, 1), (tile.shape[1] - 2, len(tile) - 2), WHITE, 2)
-        _centred(tile, words, middle, baseline, DOUBT if self._doubtful[frame] else WHITE)
+            remarks.append("most confident")
+            cv2.rectangle(tile, (1, 1), corner, WHITE, 2)
+        if self._doubtful[frame]:
+            remarks.append("NOT SURE")
+        colour = DOUBT if self._doubtful[frame] else WHITE
+        _centred(tile, f"frame {frame}  AoP {self._angles[frame]:.1f}°", middle, baseline, colour)
+        _centred(tile, ", ".join(remarks), middle, baseline + 18, colour)
         return tile
 
 
@@ -127,22 +164,20 @@ def _fitted(picture: Picture, side: int) -> Picture:
 
 
 def _centred(picture: Picture, text: str, x: int, y: int, colour: Colour) -> None:
-    overlay.put_text(
-        picture, text, np.array([x - overlay.text_width(text, WORDS) / 2, y]), WORDS, colour
-    )
+    put_text(picture, text, np.array([x - text_width(text, WORDS) / 2, y]), WORDS, colour)
 
 
 def _title(loop: Loop, width: int) -> Picture:
     """(TITLE, width, 3): the median, and the counts below it."""
     title = _empty(TITLE, width)
-    median = f"Median AoP {loop.median_aop_deg:.1f}° (frame {loop.median_frame})"
+    median = f"Median AoP {loop.median_aop_deg:.1f}° (frame {loop.median_frame}, framed grey)"
     counts = (
         f"{loop.frames} frames: {loop.answered} answered, {loop.frames - loop.answered} failed, "
         f"{loop.doubtful_frames} doubtful (orange); "
-        f"most confident: frame {loop.most_confident_frame} (framed and ringed)"
+        f"most confident: frame {loop.most_confident_frame} (framed white, ringed)"
     )
-    overlay.put_text(title, median, np.array([GAP, 38]), LARGE, WHITE)
-    overlay.put_text(title, counts, np.array([GAP, 62]), WORDS, WHITE)
+    put_text(title, median, np.array([GAP, 38]), LARGE, WHITE)
+    put_text(title, counts, np.array([GAP, 62]), WORDS, WHITE)
     return title
 
 

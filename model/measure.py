@@ -1,23 +1,42 @@
 """One frame -> its entry in results.json: landmarks, angle, confidence, and any doubt in words."""
 
-from model.anatomy import LANDMARKS, Floats, angle_of_progression, implausibilities
+import math
+from typing import Any
+
+import numpy as np
+
+from model.anatomy import LANDMARKS, angle_of_progression, implausibilities
+from model.frame import Pair
 from model.heatmap import Decode
 from model.image import BadFrame, GreyFrame
 from model.outputs import PX_DECIMALS, CaseEntry, NamedPoint, named
-from model.predictor import EngineError, Predictor
+from model.predictor import EngineError, Prediction, Predictor
+from model.spec import ModelSpec
+from model.uncertainty import interval_deg
 
 
 def measure(
-    case: str, file: str, frame: GreyFrame, predictor: Predictor, decode: Decode | None = None
+    case: str,
+    file: str,
+    frame: GreyFrame,
+    predictor: Predictor,
+    decode: Decode | None = None,
+    mirror: bool = False,
 ) -> CaseEntry:
-    """Predict one frame and judge the answer; doubt is a mark, the numbers are always there."""
+    """Predict one frame and judge the answer; doubt is a mark, the numbers are always there.
+
+    Args:
+        mirror: the image was acquired mirror-wise: it is flipped, predicted, judged, mapped back.
+    """
     height, width = frame.pixels.shape
     geometry = frame.geometry
+    pixels = frame.pixels[:, ::-1].copy() if mirror else frame.pixels
     try:
-        found = predictor.predict(frame.pixels, geometry.pixel_shape, decode)
+        found = predictor.predict(pixels, geometry.pixel_shape, decode)
     except EngineError as error:
         return bad_frame(case, file, BadFrame(frame.index, str(error)))
-    landmarks = found.landmarks_px.round(PX_DECIMALS)
+    seen = found.landmarks_px.round(PX_DECIMALS)
+    landmarks = (np.array([width - 1, 0]) - seen * [1, -1]).round(PX_DECIMALS) if mirror else seen
     common = {
         "case": case,
         "file": file,
@@ -32,15 +51,16 @@ def measure(
         angle = float(angle_of_progression(landmarks, geometry.pixel_shape))
     except ValueError as error:
         return CaseEntry(status="failed", error=f"no angle can be given: {error}", **common)
-    oddities = implausibilities(landmarks, (width, height), geometry.pixel_shape)
-    reasons = [*oddities, *found.doubts]
-    reasons += _uncertain(found.confidence, predictor.spec.doubt_below)
+    oddities = implausibilities(seen, (width, height), geometry.pixel_shape)
+    reasons = [*oddities, *doubts(found, predictor.spec)]
     return CaseEntry(
         status="ok",
         landmarks_px=named(landmarks),
         landmarks_mm=named(geometry.to_mm(landmarks)),
         aop_deg=angle,
         confidence=dict(zip(LANDMARKS, found.confidence.tolist(), strict=True)),
+        view_score=found.view_score,
+        **_expected(found, angle, predictor.spec, geometry.spacing_mm),
         plausible=not oddities,
         doubtful=bool(reasons),
         reasons=reasons,
@@ -82,9 +102,42 @@ def points_of(entry: CaseEntry, frame: GreyFrame, in_world: bool) -> list[NamedP
     ]
 
 
-def _uncertain(confidence: Floats, doubt_below: float) -> list[str]:
-    return [
-        f"{name} is uncertain (confidence {value:.2f}, below {doubt_below:.2f})"
-        for name, value in zip(LANDMARKS, confidence, strict=True)
-        if value < doubt_below
-    ]
+def doubts(found: Prediction, spec: ModelSpec) -> list[str]:
+    """What speaks against a prediction, in words, but for its geometry."""
+    reasons = list(found.doubts)
+    calibration = spec.calibration
+    if calibration is None or found.expected is None:
+        for name, value in zip(LANDMARKS, found.confidence, strict=True):
+            if value < spec.doubt_below:
+                shown = math.floor(value * 100) / 100  # never as if it reached the limit
+                limit = f"confidence {shown:.2f}, below {spec.doubt_below:.2f}"
+                reasons.append(f"{name} is uncertain ({limit})")
+        return reasons
+    view, least = found.view_score, calibration.view_below
+    if view is not None and least is not None and view < least:
+        reasons.append(
+            "this does not look like a sagittal transperineal image with the symphysis on the "
+            f"left (score {view:.3f}, below {least:.3f})"
+        )
+    if found.expected.aop_deg > calibration.error_above_deg:
+        reasons.append(
+            f"an error of {found.expected.aop_deg:.1f} deg is to be expected, above "
+            f"{calibration.error_above_deg:.1f} deg"
+        )
+    return reasons
+
+
+def _expected(
+    found: Prediction, aop_deg: float, spec: ModelSpec, spacing_mm: Pair | None
+) -> dict[str, Any]:
+    """The fields of an entry that a calibrated model fills."""
+    if spec.calibration is None or found.expected is None:
+        return {}
+    errors = found.expected.landmarks_px
+    mm = None if spacing_mm is None else errors * float(np.sqrt(spacing_mm[0] * spacing_mm[1]))
+    return {
+        "expected_error_px": dict(zip(LANDMARKS, errors.tolist(), strict=True)),
+        "expected_error_mm": None if mm is None else dict(zip(LANDMARKS, mm.tolist(), strict=True)),
+        "expected_aop_error_deg": found.expected.aop_deg,
+        "aop_interval_deg": interval_deg(spec.calibration, aop_deg, found.expected.aop_deg),
+    }

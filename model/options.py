@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
-from model.files import RESULTS, TABLE, AnswerFiles, RunFiles
+from model.files import REPORT, RESULTS, TABLE, AnswerFiles, RunFiles
 from model.predictor import MOST_THREADS
 from model.shards import Shard, parse_shard
 
@@ -56,7 +56,7 @@ def parse_options(
         parser.error(f"{where}{error}")
     args.files = AnswerFiles(args.landmarks_file, args.angle_file, args.three_points_file)
     args.run_files = args.shard.run_files if args.shard else RunFiles()
-    names = [*args.files.names, RESULTS, TABLE]
+    names = [*args.files.names, RESULTS, TABLE, REPORT]
     if any(f"{b}/".startswith(f"{a}/") for a, b in itertools.permutations(names, 2)):
         parser.error(f"each answer needs a name of its own, got {', '.join(names)}")
     return args
@@ -88,6 +88,10 @@ def _add_options(
     threads_help = "threads of the network on the CPU (all that the process may use)"
     add("--threads", type=_threads, metavar="N", help=threads_help)
     add("--decode", choices=("subpixel", "argmax"), help="heatmap decoder (the model's own)")
+    mirror_help = (
+        "images acquired mirror-wise, symphysis on the right: flipped, predicted, mapped back"
+    )
+    add("--mirror", action=argparse.BooleanOptionalAction, default=False, help=mirror_help)
     budget_help = "warn of cases that took longer"
     add("--latency-budget-ms", type=_milliseconds, metavar="N", help=budget_help)
 
@@ -102,6 +106,12 @@ def _add_options(
         add(option, type=_name_inside, metavar="NAME", default=default, help=words)
     overlay_help = "write overlay.png, and contact-sheet.png for a stack (yes, but not for a job)"
     add("--overlay", action=argparse.BooleanOptionalAction, help=overlay_help)
+    report_help = (
+        "write report.html, all cases sorted by doubt to check and correct in a browser, and for "
+        "it picture.png of each case (no); --resume answers cases without a picture again, --shard "
+        "writes report-K-of-N.html, --merge the page of all parts"
+    )
+    add("--report", action=argparse.BooleanOptionalAction, default=False, help=report_help)
 
     add = group("large folders")
     resume_help = "keep what an earlier run in --output has answered, and answer the rest"

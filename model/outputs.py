@@ -147,9 +147,10 @@ def three_point_angle(points: Sequence[NamedPoint]) -> ThreePointAngle:
 def table_lines(entries: Iterable[CaseEntry], stacks: bool) -> Iterator[str]:
     """landmarks.csv in the challenge's columns, with a Frame column where there are stacks.
 
-    Points are image px; AoP is that of the points as written, in mm where pixels are not square.
+    The last column, Doubt, is empty where there is none. Points are image px; AoP is that of the
+    points as written, in mm where pixels are not square.
     """
-    yield _row(["Filename", *(["Frame"] if stacks else []), *LANDMARKS, "AoP"])
+    yield _row(["Filename", *(["Frame"] if stacks else []), *LANDMARKS, "AoP", "Doubt"])
     for entry in entries:
         if entry.landmarks_px is None:  # failed
             continue
@@ -158,7 +159,8 @@ def table_lines(entries: Iterable[CaseEntry], stacks: bool) -> Iterator[str]:
         angle = float(angle_of_progression(points, pixel_shape))
         cells = [f"({x:.{PX_DECIMALS}f}, {y:.{PX_DECIMALS}f})" for x, y in points]
         frame = [entry.frame if entry.frame is not None else ""] if stacks else []
-        yield _row([entry.file, *frame, *cells, f"{angle:.4f}"])
+        doubt = "; ".join(entry.reasons)
+        yield _row([entry.file, *frame, *cells, f"{angle:.4f}", doubt])
 
 
 def _row(cells: Sequence[object]) -> str:

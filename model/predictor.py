@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -18,10 +18,11 @@ from model.frame import Letterbox, Pair, cells_to_input
 from model.heatmap import Decode, Heatmaps
 from model.masks import MaskError, landmarks_from_shares
 from model.spec import METADATA_KEY, ModelSpec, SpecError, parse_spec
+from model.uncertainty import REFERENCE_PX, Expected, evidence, expected_errors
 
 MOST_THREADS = 64  # a container may not start many more, and waits for ever then
 Provider = Literal["auto", "cuda", "cpu"]
-Run = Callable[[Heatmaps], Heatmaps]
+
 ORT_PROVIDERS = {"cuda": "CUDAExecutionProvider", "cpu": "CPUExecutionProvider"}
 CUDA_OPTIONS = {
     # EXHAUSTIVE costs seconds at every new shape, DEFAULT runs tens of times slower
@@ -39,19 +40,38 @@ class ModelError(ValueError):
     """A model file or a provider that cannot be used; the message says what to do."""
 
 
+class Output(NamedTuple):
+    """What a network returns for n images.
+
+    maps: (n, 3 + masks, rows, columns) heatmaps, then shares of the masks. view: (n,) 0..1, how
+    much an image looks like the view that the model is for; None where the network does not tell.
+    """
+
+    maps: Heatmaps
+    view: npt.NDArray[np.float32] | None = None
+
+
+Run = Callable[[Heatmaps], Output]
+
+
 @dataclass(frozen=True)
 class Prediction:
     """One image's landmarks.
 
     landmarks_px: (3, 2) as (x, y) in image px. confidence: (3,) 0 to 1. heatmaps: (3, rows,
-    columns). milliseconds: by stage. doubts: what speaks against the answer, in words.
+    columns). milliseconds: by stage. doubts: what speaks against the answer, in words. terms: of
+    `model.uncertainty.evidence`. view_score: as in `Output`. expected: errors to expect, with the
+    landmarks' in image px; None where the model is not calibrated.
     """
 
     landmarks_px: Floats
     confidence: Floats
     heatmaps: Heatmaps
     milliseconds: dict[str, float]
-    doubts: tuple[str, ...] = ()
+    doubts: tuple[str, ...]
+    terms: Floats
+    view_score: float | None
+    expected: Expected | None
 
 
 @dataclass(frozen=True)
@@ -60,6 +80,7 @@ class Decoded:
 
     landmarks_px: Floats
     confidence: Floats
+    terms: Floats
     doubts: tuple[str, ...] = ()
 
 
@@ -68,7 +89,7 @@ class Predictor:
 
     Args:
         spec: what the network expects.
-        run: (n, channels, size, size) float32 -> (n, 3 + masks, rows, columns) float32.
+        run: (n, channels, size, size) float32 -> `Output`.
         provider: the processor that really runs, for the record.
     """
 
@@ -91,15 +112,30 @@ class Predictor:
         box = Letterbox(grey.shape[1], grey.shape[0], self.spec.input_size, pixel_shape)
         network_input = self.spec.normalise(box.apply(grey))[None]
         times.append(time.perf_counter())
-        output = self.run(network_input)[0]
+        output = self.run(network_input)
         times.append(time.perf_counter())
-        found = decode_output(self.spec, output, decode)
+        found = decode_output(self.spec, output.maps[0], decode)
         landmarks = box.to_image(found.landmarks_px)
+        expected = self._expected(found.terms, box)
         times.append(time.perf_counter())
         spent = np.diff(times) * 1000
-        stages = dict(zip(("preprocess", "inference", "decode"), spent.tolist(), strict=True))
-        heatmaps = output[: len(LANDMARKS)]
-        return Prediction(landmarks, found.confidence, heatmaps, stages, found.doubts)
+        return Prediction(
+            landmarks,
+            found.confidence,
+            output.maps[0, : len(LANDMARKS)],
+            dict(zip(("preprocess", "inference", "decode"), spent.tolist(), strict=True)),
+            found.doubts,
+            found.terms,
+            None if output.view is None else float(output.view[0]),
+            expected,
+        )
+
+    def _expected(self, terms: Floats, box: Letterbox) -> Expected | None:
+        if self.spec.calibration is None:
+            return None
+        found = expected_errors(self.spec.calibration, terms)
+        image_px = self.spec.input_size / REFERENCE_PX / float(np.sqrt(box.scale.prod()))
+        return Expected(found.landmarks_px * image_px, found.aop_deg)
 
 
 def decode_output(spec: ModelSpec, output: Heatmaps, decode: Decode | None = None) -> Decoded:
@@ -111,14 +147,21 @@ def decode_output(spec: ModelSpec, output: Heatmaps, decode: Decode | None = Non
     count = len(LANDMARKS)
     cells, confidence = spec.codec.decode(output[:count], decode or spec.decode)
     landmarks = cells_to_input(cells, spec.stride)
+    unit = REFERENCE_PX / spec.input_size
+
+    def terms(second: Floats | None) -> Floats:
+        other = None if second is None else second * unit
+        return evidence(output[:count], landmarks * unit, other, spec.stride * unit)
+
     if not (spec.masks and spec.mask_share):
-        return Decoded(landmarks, confidence)
+        return Decoded(landmarks, confidence, terms(landmarks))
     try:
         second = landmarks_from_shares(output[count:], spec.input_size)
     except MaskError:
-        return Decoded(landmarks, confidence, ("no outlines of symphysis and head were found",))
-    landmarks = (1 - spec.mask_share) * landmarks + spec.mask_share * second
-    return Decoded(landmarks, confidence)
+        doubts = ("no outlines of symphysis and head were found",)
+        return Decoded(landmarks, confidence, terms(None), doubts)
+    fused = (1 - spec.mask_share) * landmarks + spec.mask_share * second
+    return Decoded(fused, confidence, terms(second))
 
 
 def load_predictor(
@@ -151,9 +194,9 @@ def load_predictor(
         raise ModelError(f"{path}: {error}") from error
     name = session.get_inputs()[0].name
 
-    def run(network_input: Heatmaps) -> Heatmaps:
+    def run(network_input: Heatmaps) -> Output:
         try:
-            return np.asarray(session.run(None, {name: network_input})[0], np.float32)
+            return Output(*session.run(None, {name: network_input}))
         except Exception as error:  # as in _session
             raise EngineError(f"the network could not be run: {_first_line(error)}") from error
 
@@ -201,13 +244,14 @@ def _check_shapes(run: Run, spec: ModelSpec, path: Path) -> None:
     codec = spec.codec
     expected = (1, len(spec.landmarks) + spec.masks, codec.rows, codec.columns)
     try:
-        found = run(
-            np.zeros((1, spec.channels, spec.input_size, spec.input_size), np.float32)
-        ).shape
+        output = run(np.zeros((1, spec.channels, spec.input_size, spec.input_size), np.float32))
     except EngineError as error:
         raise ModelError(f"{path} does not run on its spec's input: {error}") from error
-    if found != expected:
-        raise ModelError(f"{path} returns an output of {found}, its spec says {expected}")
+    if output.maps.shape != expected:
+        raise ModelError(f"{path} returns {output.maps.shape}, its spec says {expected}")
+    wants_view = spec.calibration is not None and spec.calibration.view_below is not None
+    if wants_view and (output.view is None or output.view.shape != (1,)):
+        raise ModelError(f"{path} returns no view score, its spec has a threshold for one")
 
 
 def _first_line(error: Exception) -> str:

@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from model.answer import answer_case
+from model.files import PICTURE, OutputError
 from model.jobs import Case, InputError, find_cases
 from model.journal import Journal, settings_of
 from model.outputs import CaseEntry, RunSummary
 from model.predictor import Predictor
+from model.report import write_report
 
 STOPPED_BY: list[int] = []  # signals; looked at between frames, so that what is written is whole
 
@@ -77,7 +79,7 @@ def run(predictor: Predictor, args: argparse.Namespace) -> tuple[int, str]:
         str(args.output / name) for name in (args.run_files.results, args.run_files.table)
     )
     tell(f"{time.perf_counter() - start:.1f} s; {written}")
-    return conclude(tally, args)
+    return conclude(tally, args, cases[0].is_job if cases else False)
 
 
 def cases_of(args: argparse.Namespace) -> list[Case]:
@@ -123,14 +125,16 @@ def _pause() -> None:
 
 def _holds(case: Case, entry: CaseEntry, args: argparse.Namespace) -> bool:
     """Whether an earlier run's answer is there, and newer than its image."""
-    folder = args.output / case.folder
-    if entry.frame is not None and not case.is_job:
-        folder = folder / f"frame-{entry.frame:04d}"
+    top = folder = args.output / case.folder
+    if entry.frame is not None:
+        folder = top / f"frame-{entry.frame:04d}"
+    answers = [(top if case.is_job else folder) / args.files.landmarks]
+    if args.report:
+        answers.append(folder / PICTURE)
     try:
         images = [*case.path.iterdir()] if case.path.is_dir() else [case.path]
         newest = max(max(s.st_mtime_ns, s.st_ctime_ns) for s in map(Path.stat, images))
-        answer: Path = folder / args.files.landmarks
-        return answer.stat().st_mtime_ns >= newest
+        return all(answer.stat().st_mtime_ns >= newest for answer in answers)
     except (OSError, ValueError):
         return False
 
@@ -146,6 +150,7 @@ def summary_of(predictor: Predictor, args: argparse.Namespace) -> RunSummary:
             "decode": args.decode or predictor.spec.decode,
             "frame_of_answers": args.frame_of_answers,
             "overlay": args.overlay,
+            "mirror": args.mirror,
             "latency_budget_ms": args.latency_budget_ms,
             "landmarks_file": args.files.landmarks,
             "angle_file": args.files.angle,
@@ -171,8 +176,13 @@ def tally_of(entries: Iterable[CaseEntry]) -> Tally:
     return tally
 
 
-def conclude(tally: Tally, args: argparse.Namespace) -> tuple[int, str]:
-    """Print the summary; returns the exit status and what is wrong."""
+def conclude(tally: Tally, args: argparse.Namespace, is_job: bool = False) -> tuple[int, str]:
+    """Write the report, print the summary; returns the exit status and what is wrong.
+
+    Raises:
+        OutputError: the report cannot be written.
+    """
+    _report(args, is_job)
     count = tally.answered + tally.failed
     tell(f"{tally.answered} answered, of them {tally.doubtful} doubtful; {tally.failed} failed")
     if tally.late:
@@ -184,6 +194,21 @@ def conclude(tally: Tally, args: argparse.Namespace) -> tuple[int, str]:
         return 1, f"the case failed: {first}"
     rest = f"; {args.run_files.results} names the others" if tally.failed > 1 else ""
     return 1, f"{tally.failed} of {count} cases failed, the first is {first}{rest}"
+
+
+def _report(args: argparse.Namespace, is_job: bool) -> None:
+    """Write the page of what results.json now says, or remove that of an earlier run."""
+    path = args.output / args.run_files.report
+    try:
+        if args.report:
+            write_report(args.output, args.run_files, is_job)
+            tell(f"report {path}")
+        else:
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        raise OutputError(
+            f"{path} not written ({error.strerror}), all else was; mend it, then --resume"
+        ) from error
 
 
 def stopped(done: int, count: int) -> tuple[int, str]:

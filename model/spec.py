@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from model.anatomy import LANDMARKS
 from model.heatmap import Decode, HeatmapCodec, Heatmaps
+from model.uncertainty import Calibration
 
 SCHEMA_VERSION: Literal[1] = 1
 METADATA_KEY = "aop.model_spec"
@@ -43,6 +44,9 @@ class ModelSpec(BaseModel):
     decode: Decode = Field("subpixel", description="decoder that the figures were measured with")
     doubt_below: float = Field(
         0.0, ge=0, le=1, description="a case whose least confident landmark is below is doubtful"
+    )
+    calibration: Calibration | None = Field(
+        None, description="expected errors and the thresholds of doubt, in doubt_below's place"
     )
     training_data: str = Field("", description="data sets and what their landmarks are")
     licence: str = ""

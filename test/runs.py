@@ -14,7 +14,7 @@ import SimpleITK as sitk
 
 import process
 from model.frame import input_to_cells
-from model.predictor import Predictor, load_predictor
+from model.predictor import Output, Predictor, load_predictor
 from model.spec import ModelSpec
 from test.phantom import phantom
 
@@ -106,4 +106,4 @@ def predictor_at(points: list, height: float = 1.0) -> Predictor:
     """Finds the same landmarks, (x, y) in px of a 64 px input, in every image."""
     spec = ModelSpec(input_size=64, mean=0, std=1, stride=4, sigma_cells=1.5, doubt_below=0.5)
     heatmaps = height * spec.codec.encode(input_to_cells(points, 4))
-    return Predictor(spec, lambda _: heatmaps[None].astype(np.float32), "cpu")
+    return Predictor(spec, lambda _: Output(heatmaps[None].astype(np.float32)), "cpu")

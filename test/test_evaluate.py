@@ -1,15 +1,21 @@
-"""Figures of hand-made errors, matching of tables, and two readers."""
+"""Figures of hand-made errors, matching of tables, results.json and jobs, and two readers."""
 
+import csv
 import json
+import sys
 from itertools import combinations
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
 import pytest
 
-from model.anatomy import angle_of_progression
+from model.anatomy import LANDMARKS, angle_of_progression
+from model.files import write_results
+from model.outputs import CaseEntry, Results, named
 from training import evaluate
+from training.answers import kind_of
 from training.cases import Case, read_cases, write_cases
 from training.metrics import radial_errors_px, summarise
 
@@ -77,6 +83,233 @@ def test_no_match_and_no_split_are_errors(folder, capsys):
     again = [*base, "--predictions", str(folder / "other.csv"), "--split", "val"]
     assert evaluate.main(again) == 2
     assert "split 'val'" in capsys.readouterr().err
+
+
+# ---- What --predictions can be
+
+
+CALIBRATED = {
+    "aop_interval_deg": (80.0, 99.5),
+    "expected_error_px": dict(zip(LANDMARKS, (1.0, 2.0, 3.5), strict=True)),
+    "expected_aop_error_deg": 4.5,
+    "view_score": 0.9,
+    "doubtful": True,
+    "reasons": ["FH1 is uncertain", "the view"],
+}
+
+
+def entry(case: Case, **more) -> CaseEntry:
+    found = {
+        "case": Path(case.file).stem,
+        "file": case.file.replace(".png", ".mha"),
+        "status": "ok",
+        "width": 128,
+        "height": 96,
+        "landmarks_px": named(case.landmarks_px + [3.0, 4.0]),
+        "aop_deg": case.aop_deg + 1,
+        "confidence": dict(zip(LANDMARKS, (0.5, 0.6, 0.7), strict=True)),
+    }
+    return CaseEntry(**(found | more))
+
+
+def results(folder: Path, entries: list[CaseEntry]) -> Path:
+    """What process.py writes: results.json, and landmarks.csv beside it."""
+    made = {"model": "m", "model_file": "m", "model_sha256": "", "provider": "cpu", "settings": {}}
+    counts = {"answered": 1, "failed": 0, "doubtful": 0}
+    folder.mkdir(exist_ok=True)
+    write_results(folder, Results(**made, **counts, cases=entries))
+    return folder / "results.json"
+
+
+@pytest.fixture
+def shown(monkeypatch) -> list[tuple]:
+    """What write_report was given."""
+    calls: list[tuple] = []
+    fake = SimpleNamespace(write_report=lambda *given: calls.append(given))
+    monkeypatch.setitem(sys.modules, "training.report", fake)
+    return calls
+
+
+def test_results_of_process_with_what_a_calibrated_model_tells(folder, shown, capsys):
+    truth = read_cases(folder / "cases.csv")
+    broken = {"case": "2", "file": "2.mha", "status": "failed", "error": "the file is empty"}
+    entries = [entry(truth[0], **CALIBRATED), entry(truth[1]), CaseEntry(**broken)]
+    path = results(folder / "out", entries)
+    figures = run(folder, path, "--report", str(folder / "report.html"))
+    assert figures["all"]["cases"] == 2
+    assert figures["all"]["mre_px"]["value"] == pytest.approx(20)
+    assert figures["all"]["aop_error_deg"]["value"] == pytest.approx(1)
+    assert figures["all"]["missing"] == ["2.png: the file is empty", "3.png"]
+    assert "2 cases without a prediction, in no mean: 2.png: the file" in capsys.readouterr().out
+
+    ((page, cases, (sure, unsure), images, report, missing),) = shown
+    assert page == folder / "report.html" and images == folder
+    assert [case.file for case in cases] == ["0.png", "1.png"]
+    assert report == figures and missing == figures["all"]["missing"]
+    np.testing.assert_array_equal(sure.landmarks_px, truth[0].landmarks_px + [3.0, 4.0])
+    assert sure.longer_side_px == 128 and sure.aop_deg == truth[0].aop_deg + 1
+    np.testing.assert_array_equal(sure.confidence, [0.5, 0.6, 0.7])
+    np.testing.assert_array_equal(sure.expected_error_px, [1.0, 2.0, 3.5])
+    assert sure.aop_interval_deg == (80.0, 99.5) and sure.expected_aop_error_deg == 4.5
+    assert sure.reasons == ("FH1 is uncertain", "the view")
+    assert unsure.aop_interval_deg is unsure.expected_error_px is None
+    assert unsure.expected_aop_error_deg is None and unsure.reasons == ()
+
+
+def test_results_and_table_of_one_run_give_the_same_figures(folder):
+    truth = read_cases(folder / "cases.csv")
+    moved = [Case(c.file, c.landmarks_px, c.aop_deg - 1) for c in truth]
+    angles = [float(angle_of_progression(c.landmarks_px)) for c in truth]
+    entries = [entry(c, aop_deg=a) for c, a in zip(moved, angles, strict=True)]
+    path = results(folder / "out", entries)
+    table = run(folder, path.with_name("landmarks.csv"))
+    for group, figures in run(folder, path).items():
+        for name, figure in figures.items():
+            if isinstance(figure, dict):
+                assert table[group][name] == pytest.approx(figure, abs=1e-3), name
+
+
+def test_frames_of_a_stack(folder, capsys):
+    cases = [Case("s.mha", POINTS, 90.0, frame=k) for k in range(3)]
+    write_cases(folder / "cases.csv", cases)
+    entries = [entry(cases[0], frame=0), entry(cases[2], frame=2)]
+    figures = run(folder, results(folder / "out", entries))
+    assert figures["all"]["cases"] == 2 and figures["all"]["missing"] == ["s.mha frame 1"]
+
+
+def test_a_table_with_words_of_doubt(folder):
+    """landmarks.csv has a last column of words, which is no column that a case has."""
+    plain = folder / "cases.csv"
+    with plain.open(newline="") as stream:
+        header, *rows = csv.reader(stream)
+    words = ['no file, PS1 or "angle" (12.3)\nat all', "", "the angle is 12, FH1 uncertain", "x"]
+    doubting = folder / "landmarks.csv"
+    with doubting.open("w", newline="") as stream:
+        lines = [[*row, doubt] for row, doubt in zip(rows, words, strict=True)]
+        csv.writer(stream).writerows([[*header, "Doubt"], *lines])
+    expected = [(c.file, c.landmarks_px.tolist(), c.aop_deg, c.frame) for c in read_cases(plain)]
+    found = read_cases(doubting)
+    assert [(c.file, c.landmarks_px.tolist(), c.aop_deg, c.frame) for c in found] == expected
+    assert run(folder, doubting)["all"]["mre_px"]["value"] == 0
+
+
+@pytest.mark.parametrize(
+    ("data", "kind"),
+    [
+        (b" \n[]", "jobs"),
+        (b"\xef\xbb\xbf[{}]", "jobs"),
+        (b'\r\n{"cases": []}', "results"),
+        (b"Filename,PS1", "table"),
+        (b"", "table"),
+    ],
+)
+def test_the_content_tells_the_kind(tmp_path, data, kind):
+    (tmp_path / "results.csv").write_bytes(data)
+    assert kind_of(tmp_path / "results.csv") == kind
+    assert kind_of(tmp_path) == "table"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{}", "results.json, but model: Field required"),
+        ('{"cases": 3}', "results.json, but model: Field required"),
+        ("{", "results.json, but JSON: Invalid JSON"),
+        ("Filename\n", "expected one column PS1"),
+        ("", "the file is empty"),
+    ],
+)
+def test_predictions_that_cannot_be_used(folder, text, words, capsys):
+    (folder / "given").write_text(text)
+    arguments = ["--data", str(folder / "cases.csv"), "--predictions", str(folder / "given")]
+    assert evaluate.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert words in error and "given" in error and error.count("\n") == 1
+
+
+def test_files_that_are_not_there_are_named(folder, capsys):
+    data = ["--data", str(folder / "cases.csv")]
+    assert evaluate.main([*data, "--predictions", str(folder / "none.json")]) == 2
+    assert "none.json cannot be used: No such file" in capsys.readouterr().err
+    assert evaluate.main([*data, "--model", str(folder / "none.onnx")]) == 2
+    assert "none.onnx" in capsys.readouterr().err
+    write_cases(folder / "moved.csv", [Case("gone.png", POINTS, 90.0)])
+    moved = ["--data", str(folder / "moved.csv"), "--predictions", str(folder / "moved.csv")]
+    assert evaluate.main(moved) == 2
+    assert "gone.png; name the folder" in capsys.readouterr().err
+
+
+# ---- Jobs, whose scores test_scores.py holds
+
+
+@pytest.fixture
+def predictions(folder) -> Path:
+    """predictions.json with a job that has answered, and one that has not."""
+    jobs = []
+    for k, status in enumerate(("Succeeded", "Failed")):
+        place = folder / "in" / f"job-{k}" / "output"
+        place.mkdir(parents=True)
+        points = [{"name": n, "point": [*p, 0]} for n, p in named(POINTS).items()]
+        (place / "aop-landmarks.json").write_text(json.dumps({"points": points}))
+        (place / "angle-of-progression.json").write_text("90.5")
+        slugs = ("aop-landmarks", "angle-of-progression")
+        outputs = [{"socket": {"slug": s, "relative_path": f"{s}.json"}} for s in slugs]
+        asked = [{"image": {"name": f"{k}.png"}}]
+        jobs.append({"pk": f"job-{k}", "inputs": asked, "outputs": outputs, "status": status})
+    (folder / "in" / "predictions.json").write_text(json.dumps(jobs))
+    return folder / "in" / "predictions.json"
+
+
+def test_jobs_write_metrics_where_grand_challenge_looks(
+    folder, predictions, shown, monkeypatch, capsys
+):
+    monkeypatch.setattr(evaluate, "METRICS", folder / "output" / "metrics.json")
+    (folder / "x.csv").symlink_to("cases.csv")  # a file serves as well as its folder
+    arguments = ["--truth", str(folder / "x.csv"), "--predictions", str(predictions)]
+    assert evaluate.main([*arguments, "--report", str(folder / "report.html")]) == 0
+    metrics = json.loads((folder / "output" / "metrics.json").read_text())
+    assert sorted(metrics) == ["aggregates", "results"]
+    problems = [result["problems"] for result in metrics["results"]]
+    assert problems == [[], ["the job's status is 'Failed'"], *[["no job for this case"]] * 2]
+    assert metrics["aggregates"]["cases"] == 4 and metrics["aggregates"]["counted_as_worst"] == 3
+    out = capsys.readouterr().out
+    assert "3 cases counted as the worst: 1.png: the job's status is 'Failed', 2.png: no job" in out
+
+    ((_, (case,), (prediction,), images, figures, missing),) = shown  # of what was answered
+    assert case.file == "0.png" and prediction.aop_deg == 90.5 and images == folder
+    assert figures["all"]["cases"] == 1 and figures["all"]["mre_px"]["value"] == 0
+    assert len(missing) == 3
+
+
+def test_a_report_of_no_answer_says_so(folder, predictions, shown, capsys):
+    arguments = ["--truth", str(folder / "cases.csv"), "--predictions", str(predictions)]
+    arguments += ["--output", str(folder / "metrics.json"), "--report", str(folder / "r.html")]
+    assert evaluate.main([*arguments, "--split", "test"]) == 2  # 0.png is of split train
+    assert "no job has answered" in capsys.readouterr().err and not shown
+    assert (folder / "metrics.json").is_file()
+
+
+def test_a_report_finds_images_of_another_format(folder, predictions, shown):
+    (folder / "images").mkdir()
+    image = cv2.imread(str(folder / "0.png"))
+    for k in range(4):
+        assert cv2.imwrite(str(folder / "images" / f"{k}.bmp"), image)
+    arguments = ["--truth", str(folder / "cases.csv"), "--predictions", str(predictions)]
+    arguments += ["--output", str(folder / "metrics.json"), "--report", str(folder / "r.html")]
+    assert evaluate.main(arguments) == 0
+    ((_, (case,), _, images, *_),) = shown
+    assert (images / case.file) == folder / "images" / "0.bmp"
+
+
+def test_help_teaches_every_kind(capsys):
+    with pytest.raises(SystemExit):
+        evaluate.main(["--help"])
+    text = capsys.readouterr().out
+    examples = [line for line in text.splitlines() if "python -m training.evaluate" in line]
+    for word in ("--model", "landmarks.csv", "results.json", "--report", "predictions.json"):
+        assert any(word in line for line in examples), word
+    for word in ("metrics.json", "results", "aggregates", "--frame-of-answers", "worst"):
+        assert word in text
 
 
 def test_errors_are_scaled_to_512():

@@ -40,8 +40,8 @@ def test_export_is_whole_and_self_describing(weights, tmp_path):
     predictor = load_predictor(output, "cpu")
     assert predictor.spec.training_data == "phantoms" and predictor.spec.licence == "CC BY 4.0"
     batch = np.random.default_rng(0).normal(size=(5, 1, 64, 64)).astype(np.float32)
-    alone = np.concatenate([predictor.run(image[None]) for image in batch])
-    np.testing.assert_allclose(predictor.run(batch), alone, atol=1e-5)
+    alone = np.concatenate([predictor.run(image[None]).maps for image in batch])
+    np.testing.assert_allclose(predictor.run(batch).maps, alone, atol=1e-5)
 
 
 def test_nothing_is_written_without_parity(weights, tmp_path, monkeypatch, capsys):

@@ -11,8 +11,16 @@ from pathlib import Path
 import pytest
 
 from model import files
-from model.files import AnswerFiles, write_bytes, write_chunks
-from model.outputs import NamedPoint
+from model.files import (
+    AnswerFiles,
+    RunFiles,
+    read_entry,
+    read_summary,
+    write_bytes,
+    write_chunks,
+    write_results,
+)
+from model.outputs import CaseEntry, Loop, NamedPoint, Results
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = AnswerFiles("aop-landmarks.json", "angle-of-progression.json")
@@ -113,3 +121,47 @@ def test_remove_takes_answers_of_the_case_and_its_frames_and_nothing_else(tmp_pa
         left = [str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()]
         assert sorted(left) == sorted(others)
     names.remove(tmp_path / "not-there")
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_results_are_read_back_an_entry_at_a_time(tmp_path: Path, count: int) -> None:
+    cases = [CaseEntry(case=f"{k}\n]", file='"],\n', status="failed") for k in range(count)]
+    loop = Loop(
+        case="c",
+        file="c",
+        frames=0,
+        answered=0,
+        aop_deg=[],
+        median_aop_deg=None,
+        median_frame=None,
+        most_confident_frame=None,
+        doubtful_frames=0,
+    )
+    results = Results(
+        model='a\n "cases": [\n',
+        model_file="b",
+        model_sha256="c",
+        provider="cpu",
+        settings={"x": None},
+        missing=[' "cases": ['],
+        answered=1,
+        failed=2,
+        doubtful=3,
+        cases=cases,
+        loops=[loop],
+    )
+    write_results(tmp_path, results)
+    with (tmp_path / "results.json").open("rb") as file:
+        summary = read_summary(file)
+        found = list(iter(lambda: read_entry(file), None))
+    assert found == cases
+    assert summary.model_dump() == results.model_dump(exclude={"cases", "loops"})
+
+
+def test_remove_takes_the_runs_files_and_leaves_its_journal(tmp_path: Path) -> None:
+    names = RunFiles("results-1-of-2.json", "landmarks-1-of-2.csv")
+    mine = [names.results, names.table, names.report, names.room, names.journal, "report.html"]
+    for name in mine:
+        write_bytes(tmp_path / name, b"x")
+    names.remove(tmp_path)
+    assert listed(tmp_path) == sorted([names.journal, "report.html"])

@@ -15,13 +15,15 @@ from pydantic import ValidationError
 from model.anatomy import LANDMARKS
 from model.frame import Geometry
 from model.image import GreyFrame
-from model.loops import CURVE, DARK, GREY, SHOWN, TITLE, WIDEST, LoopSummary
+from model.loops import CURVE, DARK, GREY, LABEL, SHOWN, TITLE, WIDEST, LoopSummary
 from model.outputs import CaseEntry, Loop, named
-from model.overlay import COLOURS, DOUBT, WHITE, Picture, overlay_picture
+from model.overlay import COLOURS, overlay_picture, png
+from model.words import DOUBT, WHITE, Picture
 from test.phantom import phantom
 from test.test_overlay import has
 
 WIDTH, HEIGHT = 64, 48  # px of a frame, whose overlay is 640 x 480 px and the words below
+FOOT = LABEL + 5  # px of a tile below its picture
 
 
 def failed(frame: int) -> CaseEntry:
@@ -149,11 +151,11 @@ def test_schema_is_strict() -> None:
         (6, 5, 3, 2, range(6)),
         (7, 2, 4, 2, range(7)),
         (20, 3, 5, 4, range(20)),
-        (21, 5, 5, 4, [*range(5), 5, *range(6, 15), *range(16, 21)]),
-        (37, 1, 5, 4, [0, 1, *range(2, 37, 2)]),
-        (37, 36, 5, 4, range(0, 37, 2)),
-        (361, 170, 5, 4, [*range(0, 161, 20), 170, *range(180, 361, 20)]),
-        (10_000, 9998, 5, 4, [*(round(9999 * k / 18) for k in range(18)), 9998, 9999]),
+        (21, 5, 5, 4, [0, 1, 2, 4, *range(5, 10), 11, 12, 13, 14, 15, 16, 18, 19, 20]),
+        (35, 1, 5, 4, [0, 1, *range(2, 35, 2)]),
+        (35, 34, 5, 4, range(0, 35, 2)),
+        (341, 170, 5, 4, [*range(0, 161, 20), 170, *range(180, 341, 20)]),
+        (10_000, 9998, 5, 4, [*(round(9999 * k / 17) for k in range(17)), 9998, 9999]),
     ],
 )
 def test_frames_from_all_over_the_loop_and_the_most_confident(
@@ -168,7 +170,7 @@ def test_frames_from_all_over_the_loop_and_the_most_confident(
     assert [centre(tile) for tile in cells] == [*map(colour_of, shown), *empty]
     framed = [has(tile[1], WHITE)[1:-1].all() for tile in cells]
     assert np.flatnonzero(framed).tolist() == [shown.index(surest)]
-    ends = [tuple(tile[-32, tile.shape[1] // 2].tolist()) for tile in cells[: len(shown)]]
+    ends = [tuple(tile[-FOOT - 1, tile.shape[1] // 2].tolist()) for tile in cells[: len(shown)]]
     assert ends == [*map(colour_of, shown)]  # the words of the overlay are cut off
 
 
@@ -196,7 +198,7 @@ def test_tile_of_a_failed_frame() -> None:
         sheet = sheet_of(told((failed(k) if k in gone else entry(k) for k in range(20)), 20))
         for k, tile in enumerate(tiles(sheet, 5, 4)):
             assert (tuple(tile[5, 5].tolist()) == DARK) == (k in gone)
-            dark = has(tile[5:-31], DARK)
+            dark = has(tile[5:-FOOT], DARK)
             if k in gone:
                 y, x = np.nonzero(tile.max(axis=2) > 100)
                 assert 40 < np.ptp(x) < 150 and 8 < np.ptp(y) < 20
@@ -207,8 +209,8 @@ def test_tile_of_a_failed_frame() -> None:
 
 
 def label(tile: Picture) -> Picture:
-    """The words below the picture, inside a frame."""
-    return tile[-30:-4, 4:-4]
+    """The two lines below the picture, inside a frame."""
+    return tile[1 - FOOT : -4, 4:-4]
 
 
 def test_words_are_orange_where_the_frame_is_doubtful() -> None:
@@ -229,12 +231,63 @@ def test_words_say_frame_and_angle() -> None:
     assert not np.array_equal(labels[1], labels[2])  # the number of the frame
 
 
+def remarks(tile: Picture) -> np.ndarray:
+    """Where the second line has letters."""
+    return label(tile)[label(tile).shape[0] // 2 + 1 :].max(axis=2) > 100
+
+
+def angles_of(frames: int, median: int) -> list[float]:
+    """That frame alone is in the middle, where it and the number are odd or even otherwise."""
+    angles = [90.0 if k % 2 else 150.0 for k in range(frames)]
+    angles[median] = 120.0
+    return angles
+
+
+def test_tiles_name_the_median_the_most_confident_and_the_doubtful() -> None:
+    angles = angles_of(7, 2)
+    entries = [entry(k, a, 0.9 if k == 4 else 0.1, k in (1, 4)) for k, a in enumerate(angles)]
+    cells = tiles(sheet_of(told(entries, 7)), 4, 2)[:7]
+    assert [remarks(cell).any() for cell in cells] == [k in (1, 2, 4) for k in range(7)]
+    widths = [np.ptp(np.nonzero(remarks(cells[k]))[1]) for k in (1, 2, 4)]
+    assert widths[1] < widths[0] < widths[2]  # median; NOT SURE; most confident, NOT SURE
+    for frame, colour in ((2, GREY), (4, WHITE)):
+        framed = [has(cell[1], colour)[1:-1].all() for cell in cells]
+        assert np.flatnonzero(framed).tolist() == [frame]
+
+
+@pytest.mark.parametrize("surest", [30, 31, 60])
+def test_the_median_frame_has_a_tile(tmp_path: Path, surest: int) -> None:
+    frames, median = 98, 31
+
+    def written(frame: int) -> Path:
+        return tmp_path / f"{frame}.png"
+
+    angles = angles_of(frames, median)
+    summary = told((entry(k, a, k == surest) for k, a in enumerate(angles)), frames)
+    assert summary.summary().median_frame == median
+    regular = {round(97 * k / 17) for k in range(18)} | {surest}
+    for content in (None, b"", b"no picture", png(flat(median))):
+        if content is not None:
+            written(median).write_bytes(content)
+        is_there = surest == median or (content or b"")[1:4] == b"PNG"
+        shown = sorted(regular | {median} if is_there else regular)
+        data = summary.contact_sheet(written)
+        cells = tiles(cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR), 5, 4)
+        assert [centre(cell) for cell in cells[: len(shown)]] == [*map(colour_of, shown)]
+        if is_there:
+            tile = cells[shown.index(median)]
+            assert tuple(tile[-FOOT - 1, tile.shape[1] // 2].tolist()) == colour_of(median)
+            assert has(tile[1], WHITE if surest == median else GREY)[1:-1].all()
+    assert summary.contact_sheet() is not None
+
+
 @pytest.mark.parametrize("frames", [2, 20, 16_384])
 def test_longest_words_fit(frames: int) -> None:
     last = frames - 1
     entries = (entry(k, 179.9, 0.9 if k == last - 1 else 0.1, True) for k in range(frames))
     sheet = sheet_of(told(entries, frames))
-    for cell in tiles(sheet, 2 if frames == 2 else 5, 1 if frames == 2 else 4):
+    shown = min(frames, 19)  # the median frame, of frames alike, is the first
+    for cell in tiles(sheet, 2 if frames == 2 else 5, 1 if frames == 2 else 4)[:shown]:
         assert has(label(cell), DOUBT).any()
         assert not label(cell)[:, [0, 1, 2, -3, -2, -1]].any()
     title, curve = sheet[:TITLE], sheet[-CURVE:]
@@ -341,7 +394,7 @@ def test_overlays_of_any_shape(size: tuple, height: int) -> None:
     for k in range(3):
         summary.add(*real(k, *size, doubtful=k == 1))
     sheet = sheet_of(summary)
-    assert sheet.shape == (TITLE + height + 36 + CURVE, 3 * 490, 3)
+    assert sheet.shape == (TITLE + height + LABEL + 10 + CURVE, 3 * 490, 3)
     for k, tile in enumerate(tiles(sheet, 3, 1)):
         picture = tile[5 : 5 + height].astype(int)
         orange = (np.abs(picture - DOUBT).max(axis=2) < 30).sum()
@@ -357,8 +410,8 @@ def test_pages_of_several_sizes() -> None:
         summary.add(*real(k, *size, doubtful=True))  # the orange frame shows its size
     heights = []
     for tile in tiles(sheet_of(summary), 4, 1):
-        assert tile.shape[:2] == (390 + 36, 400)
-        rows = np.flatnonzero(tile[5:-31, 5:-5].any(axis=(1, 2)))
+        assert tile.shape[:2] == (390 + LABEL + 10, 400)
+        rows = np.flatnonzero(tile[5:-FOOT, 5:-5].any(axis=(1, 2)))
         heights.append(int(np.ptp(rows)) + 1)
         assert abs(rows[0] + rows[-1] - 389) <= 1
     assert heights == [390, 130, 390, 279]

@@ -8,6 +8,8 @@ from model.frame import Geometry
 from model.image import BadFrame, GreyFrame
 from model.measure import bad_frame, failed_entry, measure, points_of, within_budget
 from model.outputs import CaseEntry
+from model.predictor import Output, Predictor
+from model.uncertainty import QUANTITIES, Calibration, ErrorModel
 from test.runs import predictor_at
 
 SPREAD = [[40.0, 12.0], [15.0, 16.0], [48.0, 40.0]]  # px of a 64 px input
@@ -88,3 +90,63 @@ def test_latency_budget() -> None:
     assert within_budget(entry, None) == within_budget(entry, 40.5) == entry
     late = within_budget(entry, 40.0).warnings
     assert late == ["odd", "took 40.5 ms, over the latency budget of 40 ms"]
+
+
+def test_a_mirrored_image_is_flipped_judged_and_mapped_back() -> None:
+    seen = []
+    square = GreyFrame(FRAME.pixels[:, :64].copy(), None, 0, Geometry())
+    inner = predictor_at(SPREAD)
+
+    def run(network_input: np.ndarray) -> Output:
+        seen.append(network_input)
+        return inner.run(network_input)
+
+    plain = measure("a", "a.png", square, predictor_at(SPREAD))
+    mirrored = measure("a", "a.png", square, Predictor(inner.spec, run, "cpu"), mirror=True)
+    flipped = GreyFrame(square.pixels[:, ::-1].copy(), None, 0, Geometry())
+    measure("a", "a.png", flipped, Predictor(inner.spec, run, "cpu"))
+    np.testing.assert_array_equal(*seen)
+    for name, (x, y) in plain.landmarks_px.items():
+        assert mirrored.landmarks_px[name] == pytest.approx((63 - x, y))
+    assert mirrored.aop_deg == pytest.approx(plain.aop_deg)
+    assert mirrored.plausible  # though PS1 now lies on the left
+
+
+CALIBRATED = Calibration(
+    errors={
+        name: ErrorModel(weights=(np.log(error), 0, 0), limits=((0, 9), (-9, 9)))
+        for name, error in zip(QUANTITIES, (4.0, 5.0, 8.0, 3.0), strict=True)
+    },
+    interval=2.0,
+    error_above_deg=3.5,
+    view_below=0.4,
+    cases=30,
+)
+
+
+@pytest.mark.parametrize(
+    ("view", "limit", "words"),
+    [
+        (0.5, 3.5, []),
+        (0.3, 3.5, ["does not look like a sagittal transperineal image"]),
+        (0.5, 2.5, ["an error of 3.0 deg is to be expected, above 2.5 deg"]),
+        (0.1, 2.5, ["(score 0.100, below 0.400)", "3.0 deg is to be expected"]),
+    ],
+)
+def test_what_a_calibrated_model_tells(view: float, limit: float, words: list[str]) -> None:
+    inner = predictor_at(SPREAD, 0.01)  # its confidence no longer counts
+    update = {"calibration": CALIBRATED.model_copy(update={"error_above_deg": limit})}
+    spec = inner.spec.model_copy(update=update)
+
+    def run(network_input: np.ndarray) -> Output:
+        return Output(inner.run(network_input).maps, np.array([view], np.float32))
+
+    frame = GreyFrame(FRAME.pixels[:, :64].copy(), None, 0, Geometry((0.5, 0.5)))
+    entry = measure("a", "a.png", frame, Predictor(spec, run, "cpu"))
+    assert entry.expected_error_px == pytest.approx({"PS1": 0.5, "PS2": 0.625, "FH1": 1.0})
+    assert entry.expected_error_mm == pytest.approx({"PS1": 0.25, "PS2": 0.3125, "FH1": 0.5})
+    assert entry.expected_aop_error_deg == pytest.approx(3.0)
+    assert entry.aop_interval_deg == pytest.approx((entry.aop_deg - 6, entry.aop_deg + 6))
+    assert entry.view_score == pytest.approx(view)
+    assert entry.doubtful == bool(words) and len(entry.reasons) == len(words)
+    assert all(word in reason for word, reason in zip(words, entry.reasons, strict=True))

@@ -27,7 +27,7 @@ VALUES = [
     ("--api-method", "invoke", "exec", "invoke", "exec"),
     ("--serve-port", "80", "81", 80, 81),
 ]
-SWITCHES = ["--overlay", "--resume", "--merge"]
+SWITCHES = ["--overlay", "--report", "--resume", "--merge", "--mirror"]
 
 
 def name(option: str) -> str:
@@ -77,8 +77,10 @@ def test_serve_is_the_invoke_method() -> None:
 
 def test_names_of_a_shards_files() -> None:
     assert parse().run_files == RunFiles("results.json", "landmarks.csv")
+    assert parse().run_files.report == "report.html"
     expected = RunFiles("results-2-of-3.json", "landmarks-2-of-3.csv")
     assert parse("--shard", "2/3").run_files == expected
+    assert expected.report == "report-2-of-3.html"
 
 
 def test_batch_engine(capsys: pytest.CaptureFixture[str]) -> None:

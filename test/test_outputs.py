@@ -85,7 +85,8 @@ def test_case_entry_has_exactly_the_fields_of_the_contract() -> None:
     assert list(CaseEntry.model_fields) == [
         *("case", "file", "frame", "status", "width", "height", "spacing_mm"),
         *("landmarks_px", "landmarks_mm", "aop_deg", "aop_interval_deg", "confidence"),
-        *("expected_error_px", "plausible", "doubtful", "reasons", "warnings"),
+        *("expected_error_px", "expected_error_mm", "expected_aop_error_deg", "view_score"),
+        *("plausible", "doubtful", "reasons", "warnings"),
         *("milliseconds", "error"),
     ]
 
@@ -123,10 +124,10 @@ def test_named_gives_plain_numbers_in_the_landmarks_order() -> None:
 
 def test_table_has_the_challenges_columns_and_four_decimals() -> None:
     header, row = rows(entry())
-    assert header == "Filename,PS1,PS2,FH1,AoP"
+    assert header == "Filename,PS1,PS2,FH1,AoP,Doubt"
     cells = 'a.png,"(60.1234, 20.5000)","(21.0000, 31.2500)","(81.0000, 71.0000)",'
     written = [(60.1234, 20.5), (21, 31.25), (81, 71)]
-    assert row == f"{cells}{angle_of_progression(written):.4f}"
+    assert row == f"{cells}{angle_of_progression(written):.4f},"
     assert "np." not in row
 
 
@@ -135,7 +136,7 @@ def test_angle_is_that_of_the_points_as_written() -> None:
     turned = {**near, "FH1": (10.00006, 10.00016)}  # is written as (10.0001, 10.0002)
     for points, expected in ((near, 90.0), (turned, 116.5651)):
         row = rows(entry(landmarks_px=points))[1]
-        assert float(row.rsplit(",", 1)[1]) == pytest.approx(expected, abs=1e-4)
+        assert float(row.rsplit(",", 2)[1]) == pytest.approx(expected, abs=1e-4)
 
 
 @pytest.mark.parametrize("spacing", [None, (0.3, 0.3), (0.2, 0.5)])
@@ -143,18 +144,24 @@ def test_angle_is_in_mm_where_pixels_are_not_square(spacing: tuple | None) -> No
     row = rows(entry(spacing_mm=spacing))[1]
     written = [(60.1234, 20.5), (21, 31.25), (81, 71)]
     expected = angle_of_progression(written, (0.2, 0.5) if spacing == (0.2, 0.5) else (1, 1))
-    assert row.endswith(f",{expected:.4f}")
+    assert row.endswith(f",{expected:.4f},")
     assert (
         f"{angle_of_progression(written, (0.2, 0.5)):.1f}" != f"{angle_of_progression(written):.1f}"
     )
 
 
+def test_doubt_stands_in_the_last_column() -> None:
+    doubtful = entry(doubtful=True, reasons=["it is odd, very", 'a "b"'])
+    assert rows(doubtful)[1].endswith(',"it is odd, very; a ""b"""')
+    assert rows(entry())[1].endswith(",")
+
+
 def test_table_leaves_failed_cases_out_and_gives_stacks_a_column(tmp_path: Path) -> None:
     failed = CaseEntry(case="b", file="b.png", frame=3, status="failed", error="no")
-    assert rows(failed) == ["Filename,PS1,PS2,FH1,AoP"]
+    assert rows(failed) == ["Filename,PS1,PS2,FH1,AoP,Doubt"]
     text = table(entry(), failed, entry("c.tif", frame=0), entry("c.tif", frame=11))
     assert [line.split(',"')[0] for line in text.splitlines()] == [
-        "Filename,Frame,PS1,PS2,FH1,AoP",
+        "Filename,Frame,PS1,PS2,FH1,AoP,Doubt",
         *("a.png,", "c.tif,0", "c.tif,11"),
     ]
     (tmp_path / "landmarks.csv").write_text(text)

@@ -13,7 +13,14 @@ from onnx import TensorProto, helper
 
 from model.frame import Letterbox, input_to_cells
 from model.masks import landmarks_from_shares
-from model.predictor import ModelError, Predictor, decode_output, load_predictor, usable_cpus
+from model.predictor import (
+    ModelError,
+    Output,
+    Predictor,
+    decode_output,
+    load_predictor,
+    usable_cpus,
+)
 from model.spec import METADATA_KEY, ModelSpec, SpecError, parse_spec
 from test.phantom import phantom
 
@@ -47,7 +54,7 @@ def test_predictor_maps_heatmaps_back_to_the_image():
 
     def run(network_input):
         seen.append(network_input)
-        return heatmaps[None]
+        return Output(heatmaps[None])
 
     found = Predictor(SPEC, run, "test").predict(grey)
     np.testing.assert_allclose(found.landmarks_px, truth, atol=0.05)

@@ -160,7 +160,8 @@ def test_mm_and_the_angle_in_mm(answered: Run) -> None:
 
 def test_table_is_read_by_the_training_code(answered: Run) -> None:
     lines = (answered.folder / "landmarks.csv").read_text().splitlines()
-    assert sorted(lines[0].split(",")) == sorted(["Filename", "Frame", *LANDMARKS, "AoP"])
+    names = ["Filename", "Frame", *LANDMARKS, "AoP", "Doubt"]
+    assert sorted(lines[0].split(",")) == sorted(names)
     cases = read_cases(answered.folder / "landmarks.csv")
     assert {(case.file, case.frame) for case in cases} == set(FOLDERS)
     for case in cases:

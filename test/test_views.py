@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from model.frame import input_to_cells
-from model.predictor import Predictor
+from model.predictor import Output, Predictor
 from model.spec import ModelSpec
 from training.views import VIEWS, View, predict_views
 
@@ -22,7 +22,7 @@ def dots(points, width=160, height=120, background=0) -> np.ndarray:
     return image
 
 
-def find_dots(network_input: np.ndarray) -> np.ndarray:
+def find_dots(network_input: np.ndarray) -> Output:
     """A network that sees dots; the lighter the background, the wider its peaks."""
     heatmaps = []
     for image in network_input[:, 0] * SPEC.std + SPEC.mean:
@@ -35,13 +35,13 @@ def find_dots(network_input: np.ndarray) -> np.ndarray:
         wider = 1 + grey / 10
         codec = SPEC.codec.__class__(32, 32, SPEC.sigma_cells * wider)
         heatmaps.append(codec.encode(input_to_cells(found, SPEC.stride)))
-    return np.stack(heatmaps)
+    return Output(np.stack(heatmaps))
 
 
 def always_at(points) -> Predictor:
     """A predictor that answers the same input px, whatever it sees."""
     heatmaps = SPEC.codec.encode(input_to_cells(points, SPEC.stride))
-    return Predictor(SPEC, lambda seen: np.repeat(heatmaps[None], len(seen), axis=0), "cpu")
+    return Predictor(SPEC, lambda seen: Output(np.repeat(heatmaps[None], len(seen), axis=0)), "cpu")
 
 
 POINTS = np.array([[98.0, 37.0], [52.0, 45.5], [101.25, 80.0]])
@@ -53,7 +53,7 @@ def test_points_come_back_exactly_and_follow_the_image(view):
     there = view.to_view(points, 128)
     assert np.abs(view.to_input(there, 128) - points).max() < 1e-12
     seen = view.apply(dots(points, 128, 128))
-    heatmap = find_dots(((seen - SPEC.mean) / SPEC.std)[None, None])[0]
+    heatmap = find_dots(((seen - SPEC.mean) / SPEC.std)[None, None]).maps[0]
     found = SPEC.codec.decode(heatmap)[0]
     assert np.abs(found - input_to_cells(there, SPEC.stride)).max() < 0.1 / SPEC.stride
 
@@ -108,9 +108,9 @@ def test_the_spread_is_the_distance_from_the_median():
 
 def test_one_view_that_jumps_does_not_move_the_answer():
     def jumps(seen):
-        heatmaps = find_dots(seen)
-        heatmaps[2, 1] = np.roll(heatmaps[2, 1], 9, axis=1)
-        return heatmaps
+        found = find_dots(seen)
+        found.maps[2, 1] = np.roll(found.maps[2, 1], 9, axis=1)
+        return found
 
     seen = predict_views(Predictor(SPEC, jumps, "cpu"), dots(POINTS))
     assert np.abs(seen.landmarks_px - POINTS).max() < 0.3
@@ -122,7 +122,7 @@ def test_every_views_doubt_is_told_once():
 
     def no_outline(seen):
         masks = np.zeros((len(seen), 2, 32, 32), np.float32)
-        return np.concatenate([find_dots(seen), masks], axis=1)
+        return Output(np.concatenate([find_dots(seen).maps, masks], axis=1))
 
     seen = predict_views(Predictor(spec, no_outline, "cpu"), dots(POINTS))
     assert len(seen.doubts) == 1 and "outlines" in seen.doubts[0]

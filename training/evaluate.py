@@ -1,58 +1,94 @@
-"""Measure landmarks and angle of progression against labels, or two readers against each other.
+"""Measure landmarks and angle of progression (AoP) against labels.
 
-    python -m training.evaluate --data cases.csv --split test --predictions out/landmarks.csv \\
-        --images DIR
-    python -m training.evaluate --data cases.csv --split val --model aop.onnx --images DIR
+A model, or what it trained in (RUN):
+    python -m training.evaluate --data cases.csv --split val --model aop.onnx
     python -m training.evaluate --data cases.csv --split val --model RUN --images DIR
+What process.py wrote, or another reader's table; results.json tells more to a report:
+    python -m training.evaluate --data cases.csv --predictions out/landmarks.csv
+    python -m training.evaluate --data cases.csv --predictions out/results.json --report report.html
+The jobs of a challenge, as an evaluation container does (training/evaluation.Dockerfile):
+    python -m training.evaluate --truth DIR --predictions /input/predictions.json
+    python -m training.evaluate --truth DIR --predictions predictions.json --output metrics.json \\
+        --frame-of-answers pixel --size 512x512 --landmarks-slug my-points --angle-slug my-angle
 
-All errors are at 512 px (px times 512 / the image's longer side), with 95 % bootstrap intervals
-over cases; also by device where the table has that column. A case without a prediction is named and
-counted, and is part of no mean. --output writes the same as JSON.
+Which of these --predictions holds is seen by its content: a JSON list of jobs, a JSON object
+(results.json), else a CSV table. All errors are at 512 px (px times 512 / the image's longer side),
+with 95 % bootstrap intervals over cases; by device where the table has that column. Labels and
+answers are matched by path and frame, file name, or the name's stem.
+
+A case that a model or reader did not answer is named and counted, and is part of no mean. Of jobs,
+it counts as the worst, as does whatever is malformed; metrics.json says by which rules, and why, in
+its `results` (an entry a case) and `aggregates` (the figures; the leaderboard takes, for example,
+aggregates.mre_px.value). A job's answers are read from PK/output/ beside predictions.json. Exit
+status: 0 measured, 2 nothing could be measured; the last line of stderr then says why.
 """
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-
+from model.files import write_bytes
 from model.heatmap import Decode
-from model.image import ImageError, open_image
-from model.predictor import ModelError, Predictor, load_predictor
+from model.image import ImageError
+from training.answers import (
+    Answers,
+    ScoresError,
+    View,
+    image_file,
+    kind_of,
+    read_answers,
+    view_of_image,
+)
 from training.cases import Case, CaseError, read_cases
-from training.checkpoint import CheckpointError, load_weights, write_text
+from training.jobs import Sockets
 from training.metrics import case_errors, summarise
-from training.predict import CasePrediction, predict_cases, torch_predictor
+from training.scores import aggregates, answered, score_jobs
+
+if TYPE_CHECKING:  # torch, which an evaluation container does without
+    from training.predict import CasePrediction
 
 Report = dict[str, dict[str, object]]
+METRICS = Path("/output/metrics.json")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status."""
     args = _parser().parse_args(arguments)
+    folder = args.data if args.data.is_dir() else args.data.parent
+    args.images = args.images or (folder / "images" if (folder / "images").is_dir() else folder)
     try:
         cases = [case for case in read_cases(args.data) if args.split in (None, case.split)]
         if not cases:
             raise CaseError(f"{args.data}: no case has split '{args.split}'")
-        if args.model:
-            predictions = predict_cases(_predictor(args.model), cases, args.images, args.decode)
-            missing: list[str] = []
+        kind = "model" if args.model else kind_of(args.predictions)
+        if kind == "jobs":
+            report, answers = _measure_jobs(args, cases)
         else:
-            cases, predictions, missing = matched(cases, read_cases(args.predictions), args.images)
-    except (CaseError, CheckpointError, ModelError, ImageError, OSError) as error:
-        print(f"training.evaluate: {error}", file=sys.stderr)
+            reader = (args.predictions, kind, cases, args.images)
+            answers = _predict(args, cases) if args.model else read_answers(*reader)
+            report = evaluate(*answers[:2])
+            report["all"]["missing"] = answers[2]
+            if args.output:
+                write_json(args.output, report)
+        fate = "counted as the worst" if kind == "jobs" else "without a prediction, in no mean"
+        print(as_text(report, answers[2], fate))
+        if args.report:
+            _write_report(args, report if kind != "jobs" else evaluate(*answers[:2]), answers)
+    except (CaseError, ScoresError, ImageError, OSError) as error:
+        is_file = isinstance(error, OSError)
+        words = f"{error.filename} cannot be used: {error.strerror}" if is_file else error
+        print(f"training.evaluate: {words}", file=sys.stderr)
         return 2
-    report = evaluate(cases, predictions)
-    report["all"]["missing"] = missing
-    print(as_text(report, missing))
-    if args.output:
-        write_text(args.output, json.dumps(report, indent=1) + "\n")
     return 0
 
 
-def evaluate(cases: Sequence[Case], predictions: Sequence[CasePrediction]) -> Report:
+def evaluate(cases: Sequence[Case], predictions: "Sequence[CasePrediction]") -> Report:
     """Figures of `training.metrics.summarise` for all cases and for each device."""
     radial, aop = case_errors(predictions, cases)
     report = {"all": summarise(radial, aop)}
@@ -63,42 +99,55 @@ def evaluate(cases: Sequence[Case], predictions: Sequence[CasePrediction]) -> Re
     return report
 
 
-def matched(
-    cases: Sequence[Case], answers: Sequence[Case], images: Path
-) -> tuple[list[Case], list[CasePrediction], list[str]]:
-    """Cases with their answers from a table, by file name and frame, else by the name's stem.
+def _predict(args: argparse.Namespace, cases: list[Case]) -> Answers:
+    """Answers of a model: an ONNX file, weights, or the folder of a training."""
+    import torch  # noqa: PLC0415
 
-    Raises:
-        CaseError: no case has an answer.
-    """
-    by_name = {(answer.file, answer.frame): answer for answer in answers}
-    by_stem = {(Path(answer.file).stem, answer.frame): answer for answer in answers}
-    found, predictions, missing = [], [], []
-    for case in cases:
-        answer = by_name.get((case.file, case.frame))
-        answer = answer or by_stem.get((Path(case.file).stem, case.frame))
-        if answer is None:
-            missing.append(case.file)
-            continue
-        source = open_image(images / case.file)
-        longer = max(source.width, source.height)
-        found.append(case)
-        predictions.append(CasePrediction(answer.landmarks_px, longer, answer.aop_deg))
-    if not found:
-        raise CaseError(
-            f"none of the {len(cases)} cases, the first being {cases[0].file}, has a row in the "
-            "predictions: run process.py on the folder of these images first"
-        )
-    return found, predictions, missing
+    from model.predictor import ModelError, load_predictor  # noqa: PLC0415
+    from training.checkpoint import CheckpointError, load_weights  # noqa: PLC0415
+    from training.predict import predict_cases, torch_predictor  # noqa: PLC0415
+
+    path = args.model / "best.safetensors" if args.model.is_dir() else args.model
+    try:
+        if path.suffix == ".onnx":
+            predictor = load_predictor(path)
+        else:
+            network, checkpoint = load_weights(path)
+            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+            predictor = torch_predictor(network.to(device), checkpoint.spec, device)
+        return cases, predict_cases(predictor, cases, args.images, args.decode), []
+    except (CheckpointError, ModelError) as error:
+        raise ScoresError(str(error)) from error
 
 
-def _predictor(path: Path) -> Predictor:
-    path = path / "best.safetensors" if path.is_dir() else path
-    if path.suffix == ".onnx":
-        return load_predictor(path)
-    network, checkpoint = load_weights(path)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch_predictor(network.to(device), checkpoint.spec, device)
+def _measure_jobs(args: argparse.Namespace, cases: list[Case]) -> tuple[Report, Answers]:
+    """Scores of grand-challenge's jobs, written to metrics.json."""
+    in_world = args.frame_of_answers == "world"
+    if args.size and in_world:
+        raise ScoresError("--size is for answers in px: add --frame-of-answers pixel")
+    view_of = (lambda _: View(*args.size)) if args.size else partial(view_of_image, args.images)
+    sockets = Sockets(args.landmarks_slug, args.angle_slug, args.image_slug)
+    scores, unmatched = score_jobs(args.predictions, cases, view_of, sockets, in_world)
+    figures = aggregates(scores, unmatched)
+    results = [score.result for score in scores]
+    write_json(args.output or METRICS, {"results": results, "aggregates": figures})
+    if unmatched:
+        print(f"{len(unmatched)} jobs are of no case, the first: {unmatched[0]}")
+    bad = [f"{r['case']}: {'; '.join(r['problems'])}" for r in results if r["problems"]]
+    return {"all": figures}, (*(answered(scores) if args.report else ([], [])), bad)
+
+
+def _write_report(args: argparse.Namespace, figures: Report, answers: Answers) -> None:
+    from training.report import write_report  # noqa: PLC0415
+
+    cases, predictions, missing = answers
+    cases = [replace(case, file=image_file(args.images, case)) for case in cases]
+    write_report(args.report, cases, predictions, args.images, figures, missing)
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write a JSON file whole or not at all."""
+    write_bytes(path, json.dumps(content, indent=1, allow_nan=False).encode() + b"\n")
 
 
 LABELS = {
@@ -117,7 +166,7 @@ LABELS = {
 }
 
 
-def as_text(report: Report, missing: Sequence[str]) -> str:
+def as_text(report: Report, missing: Sequence[str], fate: str) -> str:
     """The report as a table for a terminal."""
     width = max(map(len, LABELS.values())) + 2
     heads = [f"{name} (n={figures['cases']})" for name, figures in report.items()]
@@ -133,8 +182,14 @@ def as_text(report: Report, missing: Sequence[str]) -> str:
         lines.append(f"{label:<{width}}" + "".join(f"{cell:>26}" for cell in cells))
     if missing:
         shown = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
-        lines.append(f"{len(missing)} cases without a prediction, in no mean: {shown}")
+        lines.append(f"{len(missing)} cases {fate}: {shown}")
     return "\n".join(lines)
+
+
+def _size(text: str) -> tuple[int, int]:
+    if size := re.fullmatch(r"([1-9]\d{0,4})x([1-9]\d{0,4})", text):
+        return int(size[1]), int(size[2])
+    raise argparse.ArgumentTypeError(f"expected WIDTHxHEIGHT in px, as 512x512, got {text!r}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -143,14 +198,31 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--data", type=Path, required=True, help="case table with the labels (CSV)")
-    parser.add_argument("--images", type=Path, required=True, help="folder of its images")
-    parser.add_argument("--split", help="train, val or test; by default all cases")
+    add = parser.add_argument
+    table = "case table with the labels in px (CSV), or the folder that holds it"
+    add("--data", "--truth", type=Path, required=True, metavar="TABLE", help=table)
+    images = "folder of its images, of any format (images/ beside the table, else the table's)"
+    add("--images", type=Path, metavar="DIR", help=images)
+    add("--split", help="train, val or test; by default all cases")
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--predictions", type=Path, help="landmarks.csv or another reader's table")
+    answers = "predictions.json, results.json, landmarks.csv or another reader's table"
+    source.add_argument("--predictions", type=Path, metavar="FILE", help=answers)
     source.add_argument("--model", type=Path, help=".onnx, .safetensors with its .json, or RUN")
-    parser.add_argument("--decode", choices=Decode.__args__, help="the model's own by default")
-    parser.add_argument("--output", type=Path, help="write the figures as JSON too")
+    add("--decode", choices=Decode.__args__, help="the model's own by default")
+    output = f"write the figures as JSON too; of jobs always, by default as {METRICS}"
+    add("--output", type=Path, metavar="FILE", help=output)
+    add("--report", type=Path, metavar="FILE", help="write a page to look at (HTML)")
+    add = parser.add_argument_group("jobs").add_argument
+    frame = "of the points: the image's world frame, in mm, or px (%(default)s)"
+    add("--frame-of-answers", choices=("world", "pixel"), default="world", help=frame)
+    size = "of all images, where they are not at hand"
+    add("--size", type=_size, metavar="WIDTHxHEIGHT", help=size)
+    slug = "of the output that holds the points (%(default)s)"
+    add("--landmarks-slug", default=Sockets().landmarks, metavar="SLUG", help=slug)
+    slug = "of the output that holds the angle (%(default)s)"
+    add("--angle-slug", default=Sockets().angle, metavar="SLUG", help=slug)
+    slug = "of the input that names the case (the one that is an image)"
+    add("--image-slug", metavar="SLUG", help=slug)
     return parser
 
 

@@ -1,6 +1,7 @@
 """Errors of landmarks and of the angle of progression, summarised with bootstrap intervals."""
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -8,7 +9,9 @@ import numpy.typing as npt
 from model.anatomy import LANDMARKS, Floats
 from model.frame import Pair
 from training.cases import Case
-from training.predict import CasePrediction
+
+if TYPE_CHECKING:  # torch, which an evaluation container does without
+    from training.predict import CasePrediction
 
 REFERENCE_PX = 512  # errors are quoted as on an image of this longer side
 SDR_PX = (4, 8, 16, 24)
@@ -24,14 +27,14 @@ def radial_errors_px(
     return np.linalg.norm(difference, axis=-1) * scale[:, None]
 
 
-def mean_errors(predictions: Sequence[CasePrediction], cases: Sequence[Case]) -> Pair:
+def mean_errors(predictions: "Sequence[CasePrediction]", cases: Sequence[Case]) -> Pair:
     """(MRE in px at 512, AoP error in deg); an angle that is not defined counts as 180 deg off."""
     radial, aop = case_errors(predictions, cases)
     return float(radial.mean()), float(aop.mean())
 
 
 def case_errors(
-    predictions: Sequence[CasePrediction], cases: Sequence[Case]
+    predictions: "Sequence[CasePrediction]", cases: Sequence[Case]
 ) -> tuple[Floats, Floats]:
     """(n, 3) radial errors in px at 512 and (n,) AoP errors in deg of predictions for cases."""
     radial = radial_errors_px(

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +10,13 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from model.anatomy import Floats, angle_of_progression
+from model.anatomy import Floats, angle_of_progression, implausibilities
 from model.frame import Pair
 from model.heatmap import Decode, Heatmaps
-from model.predictor import Predictor
+from model.measure import doubts
+from model.predictor import Output, Prediction, Predictor
 from model.spec import ModelSpec
+from model.uncertainty import interval_deg
 from training.cases import Case
 from training.data import read_grey
 
@@ -42,10 +44,11 @@ class CasePrediction:
 def torch_predictor(network: nn.Module, spec: ModelSpec, device: torch.device) -> Predictor:
     """A predictor that runs a torch network, in float32."""
 
-    def run(network_input: Heatmaps) -> Heatmaps:
+    def run(network_input: Heatmaps) -> Output:
         with torch.inference_mode():
-            heatmaps = network(torch.from_numpy(network_input).to(device))
-        return heatmaps.float().cpu().numpy()
+            found = network(torch.from_numpy(network_input).to(device))
+        parts = found if isinstance(found, tuple) else (found,)
+        return Output(*(part.float().cpu().numpy() for part in parts))
 
     network.eval()
     return Predictor(spec, run, device.type)
@@ -59,13 +62,32 @@ def predict_cases(
     for case in tqdm(cases, "predict", leave=False):
         grey, pixel_shape = read_grey(images / case.file, case.frame)
         found = predictor.predict(grey, pixel_shape, decode)
-        try:
-            angle = float(angle_of_progression(found.landmarks_px, pixel_shape))
-        except ValueError:
-            angle = math.nan
-        answers.append(
-            CasePrediction(
-                found.landmarks_px, max(grey.shape), angle, found.confidence, found.heatmaps
-            )
-        )
+        answers.append(answer_of(found, grey.shape, pixel_shape, predictor.spec))
     return answers
+
+
+def answer_of(
+    found: Prediction, shape: tuple[int, int], pixel_shape: Pair, spec: ModelSpec
+) -> CasePrediction:
+    """What a prediction for an image of (height, width) says, doubt included."""
+    reasons = implausibilities(found.landmarks_px, shape[::-1], pixel_shape)
+    try:
+        angle = float(angle_of_progression(found.landmarks_px, pixel_shape))
+    except ValueError:
+        angle = math.nan
+    answer = CasePrediction(
+        found.landmarks_px,
+        max(shape),
+        angle,
+        found.confidence,
+        found.heatmaps,
+        reasons=(*reasons, *doubts(found, spec)),
+    )
+    if found.expected is None or spec.calibration is None:
+        return answer
+    return replace(
+        answer,
+        aop_interval_deg=interval_deg(spec.calibration, angle, found.expected.aop_deg),
+        expected_error_px=found.expected.landmarks_px,
+        expected_aop_error_deg=found.expected.aop_deg,
+    )

@@ -107,7 +107,7 @@ def predict_views(
     size = spec.input_size
     box = Letterbox(grey.shape[1], grey.shape[0], size, pixel_shape)
     square = box.apply(grey)
-    outputs = predictor.run(np.stack([spec.normalise(view.apply(square)) for view in views]))
+    outputs = predictor.run(np.stack([spec.normalise(view.apply(square)) for view in views])).maps
     found = [decode_output(spec, output, decode) for output in outputs]
     each = [
         box.to_image(view.to_input(answer.landmarks_px, size))

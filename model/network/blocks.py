@@ -86,3 +86,27 @@ class HeatmapHead(nn.Module):
         if self.mass is not None:
             heatmaps = heatmaps.float().flatten(2).softmax(-1).view_as(heatmaps) * self.mass
         return heatmaps if masks is None else torch.cat([heatmaps, masks.sigmoid()], dim=1)
+
+
+class ViewHead(nn.Module):
+    """How much a whole image looks like the view that the landmarks are defined in.
+
+    It keeps the map's places apart, since what is wrong in a mirrored image is where things lie.
+    """
+
+    def __init__(self, inputs: int, side: int, channels: int) -> None:
+        super().__init__()
+        self.narrow = nn.Conv2d(inputs, channels, 1)
+        self.judge = nn.Sequential(
+            nn.Flatten(),
+            nn.Linear(channels * side * side, 64),
+            nn.GELU(),
+            nn.Dropout(0.5),
+            nn.Linear(64, 1),
+            nn.Flatten(0),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(n, inputs, side, side) -> (n,) scores 0..1; in training mode their logits."""
+        logits = self.judge(nn.functional.gelu(self.narrow(x)))
+        return logits if self.training else logits.sigmoid()

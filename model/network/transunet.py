@@ -6,10 +6,11 @@ published code climbs to stride 2 and shrinks back.
 
 from typing import Literal
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from model.network.blocks import HeatmapHead, Raw, UpStep
+from model.network.blocks import HeatmapHead, Raw, UpStep, ViewHead
 from model.network.resnet import RESNET50_WIDTHS, CompactEncoder, ResNet50
 from model.network.vit import ViTBottleneck
 
@@ -39,6 +40,9 @@ class TransUNetConfig(BaseModel):
     )
     softmax_sigma_cells: float | None = Field(
         None, description="None: plain heatmaps; a number: softmax heatmaps of that target sigma"
+    )
+    view_channels: int = Field(
+        0, description="width of the view head, which calibrate adds; 0: none"
     )
 
     @property
@@ -75,11 +79,29 @@ class TransUNet(nn.Module):
             UpStep(*step) for step in zip(inputs, skips, config.up_widths, strict=False)
         )
         self.head = HeatmapHead(inputs[-1], masks, config.softmax_sigma_cells)
+        seen = widths[-1] + config.vit_width
+        self.view = ViewHead(seen, side, config.view_channels) if config.view_channels else None
 
-    def forward(self, x: Tensor) -> Tensor | Raw:
-        """(n, channels, s, s) -> (n, 3 + masks, s / stride, s / stride); in training mode `Raw`."""
-        features = self.encoder(x)
-        y = self.bottleneck(self.project(features[-1]))
+    def forward(self, x: Tensor) -> Tensor | Raw | tuple[Tensor, Tensor]:
+        """(n, channels, s, s) -> (n, 3 + masks, s / stride, s / stride); in training mode `Raw`.
+
+        With a view head, in evaluation mode: these and (n,) view scores.
+        """
+        features, tokens = self._encoded(x)
+        y = tokens
         for step, skip in zip(self.up, features[-2::-1], strict=False):
             y = step(y, skip)
-        return self.head(y)
+        maps = self.head(y)
+        if self.view is None or self.training:
+            return maps
+        return maps, self.view(torch.cat([features[-1], tokens], dim=1))
+
+    def view_features(self, x: Tensor) -> Tensor:
+        """(n, channels, s, s) -> (n, seen, side, side): what the view head judges by."""
+        features, tokens = self._encoded(x)
+        return torch.cat([features[-1], tokens], dim=1)
+
+    def _encoded(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
+        """The encoder's features at every stride, and the bottleneck's."""
+        features = self.encoder(x)
+        return features, self.bottleneck(self.project(features[-1]))

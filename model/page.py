@@ -1,0 +1,121 @@
+"""The skeleton of an HTML report: one file that needs no network and trusts no name.
+
+What a page may do is in its Content-Security-Policy: run the one script and use the one style sheet
+it was made with (by digest), show pictures from beside it or from data: URLs, and nothing else.
+So `style=` and `onclick=` attributes have no effect: use classes, `style` and `script`.
+"""
+
+import base64
+import hashlib
+import html
+
+RESEARCH_ONLY = "Research use only; not a medical device."
+
+# Classes that a body can use: .figures (a dl of key figures), .cards and .card (a grid), .wide
+# (around a table that may be wider than a phone), .note, .doubt, .bad, .dim (words), .controls.
+STYLE = """\
+:root { color-scheme: light dark; --ground: #f4f5f7; --card: #fff; --ink: #1b2128; --dim: #59626d;
+  --line: #d5d9df; --accent: #0b5fa5; --doubt: #9a4b00; --doubt-ground: #fff1df; --bad: #b3201b;
+  --good: #1d6b38; }
+@media (prefers-color-scheme: dark) { :root { --ground: #14171b; --card: #1e2329; --ink: #e8ebee;
+  --dim: #a3adb8; --line: #38404a; --accent: #7cbcf5; --doubt: #ffb45e; --doubt-ground: #3a2a14;
+  --bad: #ff8d86; --good: #7fd49b; } }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--ground); color: var(--ink);
+  font: 16px/1.45 system-ui, -apple-system, "Segoe UI", Roboto, "Liberation Sans", sans-serif; }
+header, main, footer { max-width: 1240px; margin: 0 auto; padding: 0 20px; }
+header { padding-top: 22px; } footer { padding-bottom: 28px; color: var(--dim); }
+h1 { font-size: 1.55rem; line-height: 1.2; margin: 0 0 4px; }
+h2 { font-size: 1.15rem; margin: 30px 0 10px; } h3 { font-size: 1rem; margin: 18px 0 6px; }
+h1, h2, h3, p, li, dd, td, th, figcaption { overflow-wrap: anywhere; }
+p { margin: 6px 0; max-width: 75ch; } a { color: var(--accent); }
+.dim, figcaption { color: var(--dim); } .bad { color: var(--bad); }
+.doubt { color: var(--doubt); } .good { color: var(--good); }
+.note { border-left: 4px solid var(--doubt); background: var(--doubt-ground); padding: 8px 12px;
+  border-radius: 4px; }
+.figures { display: flex; flex-wrap: wrap; gap: 10px; margin: 14px 0; }
+.figures > div { background: var(--card); border: 1px solid var(--line); border-radius: 8px;
+  padding: 8px 14px; min-width: 104px; }
+.figures dt { color: var(--dim); font-size: .85rem; }
+.figures dd { margin: 0; font-size: 1.3rem; font-weight: 600; font-variant-numeric: tabular-nums; }
+.wide { overflow-x: auto; max-width: 100%; }
+table { border-collapse: collapse; background: var(--card); font-variant-numeric: tabular-nums; }
+caption { text-align: left; color: var(--dim); padding: 4px 0; }
+th, td { text-align: left; vertical-align: top; padding: 5px 12px 5px 8px;
+  border-bottom: 1px solid var(--line); }
+th { font-weight: 600; } td.number, th.number { text-align: right; white-space: nowrap; }
+figure { margin: 12px 0; } figure img, figure svg { max-width: 100%; height: auto; }
+.cards { display: grid; gap: 14px; grid-template-columns: repeat(auto-fill, minmax(270px, 1fr)); }
+.card { background: var(--card); border: 1px solid var(--line); border-radius: 8px;
+  overflow: hidden; min-width: 0; margin: 0; }
+.card > :not(img):not(svg):not(.picture) { margin: 8px 12px; }
+.card img { display: block; max-width: 100%; }
+button, input, select { font: inherit; color: inherit; background: var(--card); padding: 7px 12px;
+  border: 1px solid var(--line); border-radius: 6px; min-height: 40px; max-width: 100%; }
+button { cursor: pointer; } button:hover:enabled { border-color: var(--accent); }
+button:disabled { opacity: .5; cursor: default; }
+:focus-visible { outline: 3px solid var(--accent); outline-offset: 2px; }
+.controls { display: flex; flex-wrap: wrap; gap: 8px; align-items: center; margin: 12px 0; }
+[hidden] { display: none !important; }
+@media (max-width: 600px) { header, main, footer { padding-left: 12px; padding-right: 12px; }
+  .cards { grid-template-columns: 1fr; } .figures > div { flex: 1 1 40%; } }
+@media print { :root { color-scheme: light; --ground: #fff; --card: #fff; --ink: #000;
+  --dim: #444; --line: #bbb; --accent: #000; --doubt: #8a4300; --doubt-ground: #fff;
+  --bad: #a00; --good: #060; } .controls, dialog { display: none !important; }
+  .card, figure, tr { break-inside: avoid; } main, header, footer { max-width: none; padding: 0; }
+  * { print-color-adjust: exact; -webkit-print-color-adjust: exact; } }
+"""
+
+
+def escape(text: str) -> str:
+    """Text for HTML, in an element or in a quoted attribute.
+
+    What cannot be shown, or would turn the words around it (line ends, controls, bytes that are no
+    UTF-8, marks of direction), stands there as Python writes it: \\n, \\udcff, \\u202e.
+    """
+    shown = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return html.escape("".join(shown))
+
+
+def around(title: str, script: str = "", style: str = "") -> tuple[str, str]:
+    """What stands before and after a page's body, for one that is written piece by piece."""
+    sheet = STYLE + style
+    policy = (
+        f"default-src 'none'; script-src {_digest(script)}; style-src {_digest(sheet)}; "
+        "img-src 'self' file: data:; base-uri 'none'; form-action 'none'"
+    )
+    before = f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="{policy}">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="referrer" content="no-referrer">
+<link rel="icon" href="data:,">
+<title>{escape(title)}</title>
+<style>{sheet}</style>
+</head>
+<body>
+<header><h1>{escape(title)}</h1><p class="doubt">{RESEARCH_ONLY}</p></header>
+<main>
+"""
+    run = f"<script>{script}</script>\n" if script else ""
+    return before, f"\n</main>\n{run}</body>\n</html>\n"
+
+
+def page(title: str, body: str, script: str = "", style: str = "") -> str:
+    """A complete HTML document.
+
+    Args:
+        title: plain text; of the window and of the heading.
+        body: HTML; every text in it that is not ours went through `escape`.
+        script, style: ours, added at the end of the body, and to the shared style sheet.
+    """
+    before, after = around(title, script, style)
+    return before + body + after
+
+
+def _digest(source: str) -> str:
+    """How a policy names the one script or style sheet that may be used."""
+    digest = hashlib.sha256(source.encode()).digest()
+    return f"'sha256-{base64.b64encode(digest).decode()}'"

@@ -1,0 +1,198 @@
+"""Teach a trained model how far it may be off, and what it is not made for.
+
+    python -m training.calibrate --weights RUN/best.safetensors --data cases.csv --images DIR \\
+        --others DIR 'train_*' --output OUT/aop.safetensors
+
+On split val it fits the error to expect of each landmark and of the angle (`model.uncertainty`) and
+the angle's 90 % interval; with --others it first trains a view head on split train, spoiled images
+of it, and images of other views. The thresholds of doubt are set so that at most --doubted of val
+is doubtful. The landmarks do not change. Then export: python -m export.to_onnx --weights OUT/...
+
+Val should not have trained the model, nor chosen between many: then the errors come out too small.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from model.anatomy import Floats
+from model.network import TransUNet, build_network
+from model.predictor import Predictor
+from model.uncertainty import QUANTITIES, Calibration, ErrorModel
+from training.cases import Case, CaseError, read_cases
+from training.checkpoint import Checkpoint, CheckpointError, load_weights, save_weights
+from training.data import read_grey
+from training.doubt import files_of
+from training.metrics import case_errors
+from training.predict import answer_of, torch_predictor
+from training.view import train_view_head
+
+LEVEL, FOLDS = 0.9, 10
+RIDGE = 5.0  # cases' worth of pull towards 'the terms say nothing', for standardised terms
+VIEW_CHANNELS = 16
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit status."""
+    args = _parser().parse_args(arguments)
+    try:
+        calibrate(args)
+    except (CaseError, CheckpointError, ValueError, OSError) as error:
+        print(f"training.calibrate: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def calibrate(args: argparse.Namespace) -> None:
+    """Write the calibrated weights."""
+    network, checkpoint = load_weights(args.weights)
+    spec = checkpoint.spec.model_copy(update={"calibration": None, "doubt_below": 0.0})
+    cases = read_cases(args.data)
+    val = [case for case in cases if case.split == "val"]
+    if len(val) < 2 * FOLDS:
+        raise CaseError(f"{args.data}: expected {2 * FOLDS} cases of split val, got {len(val)}")
+    config = checkpoint.network
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if args.others:
+        train = [case for case in cases if case.split == "train"]
+        if not isinstance(network, TransUNet) or not train:
+            raise CaseError("--others needs a transunet, and cases of split train")
+        config = config.model_copy(update={"view_channels": VIEW_CHANNELS})
+        network = with_view_head(network, build_network(config, checkpoint.masks)).to(device)
+        others = files_of(args.others)
+        train_view_head(network, spec, train, args.images, others, args.seed)
+    predictor = torch_predictor(network.to(device), spec, device)
+    spec = spec.model_copy(
+        update={"calibration": calibration_of(predictor, val, args.images, args.doubted)}
+    )
+    described = Checkpoint(network=config, masks=checkpoint.masks, spec=spec)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    save_weights(args.output, network.state_dict(), described)
+    print(f"{args.weights} -> {args.output}: {spec.calibration}")
+
+
+def with_view_head(network: TransUNet, other: torch.nn.Module) -> TransUNet:
+    """The second network, with a view head still random, and all else of the first."""
+    assert isinstance(other, TransUNet)
+    own = {key: value for key, value in other.state_dict().items() if key.startswith("view.")}
+    known = {k: v for k, v in network.state_dict().items() if not k.startswith("view.")}
+    other.load_state_dict(own | known)  # strict: every key is there
+    return other
+
+
+def calibration_of(
+    predictor: Predictor, cases: Sequence[Case], images: Path, doubted: float
+) -> Calibration:
+    """The calibration that these cases give, which must not have trained the network."""
+    found, answers = [], []
+    for case in tqdm(cases, "val", leave=False):
+        grey, pixel_shape = read_grey(images / case.file, case.frame)
+        found.append(predictor.predict(grey, pixel_shape))
+        answers.append(answer_of(found[-1], grey.shape, pixel_shape, predictor.spec))
+    radial, aop = case_errors(answers, cases)
+    errors = np.column_stack([radial, aop])
+    terms = np.array([one.terms for one in found])
+    models = {name: fit_error_model(terms[:, k], errors[:, k]) for k, name in enumerate(QUANTITIES)}
+    ratios = aop / crossed(terms[:, 3], aop, [case.group or case.file for case in cases])
+    expected = models["AoP"].expected(terms[:, 3])
+    odd = np.array([bool(answer.reasons) for answer in answers])
+    allowed = max(0, int(doubted * len(cases)) - int(odd.sum()))
+    views = [one.view_score for one in found if one.view_score is not None]
+    of_view = (allowed + 1) // 2 if views else 0
+    return Calibration(
+        errors=models,
+        interval=conformal_quantile(ratios, LEVEL),
+        error_above_deg=float(np.sort(expected)[::-1][allowed - of_view]),
+        view_below=float(np.sort(views)[of_view]) if views else None,
+        cases=len(cases),
+    )
+
+
+def fit_error_model(terms: Floats, errors: Floats) -> ErrorModel:
+    """The model of the expected error: a gamma regression with logarithmic link, and a ridge.
+
+    Fitted by reweighted least squares (McCullagh and Nelder 1989, 2.5), whose weights are all 1
+    here. A term by which the error would fall is left out: doubt never makes an answer better.
+
+    Args:
+        terms: (n, 2) as of `model.uncertainty.evidence`. errors: (n,), not negative.
+    """
+    errors = np.maximum(errors, 1e-3)
+    finite = np.where(np.isfinite(terms), terms, np.nan)
+    limits = np.array([np.nanmin(finite, axis=0), np.nanmax(finite, axis=0)])
+    terms = np.clip(terms, *limits)
+    mean, deviation = terms.mean(axis=0), terms.std(axis=0)
+    used = deviation > 0
+    slopes = np.zeros(2)
+    while True:
+        x = np.column_stack([np.ones(len(terms)), ((terms - mean) / np.where(used, deviation, 1))])
+        x = x[:, [True, *used]]
+        pull = np.diag([0.0, *[RIDGE] * used.sum()])
+        weights = np.array([np.log(errors.mean()), *[0.0] * used.sum()])
+        for _ in range(50):
+            expected = np.exp(x @ weights)
+            working = x @ weights + (errors - expected) / expected
+            weights = np.linalg.solve(x.T @ x + pull, x.T @ working)
+        slopes[:] = 0
+        slopes[used] = weights[1:]
+        if (slopes >= 0).all():
+            break
+        used &= slopes > 0
+    slopes = np.where(used, slopes / np.where(used, deviation, 1), 0.0)
+    offset = float(weights[0] - slopes @ mean)
+    return ErrorModel(
+        weights=(offset, float(slopes[0]), float(slopes[1])),
+        limits=tuple(map(tuple, limits.T.tolist())),
+    )
+
+
+def crossed(terms: Floats, errors: Floats, groups: Sequence[str]) -> Floats:
+    """(n,) expected errors, each from a model that its own group of cases was kept out of."""
+    names = sorted(set(groups))
+    fold_of = dict(
+        zip(names, np.random.default_rng(0).permutation(len(names)) % FOLDS, strict=True)
+    )
+    folds = np.array([fold_of[group] for group in groups])
+    expected = np.empty(len(errors))
+    for fold in np.unique(folds):
+        rest = folds != fold
+        expected[~rest] = fit_error_model(terms[rest], errors[rest]).expected(terms[~rest])
+    return expected
+
+
+def conformal_quantile(scores: Floats, level: float) -> float:
+    """The score that a new one stays below with this probability (Vovk et al. 2005).
+
+    The ceil(level (n + 1))-th smallest of n.
+    """
+    rank = int(np.ceil(level * (len(scores) + 1)))
+    if rank > len(scores):
+        raise ValueError(f"{len(scores)} cases are too few for an interval of {level:.0%}")
+    return float(np.sort(scores)[rank - 1])
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "training.calibrate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--weights", type=Path, required=True, help=".safetensors with its .json beside it")
+    add("--data", type=Path, required=True, help="case table with the labels (CSV)")
+    add("--images", type=Path, required=True, help="folder of its images")
+    add("--output", type=Path, required=True, help="the .safetensors to write")
+    others_help = "images of other views; a pattern of their names"
+    add("--others", nargs="+", metavar="DIR [PATTERN]", help=others_help)
+    add("--doubted", type=float, default=0.02, metavar="SHARE", help="of val (%(default)s)")
+    add("--seed", type=int, default=1, help="seed of the view head (%(default)s)")
+    return parser
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

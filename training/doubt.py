@@ -1,0 +1,125 @@
+"""How often a model says 'not sure': on a split as it is and spoiled, on other views, on scenes.
+
+    python -m training.doubt --model aop.onnx --data cases.csv --images DIR --split test \\
+        --others DIR 'test_*'
+
+Each image is judged exactly as process.py judges it. Of the split as it is few should be doubted;
+of the rest (mirrored, upside down, inverted, noise, ..., other views) all of them.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from model.frame import Geometry, Pixels
+from model.image import GreyFrame, is_supported_name
+from model.measure import measure
+from model.predictor import ModelError, Predictor, load_predictor
+from training.agreement import coverage_interval
+from training.cases import CaseError, read_cases
+from training.checkpoint import write_text
+from training.data import read_grey
+from training.scenes import SCENES, SPOILED
+
+SCENE_SIZE = 384  # px
+Counts = dict[str, tuple[int, int]]  # kind -> doubted, of how many
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit status."""
+    args = _parser().parse_args(arguments)
+    try:
+        predictor = load_predictor(args.model)
+        cases = [case for case in read_cases(args.data) if args.split in (None, case.split)]
+        if not cases:
+            raise CaseError(f"{args.data}: no case has split '{args.split}'")
+        paths = [(args.images / case.file, case.frame) for case in cases]
+        others = files_of(args.others) if args.others else []
+        counts = count(predictor, paths, others, args.scenes)
+    except (CaseError, ModelError, OSError, ValueError) as error:
+        print(f"training.doubt: {error}", file=sys.stderr)
+        return 2
+    print(as_text(counts))
+    if args.output:
+        write_text(args.output, json.dumps(counts, indent=1) + "\n")
+    return 0
+
+
+def count(
+    predictor: Predictor,
+    paths: Sequence[tuple[Path, int | None]],
+    others: Sequence[Path],
+    scenes: int,
+) -> Counts:
+    """Kind -> how many are doubtful, and of how many."""
+    rng = np.random.default_rng(0)
+    counts: Counts = {}
+
+    def judge(kind: str, pixels: Pixels, pixel_shape: tuple[float, float]) -> None:
+        frame = GreyFrame(pixels, None, 0, Geometry(pixel_shape))
+        entry = measure(kind, kind, frame, predictor)
+        doubted, seen = counts.get(kind, (0, 0))
+        counts[kind] = doubted + (entry.doubtful is not False), seen + 1
+
+    for path, frame in tqdm(paths, "split", leave=False):
+        grey, pixel_shape = read_grey(path, frame)
+        judge("as they are", grey, pixel_shape)
+        whole = np.clip(np.rint(grey), 0, 255).astype(np.uint8)
+        for kind, spoil in SPOILED.items():
+            judge(kind, spoil(whole, rng), pixel_shape)
+    for path in tqdm(others, "others", leave=False):
+        judge("other views", *read_grey(path))
+    for kind, draw in tqdm(SCENES.items(), "scenes", leave=False):
+        for _ in range(scenes):
+            judge(kind, draw(SCENE_SIZE, rng), (1.0, 1.0))
+    return counts
+
+
+def files_of(given: Sequence[str]) -> list[Path]:
+    """Image files below a folder whose names match a pattern."""
+    folder, pattern = Path(given[0]), given[1] if len(given) > 1 else "*"
+    found = sorted(path for path in folder.rglob(pattern) if is_supported_name(path))
+    if not found:
+        raise CaseError(f"{folder}: no image file's name matches '{pattern}'")
+    return found
+
+
+def as_text(counts: Counts) -> str:
+    """A line a kind, with the 95 % interval of the share."""
+    return "\n".join(_lines(counts))
+
+
+def _lines(counts: Counts) -> Iterator[str]:
+    yield f"{'':<24}{'doubtful':>10}{'of':>6}   share, 95 % interval"
+    for kind, (doubted, seen) in counts.items():
+        low, high = coverage_interval(doubted, seen)
+        share = f"{doubted / seen:6.1%} ({low:.1%} to {high:.1%})"
+        yield f"{kind:<24}{doubted:>10}{seen:>6}   {share}"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "training.doubt",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--model", type=Path, required=True, help="the ONNX file")
+    add("--data", type=Path, required=True, help="case table (CSV) of images of the right view")
+    add("--images", type=Path, required=True, help="folder of its images")
+    add("--split", help="train, val or test; by default all cases")
+    add(
+        "--others", nargs="+", metavar="DIR [PATTERN]", help="images of other views; names' pattern"
+    )
+    add("--scenes", type=int, default=100, metavar="N", help="of each kind (%(default)s)")
+    add("--output", type=Path, help="write the counts as JSON too")
+    return parser
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,26 @@
+# The evaluation container of a challenge: scores the jobs in /input/predictions.json against the
+# ground truth that the organizer uploads (a .tar.gz of cases.csv, with images/ for points in the
+# world's frame), into /output/metrics.json. No model, no torch, no GPU. From the repository's root:
+#   git archive HEAD model training ':!model/weights' | \
+#     docker build -t aop-evaluation -f training/evaluation.Dockerfile -
+#   ... --build-arg OPTIONS="--frame-of-answers pixel --size 512x512 --angle-slug my-angle" -
+#   docker save aop-evaluation | gzip > aop-evaluation.tar.gz
+# Tried as grand-challenge runs it:
+#   docker run --rm --network none -v "$PWD/in":/input:ro -v "$PWD/out":/output \
+#     -v "$PWD/truth":/opt/ml/input/data/ground_truth:ro aop-evaluation
+FROM python:3.11-slim-bookworm
+
+WORKDIR /opt/app
+COPY model/locks model/locks
+COPY training/requirements.txt training/
+RUN pip install --no-cache-dir --require-hashes -r model/locks/cpu.txt \
+ && grep '^tqdm==' training/requirements.txt > tqdm.txt \
+ && pip install --no-cache-dir -r tqdm.txt
+COPY . .
+RUN python -m compileall -q model training
+
+ARG OPTIONS
+ENV EVALUATION_OPTIONS=$OPTIONS \
+    PYTHONUNBUFFERED=1
+USER 10001:10001
+ENTRYPOINT ["sh", "-c", "exec python -m training.evaluate --predictions /input/predictions.json --truth /opt/ml/input/data/ground_truth $EVALUATION_OPTIONS \"$@\"", "evaluate"]

@@ -1,0 +1,186 @@
+"""Images that are not the view the model is for: to teach the view head, and to measure doubt.
+
+`SPOILED` takes an image of the right view to a wrong one, `SCENES` draws what is no ultrasound
+image. All are (size, size) or (rows, columns) grey 0..255, uint8.
+"""
+
+from collections.abc import Callable
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+
+Grey = npt.NDArray[np.uint8]
+Draw = np.random.Generator
+
+
+def mirrored(image: Grey, _: Draw) -> Grey:
+    """The symphysis on the right."""
+    return np.ascontiguousarray(image[:, ::-1])
+
+
+def upside_down(image: Grey, _: Draw) -> Grey:
+    """The probe below."""
+    return np.ascontiguousarray(image[::-1])
+
+
+def turned(image: Grey, _: Draw) -> Grey:
+    """By 180 deg."""
+    return np.ascontiguousarray(image[::-1, ::-1])
+
+
+def on_its_side(image: Grey, rng: Draw) -> Grey:
+    """By 90 deg to either side, flipped or not."""
+    side = np.rot90(image, 1 if rng.random() < 0.5 else 3)
+    return np.ascontiguousarray(side if rng.random() < 0.5 else side[::-1])
+
+
+def inverted(image: Grey, _: Draw) -> Grey:
+    """Dark where it was bright, the black around the sector too."""
+    return 255 - image
+
+
+def inverted_inside(image: Grey, _: Draw) -> Grey:
+    """Dark where it was bright, with the black around the sector kept."""
+    inside = cv2.morphologyEx((image > 8).astype(np.uint8), cv2.MORPH_CLOSE, np.ones((15, 15)))
+    return np.where(inside > 0, 255 - image, image).astype(np.uint8)
+
+
+def shuffled(image: Grey, rng: Draw) -> Grey:
+    """Its tiles in another order: the texture is right, the anatomy is not."""
+    count = int(rng.choice([2, 3, 4]))
+    rows, columns = image.shape[0] // count, image.shape[1] // count
+    tiles = [
+        image[r * rows : (r + 1) * rows, c * columns : (c + 1) * columns]
+        for r in range(count)
+        for c in range(count)
+    ]
+    order = rng.permutation(len(tiles))
+    while (order == np.arange(len(tiles))).mean() > 0.3:
+        order = rng.permutation(len(tiles))
+    shown = np.zeros_like(image)
+    for place, k in enumerate(order):
+        r, c = divmod(place, count)
+        shown[r * rows : (r + 1) * rows, c * columns : (c + 1) * columns] = tiles[k]
+    return shown
+
+
+def far_away(image: Grey, rng: Draw) -> Grey:
+    """A screen shot: the image is a small part of a black frame."""
+    share = rng.uniform(0.25, 0.5)
+    height, width = image.shape
+    small = cv2.resize(image, None, fx=share, fy=share, interpolation=cv2.INTER_AREA)
+    frame = np.zeros_like(image)
+    top = int(rng.integers(0, height - small.shape[0] + 1))
+    left = int(rng.integers(0, width - small.shape[1] + 1))
+    frame[top : top + small.shape[0], left : left + small.shape[1]] = small
+    return frame
+
+
+def too_near(image: Grey, rng: Draw) -> Grey:
+    """A part of it enlarged, in which the landmarks cannot all lie."""
+    share = rng.uniform(0.2, 0.4)
+    height, width = (round(share * side) for side in image.shape)
+    top = int(rng.integers(0, image.shape[0] - height + 1))
+    left = int(rng.integers(0, image.shape[1] - width + 1))
+    part = image[top : top + height, left : left + width]
+    return np.asarray(cv2.resize(part, image.shape[::-1], interpolation=cv2.INTER_CUBIC), np.uint8)
+
+
+SPOILED: dict[str, Callable[[Grey, Draw], Grey]] = {
+    "mirrored": mirrored,
+    "upside down": upside_down,
+    "turned by 180 deg": turned,
+    "on its side": on_its_side,
+    "grey-inverted": inverted,
+    "grey-inverted inside": inverted_inside,
+    "shuffled": shuffled,
+    "far away": far_away,
+    "too near": too_near,
+}
+
+
+def noise(size: int, rng: Draw) -> Grey:
+    """Uniform, normal or smooth noise."""
+    kind = rng.integers(3)
+    if kind == 0:
+        return rng.integers(0, 256, (size, size), dtype=np.uint8)
+    if kind == 1:
+        return _grey(rng.uniform(20, 128) + rng.uniform(5, 80) * rng.standard_normal((size, size)))
+    return smooth_noise(size, rng)
+
+
+def smooth_noise(size: int, rng: Draw) -> Grey:
+    """Noise whose power falls with frequency, as a photograph's does."""
+    steps = np.fft.fftfreq(size)
+    radius = np.hypot(steps[:, None], steps[None])
+    radius[0, 0] = 1
+    spectrum = np.fft.fft2(rng.standard_normal((size, size))) / radius ** rng.uniform(0.6, 1.8)
+    field = np.fft.ifft2(spectrum).real
+    return _grey(128 + rng.uniform(20, 60) * (field - field.mean()) / field.std())
+
+
+def shapes(size: int, rng: Draw) -> Grey:
+    """Ellipses, polygons and lines before a gradient, blurred or not."""
+    ramp = np.linspace(0, 1, size)
+    slope = rng.uniform(-1, 1, 2)
+    field = slope[0] * ramp[None] + slope[1] * ramp[:, None]
+    image = _grey(rng.uniform(0, 200) + 120 * field)
+    for _ in range(rng.integers(2, 20)):
+        colour = int(rng.integers(0, 256))
+        centre = tuple(int(v) for v in rng.integers(0, size, 2))
+        axes = tuple(int(v) for v in rng.integers(3, size // 3, 2))
+        kind = rng.integers(3)
+        if kind == 0:
+            width = int(rng.choice([-1, 1, 3, 8]))
+            cv2.ellipse(image, centre, axes, rng.uniform(0, 180), 0, 360, colour, width)
+        elif kind == 1:
+            corners = rng.integers(0, size, (rng.integers(3, 7), 1, 2)).astype(np.int32)
+            cv2.fillPoly(image, [corners], colour)
+        else:
+            end = tuple(int(v) for v in rng.integers(0, size, 2))
+            cv2.line(image, centre, end, colour, int(rng.integers(1, 12)))
+    if rng.random() < 0.5:
+        image = cv2.GaussianBlur(image, (0, 0), rng.uniform(0.5, 4))
+    return np.asarray(image, np.uint8)
+
+
+def lettering(size: int, rng: Draw) -> Grey:
+    """Lines of letters, light on dark or dark on light."""
+    image = np.zeros((size, size), np.uint8)
+    scale = rng.uniform(0.3, 1.5)
+    for line in range(int(rng.integers(2, 14))):
+        words = "".join(chr(code) for code in rng.integers(48, 123, 40))
+        place = (int(rng.integers(0, size // 3)), int((line + 1) * 28 * scale))
+        cv2.putText(image, words, place, cv2.FONT_HERSHEY_SIMPLEX, scale, 255, max(1, round(scale)))
+    return image if rng.random() < 0.5 else 255 - image
+
+
+def speckled_sector(size: int, rng: Draw) -> Grey:
+    """An ultrasound sector of speckle with some ellipses in it, and no anatomy."""
+    field = cv2.GaussianBlur(np.abs(rng.standard_normal((size, size))), (0, 0), rng.uniform(0.7, 2))
+    light = np.full((size, size), rng.uniform(0.2, 0.8))
+    for _ in range(rng.integers(0, 6)):
+        centre = tuple(int(v) for v in rng.integers(0, size, 2))
+        axes = tuple(int(v) for v in rng.integers(size // 20, size // 3, 2))
+        width = int(rng.choice([-1, 2, 4]))
+        cv2.ellipse(light, centre, axes, rng.uniform(0, 180), 0, 360, rng.uniform(0, 1.5), width)
+    light = cv2.GaussianBlur(light, (0, 0), rng.uniform(0.5, 6))
+    mask = np.zeros((size, size), np.uint8)
+    apex = (int(rng.uniform(0.35, 0.65) * size), int(rng.uniform(-0.3, 0.1) * size))
+    half = rng.uniform(30, 60)
+    cv2.ellipse(mask, apex, (size, size), 0, 90 - half, 90 + half, 1, -1)
+    return _grey(120 * field * light * mask / max(field.mean(), 1e-6))
+
+
+SCENES: dict[str, Callable[[int, Draw], Grey]] = {
+    "noise": noise,
+    "smooth noise": smooth_noise,
+    "shapes": shapes,
+    "lettering": lettering,
+    "speckled sector": speckled_sector,
+}
+
+
+def _grey(values: npt.NDArray[np.floating]) -> Grey:
+    return np.clip(np.rint(values), 0, 255).astype(np.uint8)
