@@ -142,10 +142,11 @@ def test_results_of_process_with_what_a_calibrated_model_tells(folder, shown, ca
     assert figures["all"]["missing"] == ["2.png: the file is empty", "3.png"]
     assert "2 cases without a prediction, in no mean: 2.png: the file" in capsys.readouterr().out
 
-    ((page, cases, (sure, unsure), images, report, missing),) = shown
+    ((page, cases, (sure, unsure), images, report, missing, title),) = shown
     assert page == folder / "report.html" and images == folder
     assert [case.file for case in cases] == ["0.png", "1.png"]
-    assert report == figures and missing == figures["all"]["missing"]
+    assert missing == figures["all"].pop("missing") and report == figures
+    assert title == "results.json against labels"
     np.testing.assert_array_equal(sure.landmarks_px, truth[0].landmarks_px + [3.0, 4.0])
     assert sure.longer_side_px == 128 and sure.aop_deg == truth[0].aop_deg + 1
     np.testing.assert_array_equal(sure.confidence, [0.5, 0.6, 0.7])
@@ -275,7 +276,7 @@ def test_jobs_write_metrics_where_grand_challenge_looks(
     out = capsys.readouterr().out
     assert "3 cases counted as the worst: 1.png: the job's status is 'Failed', 2.png: no job" in out
 
-    ((_, (case,), (prediction,), images, figures, missing),) = shown  # of what was answered
+    ((_, (case,), (prediction,), images, figures, missing, _),) = shown  # of what was answered
     assert case.file == "0.png" and prediction.aop_deg == 90.5 and images == folder
     assert figures["all"]["cases"] == 1 and figures["all"]["mre_px"]["value"] == 0
     assert len(missing) == 3

@@ -104,7 +104,7 @@ def test_init_starts_from_weights_and_refuses_others(folder, tmp_path, capsys):
     clicks = ["--recipe", "compact", "--data", str(folder / "cases.csv"), "--device", "cpu", *TINY]
     clicks += ["--images", str(folder / "images"), "--output", str(tmp_path / "d"), *init]
     assert fit.main([*clicks, "--max-minutes", "0"]) == 0
-    assert "mask outputs of best.safetensors are left out" in capsys.readouterr().out
+    assert "of best.safetensors these are left out: head.masks" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("grouped", [True, False])

@@ -79,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         fate = "counted as the worst" if kind == "jobs" else "without a prediction, in no mean"
         print(as_text(report, answers[2], fate))
         if args.report:
-            _write_report(args, report if kind != "jobs" else evaluate(*answers[:2]), answers)
+            _write_report(args, answers)
     except (CaseError, ScoresError, ImageError, OSError) as error:
         is_file = isinstance(error, OSError)
         words = f"{error.filename} cannot be used: {error.strerror}" if is_file else error
@@ -137,12 +137,18 @@ def _measure_jobs(args: argparse.Namespace, cases: list[Case]) -> tuple[Report, 
     return {"all": figures}, (*(answered(scores) if args.report else ([], [])), bad)
 
 
-def _write_report(args: argparse.Namespace, figures: Report, answers: Answers) -> None:
+def _write_report(args: argparse.Namespace, answers: Answers) -> None:
     from training.report import write_report  # noqa: PLC0415
 
     cases, predictions, missing = answers
+    if not cases:
+        raise ScoresError("no case has an answer: there is nothing to report on")
+    source = args.model or args.predictions
+    title = f"{source.name} against labels" + (f", split {args.split}" if args.split else "")
+    more = {"note": args.note} if args.note else {}
     cases = [replace(case, file=image_file(args.images, case)) for case in cases]
-    write_report(args.report, cases, predictions, args.images, figures, missing)
+    figures = evaluate(cases, predictions)
+    write_report(args.report, cases, predictions, args.images, figures, missing, title, **more)
 
 
 def write_json(path: Path, content: object) -> None:
@@ -212,6 +218,7 @@ def _parser() -> argparse.ArgumentParser:
     output = f"write the figures as JSON too; of jobs always, by default as {METRICS}"
     add("--output", type=Path, metavar="FILE", help=output)
     add("--report", type=Path, metavar="FILE", help="write a page to look at (HTML)")
+    add("--note", help="a sentence on the page: where the labels come from")
     add = parser.add_argument_group("jobs").add_argument
     frame = "of the points: the image's world frame, in mm, or px (%(default)s)"
     add("--frame-of-answers", choices=("world", "pixel"), default="world", help=frame)

@@ -127,11 +127,16 @@ def style_images(folder: Path | None) -> list[Path]:
 
 
 def start_from(weights: Path, network: nn.Module, masks: bool, place: Processes) -> None:
-    """Load weights into a network; mask outputs are left out, and said to be, where it has none."""
+    """Load weights into a network; left out, and said to be, is what it has no use for.
+
+    These are mask outputs where it has none, and a view head, which calibrate trains anew.
+    """
     tensors = load_weights(weights)[0].state_dict()
-    used = {name: t for name, t in tensors.items() if masks or not name.startswith("head.masks.")}
+    unused = [*([] if masks else ["head.masks."]), "view."]
+    used = {name: t for name, t in tensors.items() if not name.startswith(tuple(unused))}
     if place.leads and len(used) < len(tensors):
-        print(f"without --masks the mask outputs of {weights.name} are left out")
+        left_out = sorted({".".join(name.split(".")[:2]) for name in tensors if name not in used})
+        print(f"of {weights.name} these are left out: {', '.join(left_out)}")
     load_strictly(network, used, weights.name)
 
 
