@@ -99,7 +99,7 @@ def converted(network: nn.Module, spec: ModelSpec) -> onnx.ModelProto:
             external_data=False,
             opset_version=OPSET,
             input_names=["image"],
-            output_names=["heatmaps_and_masks", *(["view"] if has_view else [])],
+            output_names=["heatmaps_and_masks", *(["view_score"] if has_view else [])],
             dynamic_shapes=({0: torch.export.Dim("batch")},),
             verbose=False,
         )

@@ -110,7 +110,7 @@ SCALES = {
             *("--optimiser", "adamw", "--learning_rate", "1e-3", "--weight_decay", "0.1"),
             *("--schedule", "one_cycle", "--clip_norm", "1"),
         ),
-        (*("--recipe", "compact", "--image_size", "224", "--epochs", "60"),),
+        (*("--recipe", "compact", "--epochs", "60"),),
     ),
     "paper": Scale(
         "the paper's: 512 px, ResNet-50, ViT-Tiny, 100 epochs of 75 steps; for a GPU",

@@ -67,9 +67,12 @@ def calibrate(args: argparse.Namespace) -> None:
         others = files_of(args.others)
         train_view_head(network, spec, train, args.images, others, args.seed)
     predictor = torch_predictor(network.to(device), spec, device)
-    spec = spec.model_copy(
-        update={"calibration": calibration_of(predictor, val, args.images, args.doubted)}
-    )
+    found = calibration_of(predictor, val, args.images, args.doubted)
+    if found.view_below is not None:
+        found = found.model_copy(
+            update={"view_below": centre_view_score(network, found.view_below)}
+        )
+    spec = spec.model_copy(update={"calibration": found})
     described = Checkpoint(network=config, masks=checkpoint.masks, spec=spec)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     save_weights(args.output, network.state_dict(), described)
@@ -83,6 +86,14 @@ def with_view_head(network: TransUNet, other: torch.nn.Module) -> TransUNet:
     known = {k: v for k, v in network.state_dict().items() if not k.startswith("view.")}
     other.load_state_dict(own | known)  # strict: every key is there
     return other
+
+
+def centre_view_score(network: torch.nn.Module, threshold: float) -> float:
+    """Shift the view head's logits so that its threshold is the score of 0.5, and return that."""
+    last = next(layer for layer in reversed(network.view.judge) if hasattr(layer, "bias"))
+    with torch.no_grad():
+        last.bias -= float(np.log(threshold / (1 - threshold)))
+    return 0.5
 
 
 def calibration_of(
@@ -102,15 +113,28 @@ def calibration_of(
     expected = models["AoP"].expected(terms[:, 3])
     odd = np.array([bool(answer.reasons) for answer in answers])
     allowed = max(0, int(doubted * len(cases)) - int(odd.sum()))
-    views = [one.view_score for one in found if one.view_score is not None]
-    of_view = (allowed + 1) // 2 if views else 0
+    views = np.sort([one.view_score for one in found if one.view_score is not None])
+    of_view = (allowed + 1) // 2 if len(views) else 0
     return Calibration(
         errors=models,
         interval=conformal_quantile(ratios, LEVEL),
-        error_above_deg=float(np.sort(expected)[::-1][allowed - of_view]),
-        view_below=float(np.sort(views)[of_view]) if views else None,
+        error_above_deg=_above(np.sort(expected)[::-1], allowed - of_view),
+        view_below=_between(views, of_view) if len(views) else None,
         cases=len(cases),
     )
+
+
+def _between(scores: Floats, below: int) -> float:
+    """A threshold with so many of the sorted scores below it, halfway (of logits) to the next."""
+    inside = np.clip(scores, 1e-7, 1 - 1e-7)
+    logits = np.log(inside / (1 - inside))
+    middle = (logits[below - 1] + logits[below]) / 2 if below else logits[0] - 1
+    return float(1 / (1 + np.exp(-middle)))
+
+
+def _above(errors: Floats, above: int) -> float:
+    """A threshold with so many of the errors, sorted from the largest, above it."""
+    return float(errors[: above + 1][-2:].mean()) if above else float(errors[0] * 1.01)
 
 
 def fit_error_model(terms: Floats, errors: Floats) -> ErrorModel:
@@ -123,8 +147,8 @@ def fit_error_model(terms: Floats, errors: Floats) -> ErrorModel:
         terms: (n, 2) as of `model.uncertainty.evidence`. errors: (n,), not negative.
     """
     errors = np.maximum(errors, 1e-3)
-    finite = np.where(np.isfinite(terms), terms, np.nan)
-    limits = np.array([np.nanmin(finite, axis=0), np.nanmax(finite, axis=0)])
+    known = [column[np.isfinite(column)] for column in terms.T]
+    limits = np.array([[c.min(), c.max()] if len(c) else [0.0, 0.0] for c in known]).T
     terms = np.clip(terms, *limits)
     mean, deviation = terms.mean(axis=0), terms.std(axis=0)
     used = deviation > 0

@@ -46,6 +46,8 @@ from training.answers import (
     view_of_image,
 )
 from training.cases import Case, CaseError, read_cases
+from training.certainty import LABELS as OF_CERTAINTY
+from training.certainty import certainty
 from training.jobs import Sockets
 from training.metrics import case_errors, summarise
 from training.scores import aggregates, answered, score_jobs
@@ -89,14 +91,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def evaluate(cases: Sequence[Case], predictions: "Sequence[CasePrediction]") -> Report:
-    """Figures of `training.metrics.summarise` for all cases and for each device."""
+    """Figures of `training.metrics` and `training.certainty`, of all cases and of each device."""
     radial, aop = case_errors(predictions, cases)
-    report = {"all": summarise(radial, aop)}
+    groups = {"all": list(range(len(cases)))}
     devices = sorted({case.device for case in cases if case.device})
     for device in devices if len(devices) > 1 else []:
-        chosen = [k for k, case in enumerate(cases) if case.device == device]
-        report[f"device {device}"] = summarise(radial[chosen], aop[chosen])
-    return report
+        groups[f"device {device}"] = [k for k, one in enumerate(cases) if one.device == device]
+    return {
+        name: summarise(radial[chosen], aop[chosen])
+        | certainty([cases[k] for k in chosen], [predictions[k] for k in chosen], aop[chosen])
+        for name, chosen in groups.items()
+    }
 
 
 def _predict(args: argparse.Namespace, cases: list[Case]) -> Answers:
@@ -169,6 +174,7 @@ LABELS = {
     "aop_error_deg": "AoP error, deg",
     "aop_error_median_deg": "  median, deg",
     "aop_error_p95_deg": "  95th percentile, deg",
+    **OF_CERTAINTY,
 }
 
 
@@ -182,6 +188,8 @@ def as_text(report: Report, missing: Sequence[str], fate: str) -> str:
     ]
     for key, label in LABELS.items():
         cells = []
+        if key not in report["all"]:  # of a model that is not calibrated
+            continue
         for figures in report.values():
             figure = figures[key]
             cells.append(f"{figure['value']:.2f} ({figure['low']:.2f} to {figure['high']:.2f})")

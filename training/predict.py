@@ -85,9 +85,10 @@ def answer_of(
     )
     if found.expected is None or spec.calibration is None:
         return answer
+    interval = interval_deg(spec.calibration, angle, found.expected.aop_deg)
     return replace(
         answer,
-        aop_interval_deg=interval_deg(spec.calibration, angle, found.expected.aop_deg),
+        aop_interval_deg=None if math.isnan(angle) else interval,
         expected_error_px=found.expected.landmarks_px,
         expected_aop_error_deg=found.expected.aop_deg,
     )
