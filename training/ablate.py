@@ -2,7 +2,7 @@
 
     python -m training.ablate --psfhs PSFHS --hc18 HC18 --output RUNS
     python -m training.ablate ... --output RUNS --scale paper --device cuda
-    python -m training.ablate ... --table-only --document training/ABLATION.md
+    python -m training.ablate ... --output RUNS --table-only
 
 From split `train`: 300 labelled images of device A; all others of it (A and B) and the images of
 hc18 (not its test_*) without labels. Val chooses the best epoch, on device A alone, as if nobody
@@ -70,8 +70,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if failed:
                 raise CaseError(f"{', '.join(failed)} failed: see RUNS/logs, mend it, run again")
         text = write_report(args.output, args.scale, data.images, data.everything)
-        if args.document:
-            write_text(args.document, text)
         print(text)
     except (CaseError, OSError) as error:
         print(f"training.ablate: {error}", file=sys.stderr)
@@ -228,7 +226,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--jobs", type=int, default=2, metavar="N", help="commands at a time (%(default)s)")
     add("--device", choices=("auto", "cuda", "cpu"), default="auto")
     add("--table-only", action="store_true", help="run nothing, write the report of what is there")
-    add("--document", type=Path, metavar="FILE", help="write the report to this file as well")
     return parser
 
 

@@ -1,0 +1,204 @@
+"""Pack trained weights into a submission for Codabench: one flat zip that needs nothing else.
+
+    python -m export.codabench --weights model/weights/aop.safetensors --output submission.zip
+
+The zip holds `metadata`, model.py with the class `model` (load, predict, save) that the ingestion
+program drives, the modules of model/ that it needs, the weights, LICENSE and NOTICE. It runs on the
+CPU with Python 3.9, torch 2.0, numpy and Pillow or newer ones; OpenCV is not needed.
+
+Before it is written, it is unpacked and driven in a process of its own, without this repository,
+and its landmarks must equal the predictor's within 0.1 px. The same weights give the same bytes.
+"""
+
+import argparse
+import io
+import json
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+import torch
+from pydantic import BaseModel
+from torch import nn
+
+from export.codabench_pydantic import CLASS, SETTINGS, WEIGHTS
+from export.codabench_sources import ROOT, SourceError, flat_name, flat_sources
+from model.grey import to_grey
+from training.checkpoint import Checkpoint, CheckpointError, load_weights
+from training.predict import torch_predictor
+
+TOLERANCE_PX = 0.1  # image px
+CHECK = Path(__file__).with_name("codabench_check.py")
+MODEL_CARD = "MODEL_CARD.md"
+Picture = npt.NDArray[np.uint8]
+
+
+class BundleError(ValueError):
+    """A bundle that cannot be written, or does not run as it should; says what to do."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit status."""
+    args = _parser().parse_args(arguments)
+    try:
+        pack(args)
+    except (BundleError, SourceError, CheckpointError, OSError) as error:
+        print(f"export.codabench: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def pack(args: argparse.Namespace) -> None:
+    """Write the zip, once it has shown that it runs and answers as the predictor does."""
+    output: Path = args.output
+    if output.is_dir():
+        raise BundleError(f"{output} is a folder; expected a file, as in {output}/submission.zip")
+    if not output.parent.is_dir():
+        raise BundleError(f"there is no folder {output.parent} to write {output.name} into")
+    network, described = load_weights(args.weights)
+    name, about = one_line(args.name or described.spec.name), one_line(args.description)
+    files = bundle_files(network, described, name, about, args.weights.parent)
+    with tempfile.TemporaryDirectory(dir=output.parent) as folder:
+        draft = Path(folder) / "draft.zip"
+        write_zip(draft, files)
+        size_mb = draft.stat().st_size / 1e6
+        print(f"{len(files)} files, {size_mb:.1f} MB; now run on their own", flush=True)
+        worst, count = check(draft, network, described)
+        print(f"{count} pictures, largest difference to the predictor {worst:.4f} px")
+        if not worst <= TOLERANCE_PX:
+            raise BundleError(
+                f"the bundle's landmarks differ from the predictor's by {worst:.3f} px, allowed "
+                f"are {TOLERANCE_PX}; not written"
+            )
+        draft.replace(output)
+    print(f"{output} is ready: upload it under 'My Submissions' of the challenge on Codabench")
+
+
+def bundle_files(
+    network: nn.Module, described: Checkpoint, name: str, about: str, beside: Path
+) -> dict[str, bytes]:
+    """Name -> content of every file in the bundle.
+
+    Args:
+        name, about: a line each, for `metadata`.
+        beside: folder of the weights, whose model card is taken along.
+    """
+    state = io.BytesIO()
+    torch.save({key: value.contiguous() for key, value in network.state_dict().items()}, state)
+    settings = {key: with_classes(getattr(described, key)) for key in Checkpoint.model_fields}
+    spec = described.spec
+    notice = (
+        f"{name}\n\nCode: Apache-2.0, see LICENSE. Research use only; not a medical device.\n"
+        f"Weights, trained on: {spec.training_data or 'not stated'}\n"
+        f"Licence of the data: {spec.licence or 'not stated'}\n"
+    )
+    files = {
+        "metadata": f"description: {json.dumps(f'{name}: {about}', ensure_ascii=False)}\n".encode(),
+        WEIGHTS: state.getvalue(),
+        SETTINGS: f"{json.dumps(settings, indent=1)}\n".encode(),
+        "LICENSE": (ROOT / "LICENSE").read_bytes(),
+        "NOTICE": notice.encode(),
+        **{source: text.encode() for source, text in flat_sources().items()},
+    }
+    if (beside / MODEL_CARD).is_file():
+        files[MODEL_CARD] = (beside / MODEL_CARD).read_bytes()
+    return files
+
+
+def with_classes(value: Any) -> Any:
+    """A value for JSON, in which every pydantic object names its class in the bundle."""
+    if isinstance(value, BaseModel):
+        where = f"{flat_name(type(value).__module__)}.{type(value).__name__}"
+        fields = {key: with_classes(getattr(value, key)) for key in type(value).model_fields}
+        return {CLASS: where, **fields}
+    if isinstance(value, Mapping):
+        return {key: with_classes(item) for key, item in value.items()}
+    return [with_classes(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def write_zip(path: Path, files: Mapping[str, bytes]) -> None:
+    """Write a zip that depends on its content alone: sorted, not packed, of one date."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+        for name in sorted(files):
+            entry = zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0))
+            entry.create_system, entry.external_attr = 3, 0o100644 << 16
+            archive.writestr(entry, files[name])
+
+
+def check(bundle: Path, network: nn.Module, described: Checkpoint) -> tuple[float, int]:
+    """The largest distance in image px between the bundle's landmarks and ours, and of how many.
+
+    Raises:
+        BundleError: the bundle does not run.
+    """
+    pictures = [sketch(640, 480), sketch(256, 256), sketch(190, 141), sketch(301, 517)]
+    predictor = torch_predictor(network, described.spec, torch.device("cpu"))
+    expected = [predictor.predict(to_grey(picture)).landmarks_px for picture in pictures]
+    with tempfile.TemporaryDirectory() as folder:
+        unpacked, images, answers = (Path(folder, name) for name in ("b", "in.npz", "out.npy"))
+        with zipfile.ZipFile(bundle) as archive:
+            archive.extractall(unpacked)
+        np.savez(images, *pictures)
+        command = [sys.executable, str(CHECK), str(unpacked), str(images), str(answers)]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+        if done.returncode:
+            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            raise BundleError(f"the bundle does not run on its own ({last}); not written")
+        found = np.load(answers).reshape(-1, 3, 2)
+    return float(np.linalg.norm(found - np.array(expected), axis=-1).max()), len(pictures)
+
+
+def sketch(width: int, height: int) -> Picture:
+    """(height, width, 3) roughly what a symphysis above a head looks like, in tinted grey."""
+    rng = np.random.default_rng((width, height))
+    unit = min(width, height)
+    left, top = (width - unit) / 2, (height - unit) / 2
+    speckle = rng.gamma(2.0, 0.5, (height, width)).astype(np.float32)
+    echo = np.full((height, width), 60, np.float32)
+    for x, y, long, short, degrees, inside, outline in (
+        (0.50, 0.55, 0.30, 0.25, 100, 12, 200),
+        (0.38, 0.17, 0.12, 0.06, 165, 110, 190),
+    ):
+        centre = round(left + x * unit), round(top + y * unit)
+        axes = round(long * unit), round(short * unit)
+        cv2.ellipse(echo, centre, axes, degrees, 0, 360, inside, -1)
+        cv2.ellipse(echo, centre, axes, degrees, 0, 360, outline, max(1, unit // 60))
+    grey = cv2.GaussianBlur(echo * speckle, (0, 0), unit / 250)
+    tint = np.array([1.0, 0.96, 0.9], np.float32)
+    return np.asarray(np.clip(grey[..., None] * tint, 0, 255), np.uint8)
+
+
+def one_line(text: str) -> str:
+    """A text without line breaks, as `metadata` wants it."""
+    return " ".join(text.split())
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "export.codabench",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--weights", type=Path, required=True, help="weights, .safetensors with .json beside it"
+    )
+    parser.add_argument("--output", type=Path, required=True, help="the zip to write")
+    parser.add_argument("--name", help="the submission's name; by default the model's")
+    parser.add_argument(
+        "--description",
+        metavar="TEXT",
+        default="PS1, PS2 and FH1 for the angle of progression",
+        help="what `metadata` says after the name (%(default)s)",
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
