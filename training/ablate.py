@@ -30,7 +30,6 @@ import numpy as np
 
 from training.ablation import ROWS, SCALES, Scale, write_report
 from training.cases import CaseError, read_cases, write_cases
-from training.checkpoint import write_text
 
 LABELLED = 300
 ROOT = Path(__file__).resolve().parent.parent
@@ -121,34 +120,42 @@ def plan(args: argparse.Namespace, scale: Scale, data: Data, seed: int) -> list[
     """The tasks of one seed: pseudo-labels, and training and measuring each row."""
     place = args.output / f"seed-{seed}"
     device = ["--device", args.device]
-    unlabelled = str(data.unlabelled)
-    pretrained, pseudo = args.output / "shared" / "pretrain", place / "pseudo"
+    pretrained = args.output / "shared" / "pretrain"
+    labels = {
+        row.pseudo: place / f"labels-{'all' if row.pseudo == '.' else row.pseudo}"
+        for row in ROWS
+        if row.pseudo
+    }
     tasks = [
         Task(
-            f"pseudo-{seed}",
+            f"{run.name}-{seed}",
             [
                 *("training.pseudo_label", "--teacher", str(place / "pretraining")),
                 *("--data", str(data.cases), "--images", str(data.images), "--accept", "0.6"),
-                *("--unlabelled", str(data.unlabelled), "--output", str(pseudo), *device),
+                *("--unlabelled", str(data.unlabelled / folder), "--output", str(run), *device),
                 *("--exclude", str(args.output / "apart.csv"), str(data.images)),
             ],
-            pseudo / "done",
+            run / "done",
             (f"fit-pretraining-{seed}",),
-        ),
+        )
+        for folder, run in labels.items()
     ]
     for row in ROWS:
         run = place / row.trained
         needs = [f"fit-{row.trained}-{seed}"]
         if row.trained == row.name:
             before = ("pretrain",) if row.pretrained else ()
-            before += (f"pseudo-{seed}",) if row.pseudo else ()
+            more = []
+            if row.pseudo:
+                before += (f"{labels[row.pseudo].name}-{seed}",)
+                table = str(labels[row.pseudo] / "pseudo.csv")
+                more = ["--more", table, str(data.unlabelled / row.pseudo)]
             fit = [
                 *("training.fit", "--data", str(data.cases), "--images", str(data.images)),
                 *("--output", str(run), "--seed", str(seed), *device, *resume(run)),
                 *(scale.unet if row.unet else scale.transunet), *scale.training, *row.flags,
                 *(("--pretrained", str(pretrained)) if row.pretrained else ()),
-                *(("--more", str(pseudo / "pseudo.csv"), unlabelled) if row.pseudo else ()),
-                *(("--styles", unlabelled) if row.styles else ()),
+                *(*more, *(("--styles", str(data.unlabelled)) if row.styles else ())),
                 *("--steps", str(scale.steps)),
             ]  # fmt: skip
             tasks.append(Task(needs[0], fit, run / "done", before))
