@@ -92,22 +92,8 @@ class PretrainTrainer(Trainer):
     def _step(self, batch: dict[str, Tensor]) -> float:
         mae, distillation = self.losses(self.wrapped, batch)
         loss = distillation + self.recipe.mae_weight * mae
-        if not torch.isfinite(loss):
-            raise SystemExit(
-                f"the loss is {loss.item()} in epoch {self.epoch + 1}: expected a finite one; "
-                "lower --learning_rate or set --clip_norm 1, then start again"
-            )
-        self.optimiser.zero_grad(set_to_none=True)
-        self.scaler.scale(loss).backward()
-        self.scaler.unscale_(self.optimiser)
-        if self.recipe.clip_norm:
-            nn.utils.clip_grad_norm_(self.network.parameters(), self.recipe.clip_norm)
-        self.scaler.step(self.optimiser)
-        self.scaler.update()
-        self.scheduler.step()
-        self.average.update_parameters(self.network)
         self.parts.append((mae.item(), distillation.item()))
-        return float(loss.item())
+        return self._descend(loss)
 
     @torch.no_grad()
     def validate(self, held_out: UnlabelledDataset) -> tuple[float, float, float]:

@@ -127,6 +127,10 @@ class Trainer:
         with self.autocast:
             raw = self.wrapped(image)
         loss = total_loss(raw.heatmaps, raw.masks, batch, self.recipe.loss, self.recipe.mask_weight)
+        return self._descend(loss)
+
+    def _descend(self, loss: Tensor) -> float:
+        """One step down a loss; returns its value."""
         if not torch.isfinite(loss):
             raise SystemExit(
                 f"the loss is {loss.item()} in epoch {self.epoch + 1}: expected a finite one; "

@@ -21,23 +21,14 @@ from model.spec import ModelSpec
 from training.augment import augment
 from training.cases import Case
 from training.data import read_grey
-from training.recipes import Augmentation
+from training.recipes import COMPACT
 from training.scenes import SCENES, SPOILED, Draw, Grey
 
 RIGHT_DRAWS, OTHER_DRAWS = 5, 3  # of every image
 LEARNING_RATE, WEIGHT_DECAY, EPOCHS, BATCH = 1e-3, 0.05, 30, 64
 MARKS = 0.08  # share of the height at the top in which machines put their orientation mark
-CHANGES = Augmentation(
-    rotation_deg=25,
-    scale=(0.8, 1.25),
-    shift=0.08,
-    stretch=0.1,
-    gamma=(0.6, 1.6),
-    contrast=(0.6, 1.4),
-    gain=0.4,
-    blur_sigma_px=1.5,
-    speckle=0.25,
-    erase=0.2,
+CHANGES = COMPACT.augmentation.model_copy(
+    update={"rotation_deg": 25, "scale": (0.8, 1.25), "shift": 0.08, "stretch": 0.1, "erase": 0.2}
 )
 Sample = tuple[Grey, bool]
 
