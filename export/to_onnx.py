@@ -6,7 +6,8 @@
 The ONNX file carries the ModelSpec. Before it is written, torch and ONNX Runtime are compared on
 landmarks: on the val images of --data where they are given, else on smooth random images. They
 must agree within 0.05 px of the network input, or nothing is written. With --data the threshold
-of doubt is also set: in the --doubted share of val the least confident landmark is below it.
+of doubt is also set, unless training.calibrate has set others: in the --doubted share of val the
+least confident landmark is below it.
 --bundle writes the weights and their description beside the ONNX file, as in model/weights/.
 """
 
@@ -129,7 +130,11 @@ def parity(network: nn.Module, onnx_file: Path, inputs: Sequence[Heatmaps]) -> f
     worst = 0.0
     for image in inputs:
         runs = (torch_predictor(network, spec, torch.device("cpu")).run, predictor.run)
-        landmarks = [decode_output(spec, run(image[None]).maps[0]).landmarks_px for run in runs]
+        outputs = [run(image[None]) for run in runs]
+        views = [output.view for output in outputs if output.view is not None]
+        if views and not np.allclose(views[0], views[-1], atol=1e-3):
+            raise ParityError("torch and ONNX give different view scores; not written")
+        landmarks = [decode_output(spec, output.maps[0]).landmarks_px for output in outputs]
         worst = max(worst, float(np.linalg.norm(landmarks[0] - landmarks[1], axis=-1).max()))
     return worst
 
@@ -145,9 +150,10 @@ def calibrated(spec: ModelSpec, onnx_file: Path, args: argparse.Namespace) -> Mo
     predictions = predict_cases(load_predictor(onnx_file, "cpu"), cases, args.images)
     radial, aop = case_errors(predictions, cases)
     least = [float(found.confidence.min()) for found in predictions]
+    doubt_below = 0.0 if spec.calibration else round(float(np.quantile(least, args.doubted)), 4)
     return spec.model_copy(
         update={
-            "doubt_below": round(float(np.quantile(least, args.doubted)), 4),
+            "doubt_below": doubt_below,
             "metrics": {
                 "val_mre_px": round(float(radial.mean()), 3),
                 "val_aop_error_deg": round(float(aop.mean()), 3),

@@ -119,6 +119,8 @@ def _answer_frame(
         if args.report:
             write_bytes(folder / PICTURE, png(unmarked(frame)))
     except OSError as error:
+        with contextlib.suppress(OSError):  # what cannot be written cannot be removed either
+            args.files.remove(folder)
         return Answer(failed_entry(entry, _unwritten(error)))
     stages = {"read": read_ms, **entry.milliseconds, "overlay": _ms_since(start)}
     entry = entry.model_copy(update={"milliseconds": stages})

@@ -113,11 +113,10 @@ def doubts(found: Prediction, spec: ModelSpec) -> list[str]:
                 limit = f"confidence {shown:.2f}, below {spec.doubt_below:.2f}"
                 reasons.append(f"{name} is uncertain ({limit})")
         return reasons
-    view, least = found.view_score, calibration.view_below
-    if view is not None and least is not None and view < least:
+    if found.view_score is not None and not _right_view(found, spec):
         reasons.append(
             "this does not look like a sagittal transperineal image with the symphysis on the "
-            f"left (score {view:.3f}, below {least:.3f})"
+            f"left (score {found.view_score:.3f}, below {calibration.view_below:.3f})"
         )
     if found.expected.aop_deg > calibration.error_above_deg:
         reasons.append(
@@ -125,6 +124,24 @@ def doubts(found: Prediction, spec: ModelSpec) -> list[str]:
             f"{calibration.error_above_deg:.1f} deg"
         )
     return reasons
+
+
+def interval_of(found: Prediction, aop_deg: float, spec: ModelSpec) -> Pair | None:
+    """The 90 % interval of the angle; None where it would not hold.
+
+    That is without a calibration or an angle, without outlines, and in another view than the one
+    that the calibration is of.
+    """
+    if spec.calibration is None or found.expected is None or math.isnan(aop_deg):
+        return None
+    if found.doubts or not _right_view(found, spec):
+        return None
+    return interval_deg(spec.calibration, aop_deg, found.expected.aop_deg)
+
+
+def _right_view(found: Prediction, spec: ModelSpec) -> bool:
+    least = spec.calibration.view_below if spec.calibration else None
+    return least is None or found.view_score is None or found.view_score >= least
 
 
 def _expected(
@@ -139,5 +156,5 @@ def _expected(
         "expected_error_px": dict(zip(LANDMARKS, errors.tolist(), strict=True)),
         "expected_error_mm": None if mm is None else dict(zip(LANDMARKS, mm.tolist(), strict=True)),
         "expected_aop_error_deg": found.expected.aop_deg,
-        "aop_interval_deg": interval_deg(spec.calibration, aop_deg, found.expected.aop_deg),
+        "aop_interval_deg": interval_of(found, aop_deg, spec),
     }

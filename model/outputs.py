@@ -58,9 +58,10 @@ class ThreePointAngle(_Strict):
 class CaseEntry(_Strict):
     """What results.json says of one case: an image, or one frame of a stack.
 
-    aop_interval_deg holds the true angle nine times in ten; expected_error_* is the mean error to
-    expect, of each landmark and of the angle; view_score, 0 to 1, how much the image looks like the
-    view that the model is for. They are None where the model is not calibrated.
+    aop_interval_deg is to hold the true angle nine times in ten, and is None too where the image is
+    of another view or shows no outlines; expected_error_* is the mean error to expect, of each
+    landmark and of the angle; view_score, 0 to 1, how much the image looks like the view that the
+    model is for. They are None where the model is not calibrated.
     """
 
     case: str

@@ -15,7 +15,7 @@ if [ -d demo/out ]; then
   python - demo/out/results.json <<'END'
 import json, sys
 cases = json.load(open(sys.argv[1]))["cases"]
-assert len(cases) == 20 and all(case["aop_interval_deg"] for case in cases), cases[0]
+assert len(cases) == 20 and all(case["expected_aop_error_deg"] for case in cases), cases[0]
 END
 fi
 echo "the example ran"

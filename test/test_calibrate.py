@@ -77,8 +77,8 @@ def test_landmarks_stay_and_errors_and_intervals_come(folder: Path, calibrated: 
     for one, other in zip(before, after, strict=True):
         np.testing.assert_array_equal(one.landmarks_px, other.landmarks_px)
         assert one.aop_interval_deg is None and one.expected_error_px is None
-        if np.isnan(one.aop_deg):  # two landmarks of the untrained network may coincide
-            assert other.aop_interval_deg is None
+        if other.aop_interval_deg is None:  # for want of an angle, of outlines or of the view
+            assert other.reasons
         else:
             low, high = other.aop_interval_deg
             assert 0 <= low <= other.aop_deg <= high <= 180
@@ -102,8 +102,9 @@ def test_a_view_head_learns_where_things_are() -> None:
     draw = torch.Generator().manual_seed(1)
     x = torch.randn(600, 5, 4, 4, generator=draw)
     right = torch.rand(600, generator=draw) < 0.3
-    x[right, 2, 1, 0] += 3  # on the left
-    x[~right, 2, 1, 3] += 3  # on the right
+    x[right, 2, 1, 0] += 5  # on the left
+    x[~right, 2, 1, 3] += 5  # on the right
+    torch.manual_seed(0)
     head = ViewHead(5, 4, 6)
     view.learn(head, x[:500], right[:500].float(), torch.ones(500))
     found = head(x[500:]).detach() > 0.5

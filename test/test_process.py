@@ -98,7 +98,13 @@ def test_entries_have_the_fields_of_the_contract(answered: Run) -> None:
         assert entry["doubtful"] is bool(entry["reasons"]) and entry["warnings"] == []
         stages = ["read", "preprocess", "inference", "decode", "overlay", "write"]
         assert [*entry["milliseconds"]] == stages and min(entry["milliseconds"].values()) >= 0
-        assert entry["aop_interval_deg"] is None and entry["expected_error_px"] is None
+        if entry["view_score"] >= 0.5:
+            low, high = entry["aop_interval_deg"]
+            assert low < entry["aop_deg"] < high
+        else:
+            assert entry["aop_interval_deg"] is None and entry["doubtful"]
+        for key in ("expected_error_px", *(["expected_error_mm"] if entry["spacing_mm"] else [])):
+            assert [*entry[key]] == [*LANDMARKS] and min(entry[key].values()) > 0
 
 
 def test_answer_files_say_what_results_say(answered: Run) -> None:

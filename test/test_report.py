@@ -290,7 +290,7 @@ def test_drag(tmp_path: Path, browser: Any, touch: bool, spacing: Any) -> None:
     assert abs(angle - entries[1].aop_deg) > 3
     rows, model = path.read_text().splitlines(), (tmp_path / "landmarks.csv").read_text()
     kept = [row.removesuffix(",no") for row in rows if not row.endswith(",yes")]
-    assert rows[0] == "Filename,PS1,PS2,FH1,AoP,Corrected"
+    assert rows[0] == "Filename,PS1,PS2,FH1,AoP,Doubt,Corrected"
     assert kept[1:] == model.splitlines()[1::2] and rows[2].endswith(",yes")
     assert complaints(browser) == []
 

@@ -236,8 +236,8 @@ def heatmaps(output: Path, rows: Sequence[Row], images: Path, table: Path) -> np
         predictor = torch_predictor(network, checkpoint.spec, next(network.parameters()).device)
         if not chosen:
             errors = case_errors(predict_cases(predictor, cases, images), cases)[0].mean(axis=1)
-            order = np.argsort(errors)
-            chosen = [cases[k] for k in (*order[:SHOWN], *order[-SHOWN:])]
+            order = [cases[k] for k in np.argsort(errors)]
+            chosen = [*_of_groups(order), *reversed(_of_groups(order[::-1]))]
         tiles = [_tile(case, found.heatmaps, images) for case, found in zip(
             chosen, predict_cases(predictor, chosen, images), strict=True
         )]  # fmt: skip
@@ -245,6 +245,14 @@ def heatmaps(output: Path, rows: Sequence[Row], images: Path, table: Path) -> np
         put_text(words, row.words, (6, TILE // 2))
         lines.append(np.hstack([words, *tiles]))
     return np.vstack(lines) if lines else np.zeros((1, 1, 3), np.uint8)
+
+
+def _of_groups(cases: Sequence[Case]) -> list[Case]:
+    """The first few cases of groups of their own: near-duplicates show nothing more."""
+    found: dict[str, Case] = {}
+    for case in cases:
+        found.setdefault(case.group or case.file, case)
+    return list(found.values())[:SHOWN]
 
 
 def _tile(case: Case, maps: np.ndarray, images: Path) -> np.ndarray:

@@ -1,7 +1,7 @@
 """Teach a trained model how far it may be off, and what it is not made for.
 
     python -m training.calibrate --weights RUN/best.safetensors --data cases.csv --images DIR \\
-        --others DIR 'train_*' --output OUT/aop.safetensors
+        --others DIR 'training_*' --output OUT/aop.safetensors
 
 On split val it fits the error to expect of each landmark and of the angle (`model.uncertainty`) and
 the angle's 90 % interval; with --others it first trains a view head on split train, spoiled images
@@ -12,6 +12,7 @@ Val should not have trained the model, nor chosen between many: then the errors 
 """
 
 import argparse
+import contextlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -56,6 +57,9 @@ def calibrate(args: argparse.Namespace) -> None:
     val = [case for case in cases if case.split == "val"]
     if len(val) < 2 * FOLDS:
         raise CaseError(f"{args.data}: expected {2 * FOLDS} cases of split val, got {len(val)}")
+    if len({case.group or case.file for case in val}) < 2:
+        raise CaseError(f"{args.data}: expected several groups in split val, all cases are of one")
+    args.output.parent.mkdir(parents=True, exist_ok=True)
     config = checkpoint.network
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if args.others:
@@ -74,7 +78,6 @@ def calibrate(args: argparse.Namespace) -> None:
         )
     spec = spec.model_copy(update={"calibration": found})
     described = Checkpoint(network=config, masks=checkpoint.masks, spec=spec)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
     save_weights(args.output, network.state_dict(), described)
     print(f"{args.weights} -> {args.output}: {spec.calibration}")
 
@@ -200,6 +203,13 @@ def conformal_quantile(scores: Floats, level: float) -> float:
     return float(np.sort(scores)[rank - 1])
 
 
+def _share(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 0 <= (share := float(text)) < 1:
+            return share
+    raise argparse.ArgumentTypeError(f"expected a share, 0 to below 1, got {text!r}")
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "training.calibrate",
@@ -213,7 +223,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--output", type=Path, required=True, help="the .safetensors to write")
     others_help = "images of other views; a pattern of their names"
     add("--others", nargs="+", metavar="DIR [PATTERN]", help=others_help)
-    add("--doubted", type=float, default=0.02, metavar="SHARE", help="of val (%(default)s)")
+    add("--doubted", type=_share, default=0.02, metavar="SHARE", help="of val (%(default)s)")
     add("--seed", type=int, default=1, help="seed of the view head (%(default)s)")
     return parser
 

@@ -22,10 +22,10 @@ SUREST = 0.8  # share of the cases
 LABELS = {
     "interval_holds": "90 % interval holds the label",
     "interval_width_deg": "  its width, deg",
-    "aop_error_surest_deg": "AoP error of the surest 80 %",
-    "aop_error_surest_less": "  below that of all by",
-    "risk_coverage_deg": "area under risk-coverage",
-    "risk_coverage_best_deg": "  the best possible",
+    "aop_error_surest_deg": "AoP error, surest 80 %, deg",
+    "aop_error_surest_less": "  below that of all, share",
+    "risk_coverage_deg": "area, risk-coverage, deg",
+    "risk_coverage_best_deg": "  the best possible, deg",
     "doubtful": "doubtful, share",
 }
 
@@ -33,16 +33,18 @@ LABELS = {
 def certainty(
     cases: Sequence[Case], predictions: "Sequence[CasePrediction]", aop_error_deg: Floats
 ) -> dict[str, object]:
-    """Name -> {"value", "low", "high"}, in deg or shares; empty where any case has no interval.
+    """Name -> {"value", "low", "high"}, in deg or shares; empty where the model is not calibrated.
 
-    The area in random order is the mean AoP error. Areas and width have no interval of their own.
+    Coverage and width are of the cases that have an interval. The area in random order is the mean
+    AoP error. Areas and width have no interval of their own.
     """
-    intervals = [found.aop_interval_deg for found in predictions]
     expected = [found.expected_aop_error_deg for found in predictions]
-    if not cases or None in intervals or None in expected:
+    pairs = zip(predictions, cases, strict=True)
+    given = [(*found.aop_interval_deg, case.aop_deg) for found, case in pairs
+             if found.aop_interval_deg is not None]  # fmt: skip
+    if not given or None in expected:
         return {}
-    low, high = np.array(intervals).T
-    label = np.array([case.aop_deg for case in cases])
+    low, high, label = np.array(given).T
     risk = np.array(expected, np.float64)
     surest, less = error_when_answering(aop_error_deg, risk, SUREST)
     areas = area_under_risk_coverage(aop_error_deg, risk)

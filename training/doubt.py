@@ -41,12 +41,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         paths = [(args.images / case.file, case.frame) for case in cases]
         others = files_of(args.others) if args.others else []
         counts = count(predictor, paths, others, args.scenes)
+        print(as_text(counts))
+        if args.output:
+            write_text(args.output, json.dumps(counts, indent=1) + "\n")
     except (CaseError, ModelError, OSError, ValueError) as error:
         print(f"training.doubt: {error}", file=sys.stderr)
         return 2
-    print(as_text(counts))
-    if args.output:
-        write_text(args.output, json.dumps(counts, indent=1) + "\n")
     return 0
 
 

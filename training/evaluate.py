@@ -80,14 +80,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 write_json(args.output, report)
         fate = "counted as the worst" if kind == "jobs" else "without a prediction, in no mean"
         print(as_text(report, answers[2], fate))
+    except (CaseError, ScoresError, ImageError, OSError) as error:
+        print(f"training.evaluate: {_words(error)}", file=sys.stderr)
+        return 2
+    try:
         if args.report:
             _write_report(args, answers)
-    except (CaseError, ScoresError, ImageError, OSError) as error:
-        is_file = isinstance(error, OSError)
-        words = f"{error.filename} cannot be used: {error.strerror}" if is_file else error
-        print(f"training.evaluate: {words}", file=sys.stderr)
-        return 2
+    except (ScoresError, ImageError, OSError) as error:
+        print(
+            f"training.evaluate: measured, but without a report: {_words(error)}", file=sys.stderr
+        )
+        return 1
     return 0
+
+
+def _words(error: Exception) -> object:
+    is_file = isinstance(error, OSError)
+    return f"{error.filename} cannot be used: {error.strerror}" if is_file else error
 
 
 def evaluate(cases: Sequence[Case], predictions: "Sequence[CasePrediction]") -> Report:
@@ -147,7 +156,8 @@ def _write_report(args: argparse.Namespace, answers: Answers) -> None:
 
     cases, predictions, missing = answers
     if not cases:
-        raise ScoresError("no case has an answer: there is nothing to report on")
+        print("no report: no case has an answer")
+        return
     source = args.model or args.predictions
     title = f"{source.name} against labels" + (f", split {args.split}" if args.split else "")
     more = {"note": args.note} if args.note else {}

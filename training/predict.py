@@ -13,10 +13,9 @@ from tqdm import tqdm
 from model.anatomy import Floats, angle_of_progression, implausibilities
 from model.frame import Pair
 from model.heatmap import Decode, Heatmaps
-from model.measure import doubts
+from model.measure import doubts, interval_of
 from model.predictor import Output, Prediction, Predictor
 from model.spec import ModelSpec
-from model.uncertainty import interval_deg
 from training.cases import Case
 from training.data import read_grey
 
@@ -85,10 +84,9 @@ def answer_of(
     )
     if found.expected is None or spec.calibration is None:
         return answer
-    interval = interval_deg(spec.calibration, angle, found.expected.aop_deg)
     return replace(
         answer,
-        aop_interval_deg=None if math.isnan(angle) else interval,
+        aop_interval_deg=interval_of(found, angle, spec),
         expected_error_px=found.expected.landmarks_px,
         expected_aop_error_deg=found.expected.aop_deg,
     )

@@ -92,16 +92,10 @@ def aggregates(scores: Sequence[Score], unmatched: Sequence[str]) -> dict[str, o
 
 
 def answered(scores: Sequence[Score]) -> tuple[list[Case], "list[CasePrediction]"]:
-    """The cases whose jobs have given both answers, and these.
-
-    Raises:
-        ScoresError: there is none.
-    """
+    """The cases whose jobs have given both answers, and these."""
     from training.predict import CasePrediction  # noqa: PLC0415
 
     good = [score for score in scores if not score.result["problems"]]
-    if not good:
-        raise ScoresError("the report has nothing to show: no job has answered its case")
     return [score.case for score in good], [
         CasePrediction(score.landmarks_px, max(score.view[:2]), score.aop_deg) for score in good
     ]
