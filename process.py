@@ -22,12 +22,13 @@ from pathlib import Path
 from model.files import OutputError
 from model.jobs import InputError, find_cases
 from model.options import MOUNTED_MODELS, parse_options
-from model.predictor import ModelError, Predictor, load_predictor
-from model.run import STOPPED_BY, conclude, run, tally_of, tell
+from model.predictor import ModelError, Predictor, load_predictor, usable_cpus
+from model.run import STOPPED_BY, cases_of, conclude, run, tally_of, tell
 from model.serve import serve
 from model.shards import merge
 
-SHIPPED_MODEL = Path(__file__).resolve().parent / "model" / "weights" / "aop.onnx"
+WEIGHTS = Path(__file__).resolve().parent / "model" / "weights"
+SHIPPED_MODEL, SHIPPED_FOR_CPU = WEIGHTS / "aop.onnx", WEIGHTS / "aop.int8.onnx"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -36,16 +37,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if args.merge:
             return merge_parts(args)
-        args.model = args.model or model_file()
-        predictor = load_predictor(args.model, args.provider, args.threads)
-        args.model_sha256 = sha256(args.model)
-        name = f"{predictor.spec.name} ({args.model}) on {predictor.provider}"
-        tell(f"model {name}")
         if args.api_method == "invoke":
-            return serve_jobs(predictor, args)
-        return _say(*run(predictor, args))
+            return serve_jobs(loaded(args, args.threads), args)
+        cases = cases_of(args)
+        several = len(cases) > 1
+        predictor = loaded(args, 1 if several else args.threads)
+        at_once = args.threads or usable_cpus()
+        args.at_once = at_once if several and predictor.provider == "cpu" else 1
+        return _say(*run(predictor, args, cases))
     except (InputError, ModelError, OutputError) as error:
         return _say(2, str(error))
+
+
+def loaded(args: argparse.Namespace, threads: int | None) -> Predictor:
+    """The model; `args` then name it. Several cases at a time are faster than several threads."""
+    path = args.model or model_file()
+    on_cpu = SHIPPED_FOR_CPU if path is SHIPPED_MODEL else None
+    predictor = load_predictor(path, args.provider, threads, on_cpu)
+    args.model = predictor.file
+    args.model_sha256 = sha256(args.model)
+    tell(f"model {predictor.spec.name} ({args.model}) on {predictor.provider}")
+    return predictor
 
 
 def model_file() -> Path:
@@ -76,7 +88,7 @@ def model_file() -> Path:
 
 def serve_jobs(predictor: Predictor, args: argparse.Namespace) -> int:
     """Answer the job in the input folder whenever asked to; returns the exit status."""
-    args.resume = False  # each job is a new one
+    args.resume, args.at_once = False, 1  # each job is a new one
     try:
         return serve(lambda: invoke(predictor, args), args.serve_port, STOPPED_BY)
     except OSError as error:
@@ -90,7 +102,7 @@ def invoke(predictor: Predictor, args: argparse.Namespace) -> str | None:
     try:
         args.files.remove(args.output)  # an earlier job's answers must not pass for this one's
         args.run_files.remove(args.output)
-        status, sentence = run(predictor, args)
+        status, sentence = run(predictor, args, cases_of(args))
     except (InputError, OutputError, OSError) as error:
         status, sentence = 2, str(error)
     _say(status, sentence)
@@ -99,20 +111,21 @@ def invoke(predictor: Predictor, args: argparse.Namespace) -> str | None:
 
 def merge_parts(args: argparse.Namespace) -> int:
     """Merge the shards' results in the output folder; returns the exit status."""
+    files, unknown = [], ""
     try:
         files = [case.file for case in find_cases(args.input, args.output)]
     except InputError as error:
-        tell(f"what is missing of the input is not known: {error}")
-        files = []
+        unknown = f"merged, but whether images are missing is not known: {error}"
     merged = merge(args.output, files)
     for name in merged.missing:
         tell(f"missing: {name!r}")
     status, sentence = conclude(tally_of(merged.cases), args)
-    if not merged.missing:
-        return _say(status, sentence)
-    first = f"{len(merged.missing)} parts or files are missing, the first is {merged.missing[0]!r}"
-    again = "run that part again with --shard K/N --resume, then --merge"
-    return _say(1, f"{first}; {again}")
+    if merged.missing:
+        count, first = len(merged.missing), merged.missing[0]
+        again = "run that part again with --shard K/N (--resume if it was stopped), then --merge"
+        sentence = f"{count} parts or files are missing, the first is {first!r}; {again}"
+    sentences = "; ".join(filter(None, (sentence, unknown)))
+    return _say(1 if sentences else status, sentences)
 
 
 def sha256(path: Path) -> str:

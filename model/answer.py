@@ -19,6 +19,7 @@ from model.measure import bad_frame, failed_entry, measure, points_of, within_bu
 from model.outputs import CaseEntry, Loop, NamedPoint
 from model.overlay import LONGEST, overlay_picture, png
 from model.predictor import Predictor
+from model.reading import alone
 from model.words import Picture
 
 Take = Callable[[CaseEntry], None]
@@ -65,7 +66,8 @@ def answer_case(
     for frame, read_ms in _timed(source, start):
         pause()
         folder = top if frame.index is None else top / f"frame-{frame.index:04d}"
-        answer = _answer_frame(case, frame, read_ms, folder, predictor, args)
+        with alone(0 if isinstance(frame, BadFrame) else frame.pixels.nbytes):
+            answer = _answer_frame(case, frame, read_ms, folder, predictor, args)
         if case.is_job:  # there, all frames share one answer
             of_job.append(replace(answer, picture=None))
         else:

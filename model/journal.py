@@ -14,6 +14,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from itertools import chain, groupby
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from model.files import OutputError, RunFiles, json_line, results_json, write_chunks, write_table
@@ -52,6 +53,7 @@ class Journal:
         self._cases, self._names, self._folder = cases, names, folder
         self._path, self._room = folder / names.journal, folder / names.room
         self._reserved = 0  # bytes
+        self._reserving = Lock()
         self._file: int | None = None
         self._offsets: dict[str, int] = {}  # where the cases that have ended begin
         first = json_line({"settings": settings})
@@ -85,11 +87,11 @@ class Journal:
         return frozenset(self._offsets)
 
     def reserve(self, frames: int) -> None:
-        """Set room aside for so many frames more; OSError where there is none."""
+        """Set room aside for so many frames more, in any thread; OSError where there is none."""
         if hasattr(os, "posix_fallocate"):  # macOS has none
-            with self._room.open("ab") as file:
+            with self._reserving, self._room.open("ab") as file:
                 os.posix_fallocate(file.fileno(), 0, self._reserved + frames * ROOM)
-            self._reserved += frames * ROOM
+                self._reserved += frames * ROOM
 
     def add(self, entry: CaseEntry) -> None:
         """An entry of the current case."""
@@ -147,8 +149,9 @@ class Journal:
         except OSError as error:
             if error.errno not in FULL or not self._reserved:
                 raise
-            self._reserved = max(0, self._reserved - CHUNK)
-            os.truncate(self._room, self._reserved)
+            with self._reserving:
+                self._reserved = max(0, self._reserved - CHUNK)
+                os.truncate(self._room, self._reserved)
             self._write(line)
         self._end += len(line)
 

@@ -89,12 +89,13 @@ class Predictor:
 
     Args:
         spec: what the network expects.
-        run: (n, channels, size, size) float32 -> `Output`.
+        run: (n, channels, size, size) float32 -> `Output`; of ONNX Runtime, from several threads.
         provider: the processor that really runs, for the record.
+        file: what was loaded, for the record.
     """
 
-    def __init__(self, spec: ModelSpec, run: Run, provider: str) -> None:
-        self.spec, self.run, self.provider = spec, run, provider
+    def __init__(self, spec: ModelSpec, run: Run, provider: str, file: Path | None = None) -> None:
+        self.spec, self.run, self.provider, self.file = spec, run, provider, file
 
     def predict(
         self,
@@ -165,12 +166,16 @@ def decode_output(spec: ModelSpec, output: Heatmaps, decode: Decode | None = Non
 
 
 def load_predictor(
-    path: Path, provider: Provider = "auto", threads: int | None = None
+    path: Path,
+    provider: Provider = "auto",
+    threads: int | None = None,
+    on_cpu: Path | None = None,
 ) -> Predictor:
     """A predictor that runs an ONNX file with its ModelSpec in ONNX Runtime, warmed up.
 
     Args:
-        threads: on the CPU; by default as many as this process may use.
+        threads: of one run on the CPU; by default as many as this process may use.
+        on_cpu: another file, to be taken where the CPU has to run.
 
     Raises:
         ModelError: the file is missing, no ONNX model, without a usable ModelSpec or shape, or the
@@ -178,13 +183,15 @@ def load_predictor(
     """
     import onnxruntime as ort  # noqa: PLC0415  not before a model is wanted
 
-    if not path.is_file():
-        raise ModelError(f"no model file at {path}; pass --model FILE.onnx")
+    for file in (path, on_cpu or path):
+        if not file.is_file():
+            raise ModelError(f"no model file at {file}; pass --model FILE.onnx")
     ort.set_default_logger_severity(4)
     threads = threads or min(usable_cpus(), MOST_THREADS)
-    session = _cuda_session(ort, path, provider, threads) or _session(
-        ort, path, [ORT_PROVIDERS["cpu"]], threads
-    )
+    session = _cuda_session(ort, path, provider, threads)
+    if session is None:
+        path = on_cpu or path
+        session = _session(ort, path, [ORT_PROVIDERS["cpu"]], threads)
     # what runs is asked of the session: the list of available providers names CUDA even where it
     # cannot be loaded
     active = session.get_providers()[0]
@@ -201,7 +208,7 @@ def load_predictor(
             raise EngineError(f"the network could not be run: {_first_line(error)}") from error
 
     _check_shapes(run, spec, path)
-    return Predictor(spec, run, "cuda" if active == ORT_PROVIDERS["cuda"] else "cpu")
+    return Predictor(spec, run, "cuda" if active == ORT_PROVIDERS["cuda"] else "cpu", path)
 
 
 def _cuda_session(ort: Any, path: Path, provider: Provider, threads: int) -> Any | None:

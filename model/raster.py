@@ -82,14 +82,14 @@ def open_tiff(path: Path) -> ImageFile:
 @contextmanager
 def _opencv(kind: str, needed: int) -> Iterator[None]:
     """What OpenCV refuses becomes an ImageError, and is not printed as well."""
-    before = cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
-    try:
-        with bounded_memory(needed):
+    with bounded_memory(needed):
+        before = cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+        try:
             yield
-    except (cv2.error, MemoryError) as error:
-        raise damaged(kind) from error
-    finally:
-        cv2.utils.logging.setLogLevel(before)
+        except (cv2.error, MemoryError) as error:
+            raise damaged(kind) from error
+        finally:
+            cv2.utils.logging.setLogLevel(before)
 
 
 def _rgb(image: Raw) -> Raw:

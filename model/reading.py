@@ -3,7 +3,7 @@
 import math
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import RLock
@@ -20,6 +20,7 @@ if sys.platform == "linux":
 MIN_SIDE = 32  # px
 MAX_FRAMES = 2**14
 MAX_BYTES = 2**29  # of the pixels held at once: a frame's, or a file's that is read whole
+LARGE = 2**25  # bytes of a file, or of a frame's pixels, that is answered alone
 ROOM, COPIES = 2**28, 6  # what reading may take: so many bytes, and the pixels so many times
 
 Raw = npt.NDArray[Any]  # (H, W), or (H, W, channels) in the order RGB
@@ -75,17 +76,27 @@ def check_bytes(needed: int, remedy: str = "save them with fewer bytes a pixel")
 
 
 @contextmanager
+def alone(size: int) -> Iterator[None]:
+    """In the block no other thread reads, where so many bytes are large.
+
+    Two large images would take twice the memory, and one the room that the other's reading has.
+    """
+    with _ONE_AT_A_TIME if size > LARGE else nullcontext():
+        yield
+
+
+@contextmanager
 def bounded_memory(needed: int) -> Iterator[None]:
     """In the block the process can grow by ROOM bytes and COPIES times the bytes needed only.
 
     For libraries that make room for what a file claims before they look how long it is: GDCM takes
     4 GB for a DICOM file of 150 bytes. COPIES are what it reserves for JPEG frames; half of that is
-    used. On Linux only.
+    used. One block at a time; the limit on Linux only.
     """
-    if sys.platform != "linux":
-        yield
-        return
     with _ONE_AT_A_TIME:
+        if sys.platform != "linux":
+            yield
+            return
         before = resource.getrlimit(resource.RLIMIT_DATA)
         pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[5])
         limit = pages * resource.getpagesize() + ROOM + COPIES * min(needed, MAX_BYTES)

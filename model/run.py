@@ -5,10 +5,16 @@ import os
 import signal
 import sys
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from threading import Lock
+
+import cv2
 
 from model.answer import answer_case
 from model.files import PICTURE, OutputError
@@ -16,6 +22,7 @@ from model.jobs import Case, InputError, find_cases
 from model.journal import Journal, settings_of
 from model.outputs import CaseEntry, RunSummary
 from model.predictor import Predictor
+from model.reading import alone
 from model.report import write_report
 
 STOPPED_BY: list[int] = []  # signals; looked at between frames, so that what is written is whole
@@ -44,14 +51,13 @@ def tell(text: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def run(predictor: Predictor, args: argparse.Namespace) -> tuple[int, str]:
-    """Answer every case of the input folder; returns the exit status, and what is wrong.
+def run(predictor: Predictor, args: argparse.Namespace, cases: Sequence[Case]) -> tuple[int, str]:
+    """Answer these cases of the input folder; returns the exit status, and what is wrong.
 
     Raises:
         InputError, OutputError: nothing can be done.
     """
     start = time.perf_counter()
-    cases = cases_of(args)
     args = argparse.Namespace(**vars(args))
     if args.overlay is None:
         args.overlay = not any(case.is_job for case in cases)
@@ -101,21 +107,49 @@ def cases_of(args: argparse.Namespace) -> list[Case]:
 def answer_cases(
     cases: Sequence[Case], predictor: Predictor, args: argparse.Namespace, journal: Journal
 ) -> None:
-    """Answer the cases that the journal does not have, until all are done or a signal came."""
-    for number, case in enumerate(cases, 1):
-        if STOPPED_BY:
-            return
-        if case.name in journal.done:
-            continue
+    """Answer the cases that the journal does not have, until all are done or a signal came.
 
-        def take(entry: CaseEntry, number: int = number) -> None:
-            journal.add(entry)
-            tell(f"[{number}/{len(cases)}] {_line(entry)}")
+    `args.at_once` cases at a time: while one waits for its file, or for Python, others compute.
+    """
+    waiting = iter([item for item in enumerate(cases, 1) if item[1].name not in journal.done])
+    turn = Lock()
 
+    def record(number: int, entry: CaseEntry) -> None:
+        journal.add(entry)
+        tell(f"[{number}/{len(cases)}] {_line(entry)}")
+
+    def work() -> None:
+        while not STOPPED_BY:
+            with turn:
+                number, case = next(waiting, (0, None))
+            if case is None:
+                return
+            entries: list[CaseEntry] = []
+            take = entries.append if args.at_once > 1 else partial(record, number)
+            with alone(_size(case.path)):
+                loop = answer_case(case, predictor, args, journal, take, _pause)
+            with turn:  # a case's entries stand together in the journal
+                for entry in entries:
+                    record(number, entry)
+                journal.end(case.name, loop)
+
+    if args.at_once > 1:
+        cv2.setNumThreads(1)
+    with suppress(Stopped), ThreadPoolExecutor(args.at_once) as pool:
         try:
-            journal.end(case.name, answer_case(case, predictor, args, journal, take, _pause))
-        except Stopped:
-            return
+            for done in as_completed([pool.submit(work) for _ in range(args.at_once)]):
+                done.result()
+        finally:  # after an error the others stop too
+            with turn:
+                deque(waiting, maxlen=0)
+
+
+def _size(path: Path) -> int:
+    """Bytes of a case's file, or of its folder's; 0 where it cannot be told."""
+    try:
+        return sum(file.stat().st_size for file in (path.iterdir() if path.is_dir() else [path]))
+    except OSError:
+        return 0
 
 
 def _pause() -> None:

@@ -79,21 +79,28 @@ def _of_batch_engine(count: str, environment: Mapping[str, str]) -> tuple[str, s
 def merge(folder: Path, files: Iterable[str]) -> Results:
     """Write results.json and landmarks.csv of all parts in an output folder.
 
-    What is missing is named in the results: parts, and those of `files` (paths below the input
-    folder) that no part has an entry of.
+    What is missing is named in the results: parts that are not there or cannot be read, and those
+    of `files` (paths below the input folder) that no part has an entry of.
 
     Raises:
-        OutputError: there are no parts, or parts that do not belong together; or it cannot write.
+        OutputError: there are no parts, none that can be read, or parts that do not belong
+            together; or it cannot write.
     """
     parts = {Shard(*map(int, match.groups())): path for path, match in _named(folder)}
     counts = {part.count for part in parts}
     if len(counts) != 1:
-        found = ", ".join(sorted(path.name for path in parts.values())) or "none"
+        names = ", ".join(sorted(path.name for path in parts.values())) or "none"
         raise OutputError(
-            f"--merge: expected results-K-of-N.json of one N in {folder}, found {found}; "
+            f"--merge: expected results-K-of-N.json of one N in {folder}, found {names}; "
             "run the parts with --shard K/N first, and remove those of another N"
         )
-    results = {part: _read(path) for part, path in parts.items()}
+    found = {part: _read(path) for part, path in parts.items()}
+    results = {part: result for part, result in found.items() if result}
+    if not results:
+        names = ", ".join(path.name for path in parts.values())
+        raise OutputError(
+            f"--merge: none of the parts in {folder} can be read ({names}); run them again"
+        )
     first = next(iter(results.values()))
     if any(settings_of(vars(other)) != settings_of(vars(first)) for other in results.values()):
         raise OutputError(f"--merge: the parts in {folder} differ in their model or settings")
@@ -106,7 +113,7 @@ def merge(folder: Path, files: Iterable[str]) -> Results:
             "shard": None,
             **{name: sum(getattr(part, name) for part in results.values()) for name in _COUNTS},
             "missing": [
-                *(f"part {part}" for part in wanted if part not in results),
+                *(_missing(part, parts.get(part)) for part in wanted if part not in results),
                 *(file for file in files if file not in known),
             ],
             "cases": sorted(entries, key=lambda e: (os.fsencode(e.file), e.case, e.frame or 0)),
@@ -131,8 +138,13 @@ def _named(folder: Path) -> list[tuple[Path, re.Match[str]]]:
     return [(path, match) for path, match in found if match]
 
 
-def _read(path: Path) -> Results:
+def _read(path: Path) -> Results | None:
+    """A part's results; None where the file cannot be read or holds something else."""
     try:
         return Results.model_validate_json(path.read_bytes())
-    except (OSError, ValidationError) as error:
-        raise OutputError(f"--merge: {path} is no part's results; run it again") from error
+    except (OSError, ValidationError):
+        return None
+
+
+def _missing(part: Shard, path: Path | None) -> str:
+    return f"part {part}" + (f" ({path.name} is damaged or cannot be read)" if path else "")

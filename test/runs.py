@@ -24,6 +24,11 @@ HEIGHT, WIDTH = 192, 240
 load_once = functools.cache(load_predictor)
 
 
+def shipped() -> Predictor:
+    """What process.py runs by default."""
+    return load_once(process.SHIPPED_MODEL, on_cpu=process.SHIPPED_FOR_CPU)
+
+
 @functools.cache
 def made(seed: int) -> np.ndarray:
     """One synthetic image, (HEIGHT, WIDTH)."""
@@ -106,4 +111,5 @@ def predictor_at(points: list, height: float = 1.0) -> Predictor:
     """Finds the same landmarks, (x, y) in px of a 64 px input, in every image."""
     spec = ModelSpec(input_size=64, mean=0, std=1, stride=4, sigma_cells=1.5, doubt_below=0.5)
     heatmaps = height * spec.codec.encode(input_to_cells(points, 4))
-    return Predictor(spec, lambda _: Output(heatmaps[None].astype(np.float32)), "cpu")
+    output = Output(heatmaps[None].astype(np.float32))
+    return Predictor(spec, lambda _: output, "cpu", process.SHIPPED_MODEL)

@@ -9,7 +9,7 @@ import pytest
 
 import process
 from model.predictor import load_predictor
-from test.runs import Run, load_once, made, png, run, tree, volume
+from test.runs import Run, made, png, run, shipped, tree, volume
 
 
 @pytest.fixture(scope="module")
@@ -42,8 +42,8 @@ def content(folder: Path, names: list[str] | None = None) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 8])
 def test_threads(folder: Path, first: Run, tmp_path: Path, threads: int) -> None:
-    predictor = load_predictor(process.SHIPPED_MODEL, "cpu", threads)
-    if load_once(process.SHIPPED_MODEL).provider != "cpu":
+    predictor = load_predictor(process.SHIPPED_FOR_CPU, "cpu", threads)
+    if shipped().provider != "cpu":
         pytest.skip("a GPU runs the other tests")
     again = run(folder, tmp_path / "out", "--threads", str(threads), predictor=predictor)
     assert content(again.folder) == content(first.folder)

@@ -18,7 +18,7 @@ from training import fit
 from training.augment import augment
 from training.cases import Case, read_cases, write_cases
 from training.checkpoint import CheckpointError, load_weights
-from training.data import EpochSampler, LandmarkDataset
+from training.data import EpochSampler, LandmarkDataset, chances
 from training.losses import heatmap_cross_entropy, heatmap_mse, mask_loss
 from training.recipes import COMPACT, PAPER, Augmentation, Recipe
 
@@ -142,6 +142,27 @@ def test_processes_share_an_epoch_without_overlap():
     whole = {key for key in EpochSampler(12, 1)}
     shares = [set(EpochSampler(12, 1, rank, 3)) for rank in range(3)]
     assert set.union(*shares) == whole and sum(map(len, shares)) == 12
+
+
+def test_many_frames_of_one_scan_need_not_count_as_many_scans():
+    cases = [
+        Case(f"{k}.png", np.zeros((3, 2)), 0.0, group="loop" if k < 9 else None) for k in range(12)
+    ]
+    shares = []
+    for balance in (0.0, 0.5, 1.0):
+        recipe = COMPACT.model_copy(update={"balance": balance})
+        weights = chances(LandmarkDataset(cases, Path(), None, recipe, train=True))
+        drawn = [
+            k for e in range(200) for _, k in epoch_of(EpochSampler(12, 1, chances=weights), e)
+        ]
+        shares.append(np.mean(np.array(drawn) < 9))
+    np.testing.assert_allclose(shares, [9 / 12, 3 / 6, 1 / 4], atol=0.03)
+    assert shares[0] == 9 / 12
+
+
+def epoch_of(sampler, epoch):
+    sampler.epoch = epoch
+    return list(sampler)
 
 
 def test_it_learns_phantoms(folder, tmp_path):

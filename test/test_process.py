@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-import process
 from model.anatomy import LANDMARKS, angle_of_progression
 from test.image_files import dicom
 from test.runs import (
@@ -22,10 +21,10 @@ from test.runs import (
     Run,
     job,
     load,
-    load_once,
     made,
     png,
     run,
+    shipped,
     tree,
     volume,
 )
@@ -84,8 +83,8 @@ def test_every_case_is_answered_in_its_folder(answered: Run) -> None:
 def test_entries_have_the_fields_of_the_contract(answered: Run) -> None:
     results = answered.results
     assert {"model", "provider", "settings", "cases"} <= set(results)
-    assert results["model"] == load_once(process.SHIPPED_MODEL).spec.name
-    assert results["provider"] == load_once(process.SHIPPED_MODEL).provider
+    assert results["model"] == shipped().spec.name
+    assert results["provider"] == shipped().provider
     assert results["settings"]["decode"] == "subpixel" and results["settings"]["overlay"] is True
     for entry in results["cases"]:
         folder = FOLDERS[entry["file"], entry["frame"]]

@@ -114,11 +114,49 @@ def test_merge_names_what_is_missing(folder: Path, tmp_path: Path) -> None:
     assert merged.status == 1 and "the first is 'part 2/3'; run that part again" in merged.sentence
     assert len(merged.results["cases"]) == 6 - len(lost)
     without_input = run(tmp_path / "gone", out, "--merge")
-    assert without_input.results["missing"] == ["part 2/3"]
-    assert "not known: the input folder" in without_input.out
+    assert without_input.results["missing"] == ["part 2/3"] and without_input.status == 1
+    assert "'part 2/3'; run that part again" in without_input.sentence
+    assert "is not known: the input folder" in without_input.sentence
     run(folder, out, "--no-overlay", "--shard", "2/3")
     merged = run(folder, out, "--merge")
     assert (merged.status, merged.results["missing"]) == (0, [])
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b'{"model": ', b"\xff\x00"])
+def test_a_damaged_part_is_named_and_the_others_are_merged(
+    folder: Path, tmp_path: Path, content: bytes
+) -> None:
+    (folder / "bad.png").unlink()
+    out = tmp_path / "out"
+    for k in (1, 2, 3):
+        assert run(folder, out, "--no-overlay", "--shard", f"{k}/3").status == 0
+    (out / "results-2-of-3.json").write_bytes(content)
+    merged = run(folder, out, "--merge")
+    lost = [f"{k}.png" for k in range(6) if Shard(2, 3).holds(f"{k}.png")]
+    part = "part 2/3 (results-2-of-3.json is damaged or cannot be read)"
+    assert merged.results["missing"] == [part, *lost]
+    assert merged.status == 1 and f"first is '{part}'; run that part again" in merged.sentence
+    assert len(merged.results["cases"]) == merged.results["answered"] == 6 - len(lost) > 0
+    assert run(folder, out, "--no-overlay", "--shard", "2/3").status == 0
+    again = run(folder, out, "--merge")
+    assert (again.status, again.results["missing"]) == (0, [])
+
+
+def test_merging_without_the_input_says_that_images_may_be_missing(
+    folder: Path, tmp_path: Path
+) -> None:
+    (folder / "bad.png").unlink()
+    out, empty = tmp_path / "out", tmp_path / "empty"
+    empty.mkdir()
+    for k in (1, 2):
+        run(folder, out, "--no-overlay", "--shard", f"{k}/2")
+    for source, words in ((tmp_path / "gone", "pass --input DIR"), (empty, "no image below")):
+        merged = run(source, out, "--merge")
+        assert merged.status == 1 and merged.results["answered"] == 6
+        assert "merged, but whether images are missing is not known" in merged.sentence
+        assert words in merged.sentence and "not known" not in merged.out
+        assert (out / "landmarks.csv").read_text().count("\n") == 7
+    assert run(folder, out, "--merge").status == 0
 
 
 def test_an_empty_part_is_no_fault(tmp_path: Path) -> None:

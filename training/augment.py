@@ -7,6 +7,7 @@ import cv2
 import numpy as np
 
 from model.anatomy import Floats
+from model.masks import MaskError, landmarks_from_mask
 from training.recipes import Augmentation
 
 
@@ -18,7 +19,7 @@ def augment(
     rng: np.random.Generator,
     style: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray | None, Floats]:
-    """Rotate, scale, stretch and shift image, mask and landmarks alike; then change grey values.
+    """Rotate, scale, stretch, shift and bend image, mask and landmarks; then change grey values.
 
     An affine map keeps FH1 a point of tangency; a mild stretch moves the symphysis's ends little.
 
@@ -32,10 +33,14 @@ def augment(
     if style is not None and rng.random() < settings.style:
         image = mix_amplitudes(image, style, rng.uniform(0.0, 1.0), settings.style_band)
     matrix = _affine(size, settings, rng)
-    image = cv2.warpAffine(image, matrix, (size, size), flags=cv2.INTER_LINEAR)
+    bend = _bend(size, settings.elastic, rng) if settings.elastic else np.zeros((size, size, 2))
+    sources = _sources(matrix, bend)
+    image = cv2.remap(image, sources, None, cv2.INTER_LINEAR)
+    points = _bent(points @ matrix[:, :2].T + matrix[:, 2], bend)
     if mask is not None:
-        mask = cv2.warpAffine(mask, matrix, (size, size), flags=cv2.INTER_NEAREST)
-    points = points @ matrix[:, :2].T + matrix[:, 2]
+        mask = np.asarray(cv2.remap(mask, sources, None, cv2.INTER_NEAREST), np.uint8)
+        if settings.elastic:
+            points = _fitted_anew(mask, points)
     return _change_grey(image.astype(np.float32), settings, rng), mask, points
 
 
@@ -75,6 +80,42 @@ def _affine(size: int, settings: Augmentation, rng: np.random.Generator) -> Floa
         matrix[:, 2] = stretch @ (matrix[:, 2] - centre) + centre
     matrix[:, 2] += rng.uniform(-settings.shift, settings.shift, 2) * size
     return matrix
+
+
+def _bend(size: int, amount: float, rng: np.random.Generator) -> np.ndarray:
+    """(size, size, 2) smooth displacements, of standard deviation amount * size at 4 x 4 nodes."""
+    nodes = rng.normal(0.0, amount * size, (4, 4, 2)).astype(np.float32)
+    return np.asarray(cv2.resize(nodes, (size, size), interpolation=cv2.INTER_CUBIC))
+
+
+def _sources(matrix: Floats, bend: np.ndarray) -> np.ndarray:
+    """(size, size, 2) where each new pixel comes from: bent first, then back by the affine map."""
+    size = len(bend)
+    new = np.stack(np.meshgrid(np.arange(size), np.arange(size)), axis=-1) + bend
+    back = cv2.invertAffineTransform(matrix)
+    return (new @ back[:, :2].T + back[:, 2]).astype(np.float32)
+
+
+def _bent(points: Floats, bend: np.ndarray) -> Floats:
+    """Where points come to lie: q with q + bend(q) = p, by fixed-point iteration."""
+    found = points
+    for _ in range(20):
+        at = found.astype(np.float32)[None]
+        found = points - cv2.remap(bend, at, None, cv2.INTER_LINEAR, None, cv2.BORDER_REPLICATE)[0]
+    return np.asarray(found)
+
+
+def _fitted_anew(mask: np.ndarray, points: Floats) -> Floats:
+    """The landmarks of a bent mask: a bend keeps neither axes nor tangents.
+
+    Those of a mask that the frame cuts, or that has none, stay the bent points.
+    """
+    if mask[[0, -1]].any() or mask[:, [0, -1]].any():
+        return points
+    try:
+        return landmarks_from_mask(mask)
+    except MaskError:
+        return points
 
 
 def _change_grey(image: np.ndarray, settings: Augmentation, rng: np.random.Generator) -> np.ndarray:

@@ -5,6 +5,7 @@ resumed training, any number of workers and any number of processes see the same
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from model.anatomy import Floats
 from model.frame import Letterbox, Pair, input_to_cells
 from model.image import BadFrame, ImageError, open_image
 from model.masks import CLASSES
@@ -155,14 +157,30 @@ def read_grey(path: Path, frame: int | None = None) -> tuple[np.ndarray, Pair]:
 
 
 class EpochSampler(Sampler[tuple[int, int]]):
-    """(epoch, index) in the epoch's random order, this process's share of each."""
+    """(epoch, index) in the epoch's random order, this process's share of each.
 
-    def __init__(self, length: int, seed: int, rank: int = 0, world: int = 1) -> None:
+    Args:
+        chances: (length,) of each image to be drawn, with replacement; None: each once.
+    """
+
+    def __init__(
+        self,
+        length: int,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+        chances: Floats | None = None,
+    ) -> None:
         self.length, self.seed, self.rank, self.world = length, seed, rank, world
+        self.chances = chances
         self.epoch = 0
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.length)
+        rng = np.random.default_rng((self.seed, self.epoch))
+        if self.chances is None:
+            order = rng.permutation(self.length)
+        else:
+            order = rng.choice(self.length, self.length, p=self.chances)
         whole = len(self) * self.world
         return iter(
             [(self.epoch, int(i)) for i in np.resize(order, whole)[self.rank :: self.world]]
@@ -178,11 +196,25 @@ def train_loader(dataset: LandmarkDataset, rank: int, world: int) -> DataLoader[
     return DataLoader(
         dataset,
         batch_size=max(1, recipe.batch // world),
-        sampler=EpochSampler(len(dataset), recipe.seed, rank, world),
+        sampler=EpochSampler(len(dataset), recipe.seed, rank, world, chances(dataset)),
         num_workers=recipe.workers,
         drop_last=len(dataset) // world >= max(1, recipe.batch // world),
         worker_init_fn=_one_thread,
     )
+
+
+def chances(dataset: LandmarkDataset) -> Floats | None:
+    """(n,) chance of each image, so that many frames of one scan do not count as many scans.
+
+    A case without a group is a group of its own. None: all alike.
+    """
+    balance = dataset.recipe.balance
+    if not balance:
+        return None
+    groups = [case.group or f"case {k}" for k, case in enumerate(dataset.cases)]
+    sizes = Counter(groups)
+    weights = np.array([sizes[group] ** -balance for group in groups])
+    return weights / weights.sum()
 
 
 def _one_thread(_worker: int) -> None:

@@ -126,8 +126,9 @@ class Trainer:
         image = batch["image"].contiguous(memory_format=torch.channels_last)
         with self.autocast:
             raw = self.wrapped(image)
-        loss = total_loss(raw.heatmaps, raw.masks, batch, self.recipe.loss, self.recipe.mask_weight)
-        return self._descend(loss)
+        recipe = self.recipe
+        weights = recipe.heatmap_weight, recipe.mask_weight
+        return self._descend(total_loss(raw.heatmaps, raw.masks, batch, recipe.loss, *weights))
 
     def _descend(self, loss: Tensor) -> float:
         """One step down a loss; returns its value."""

@@ -48,11 +48,12 @@ def total_loss(
     mask_logits: Tensor | None,
     batch: dict[str, Tensor],
     loss: str,
+    heatmap_weight: float,
     mask_weight: float,
 ) -> Tensor:
     """The recipe's loss of one batch from `training.data`."""
     heatmap_loss = heatmap_mse if loss == "mse" else heatmap_cross_entropy
-    value = heatmap_loss(raw, batch["heatmaps"], batch["visible"])
+    value = heatmap_weight * heatmap_loss(raw, batch["heatmaps"], batch["visible"])
     if mask_logits is not None:
         value = value + mask_weight * mask_loss(mask_logits, batch["masks"], batch["has_mask"])
     return torch.nan_to_num(value, nan=float("inf"))

@@ -26,6 +26,9 @@ class Augmentation(BaseModel):
     scale: Range = Field((0.9, 1.1), description="range of the scale")
     shift: float = Field(0.0, description="shift on each axis by up to +- this")
     stretch: float = Field(0.0, description="stretch along a random axis by up to +- this")
+    elastic: float = Field(
+        0.0, description="smooth bending, standard deviation of its 4 x 4 nodes' displacements"
+    )
     gamma: Range = Field((0.8, 1.2), description="range of the grey values' exponent")
     contrast: Range = Field((0.8, 1.2), description="range of the factor about the mean grey")
     gain: float = Field(
@@ -53,6 +56,7 @@ class Recipe(BaseModel):
     loss: Literal["mse", "cross_entropy"] = Field(
         "mse", description="mse on the heatmaps; cross_entropy needs network.softmax_sigma_cells"
     )
+    heatmap_weight: float = Field(1.0, description="weight of the heatmaps' loss")
     mask_weight: float = Field(0.3, description="weight of the auxiliary masks' loss, with --masks")
     mask_share: float = Field(
         0.0, description="share of the masks' own landmarks in the answer; 0: heatmaps alone"
@@ -73,6 +77,9 @@ class Recipe(BaseModel):
     epochs: int = Field(100, description="passes over the training images")
     batch: int = Field(4, description="images a step, over all processes")
     ema_decay: float = Field(0.0, description="decay of the averaged weights a step; 0: none")
+    balance: float = Field(
+        0.0, description="an image is drawn by the size of its group to the power of minus this"
+    )
     augmentation: Augmentation = Field(Augmentation(), description="random changes of the images")
     seed: int = Field(1, description="seed of weights, order and augmentation")
     workers: int = Field(1, description="processes that load images; 0: none")

@@ -1,0 +1,149 @@
+"""The model for the CPU: the same network with int8 weights and activations.
+
+    python -m export.quantise --model model/weights/aop.onnx --data PSFHS/cases.csv \\
+        --images PSFHS/images --output model/weights/aop.int8.onnx
+
+Static quantisation (QDQ, unsigned activations, signed weights, a scale per channel), its ranges
+from the images of split val. The first convolution, the heads, and attention's softmax and layer
+norms stay in floating point. Both models are measured on val first: where the error grows by more
+than --most-px or --most-deg, nothing is written.
+"""
+
+import argparse
+import logging
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnxruntime.quantization import (
+    CalibrationDataReader,
+    QuantFormat,
+    QuantType,
+    quantize_static,
+)
+
+from export.to_onnx import network_input, save
+from model.heatmap import Heatmaps
+from model.predictor import ModelError, load_predictor
+from model.spec import ModelSpec
+from training.cases import Case, CaseError, read_cases
+from training.metrics import mean_errors
+from training.predict import CasePrediction, predict_cases
+
+INT8_OPS = ("Conv", "ConvTranspose", "MatMul", "Gemm", "Add", "Concat", "Relu")
+IN_FLOAT = ("encoder.stem.", "head.", "view.")  # by the name of the weights
+
+
+class AccuracyError(ValueError):
+    """The int8 model errs more than is allowed."""
+
+
+class _Inputs(CalibrationDataReader):  # type: ignore[misc]  # it has no types
+    """Gives one network input after the other."""
+
+    def __init__(self, name: str, inputs: Sequence[Heatmaps]) -> None:
+        self.rest = iter([{name: image[None]} for image in inputs])
+
+    def get_next(self) -> dict[str, Heatmaps] | None:
+        return next(self.rest, None)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit status."""
+    args = _parser().parse_args(arguments)
+    try:
+        quantise(args)
+    except (ModelError, CaseError, AccuracyError, OSError) as error:
+        print(f"export.quantise: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def quantise(args: argparse.Namespace) -> None:
+    """Write the int8 model once it is shown to err as little as the other."""
+    before = load_predictor(args.model, "cpu")
+    cases = [case for case in read_cases(args.data) if case.split == "val"]
+    if not cases:
+        raise CaseError(f"{args.data}: no case has split 'val', from which the ranges are taken")
+    inputs = [network_input(before.spec, args.images / case.file) for case in cases]
+    spec = before.spec.model_copy(update={"name": f"{before.spec.name}-int8"})
+    with tempfile.TemporaryDirectory(dir=args.output.parent) as folder:
+        draft = Path(folder) / "draft.onnx"
+        in_int8(args.model, draft, inputs, spec)
+        found = [
+            predict_cases(predictor, cases, args.images)
+            for predictor in (before, load_predictor(draft, "cpu"))
+        ]
+        spec = spec.model_copy(update={"metrics": compare(found, cases, args)})
+        save(onnx.load(draft), spec, draft)
+        draft.replace(args.output)
+    sizes = [path.stat().st_size / 1e6 for path in (args.model, args.output)]
+    print(f"{args.model} {sizes[0]:.1f} MB -> {args.output} {sizes[1]:.1f} MB")
+
+
+def in_int8(model: Path, output: Path, inputs: Sequence[Heatmaps], spec: ModelSpec) -> None:
+    """Write the quantised model.
+
+    Args:
+        inputs: network inputs (channels, size, size) that the ranges are taken from.
+    """
+    graph = onnx.load(model).graph
+    kept = [n.name for n in graph.node if any(i.startswith(IN_FLOAT) for i in n.input)]
+    logging.getLogger().setLevel(logging.ERROR)  # it advises a step that changes nothing here
+    quantize_static(
+        model,
+        output,
+        _Inputs(graph.input[0].name, inputs),
+        quant_format=QuantFormat.QDQ,
+        op_types_to_quantize=list(INT8_OPS),
+        per_channel=True,
+        activation_type=QuantType.QUInt8,
+        weight_type=QuantType.QInt8,
+        nodes_to_exclude=kept,
+    )
+    save(onnx.load(output), spec, output)
+
+
+def compare(
+    found: Sequence[Sequence[CasePrediction]], cases: Sequence[Case], args: argparse.Namespace
+) -> dict[str, float]:
+    """The figures of val for the int8 model; AccuracyError where they are too much worse."""
+    errors = [mean_errors(predictions, cases) for predictions in found]
+    moved = [
+        np.linalg.norm(one.landmarks_px - other.landmarks_px, axis=1).max()
+        for one, other in zip(*found, strict=True)
+    ]
+    for name, (mre_px, aop_deg) in zip(("float32", "int8"), errors, strict=True):
+        print(f"{name:8} val MRE {mre_px:.3f} px, AoP error {aop_deg:.3f} deg")
+    print(f"moved by at most {max(moved):.2f} image px a case, on average {np.mean(moved):.2f}")
+    grown_px, grown_deg = np.subtract(errors[1], errors[0])
+    if grown_px > args.most_px or grown_deg > args.most_deg:
+        raise AccuracyError(
+            f"int8 errs {grown_px:.2f} px and {grown_deg:.2f} deg more on val, allowed are "
+            f"{args.most_px:g} and {args.most_deg:g}; not written"
+        )
+    return {
+        "val_mre_px": round(float(errors[1][0]), 3),
+        "val_aop_error_deg": round(float(errors[1][1]), 3),
+    }
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "export.quantise", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--model", type=Path, required=True, help="the ONNX file of export.to_onnx")
+    add("--data", type=Path, required=True, help="case table with a val split")
+    add("--images", type=Path, required=True, help="folder of its images")
+    add("--output", type=Path, required=True, help="the ONNX file to write")
+    add("--most-px", type=float, default=0.1, help="growth of val MRE allowed (%(default)s)")
+    add("--most-deg", type=float, default=0.1, help="growth of val AoP error (%(default)s)")
+    return parser
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

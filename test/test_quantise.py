@@ -1,0 +1,64 @@
+"""The int8 model: smaller, as accurate, described; and not written where it errs more."""
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+import process
+from export import quantise
+from model.predictor import load_predictor
+from test.phantom import phantom
+from training.cases import Case, write_cases
+
+
+@pytest.fixture(scope="module")
+def arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """What to calibrate on: some phantoms as split val."""
+    folder = tmp_path_factory.mktemp("phantoms")
+    cases = []
+    for seed in range(8):
+        found = phantom(seed)
+        cv2.imwrite(str(folder / f"{seed}.png"), found.image)
+        cases.append(Case(f"{seed}.png", found.landmarks_px, found.aop_deg, split="val"))
+    write_cases(folder / "cases.csv", cases)
+    given = ["--model", str(process.SHIPPED_MODEL), "--images", str(folder)]
+    return [*given, "--data", str(folder / "cases.csv")]
+
+
+def test_int8_is_smaller_and_finds_the_same(arguments: list[str], tmp_path: Path) -> None:
+    output = tmp_path / "aop.int8.onnx"
+    assert (
+        quantise.main([*arguments, "--output", str(output), "--most-px", "2", "--most-deg", "2"])
+        == 0
+    )
+    assert output.stat().st_size < process.SHIPPED_MODEL.stat().st_size / 3
+    before, after = (load_predictor(p, "cpu") for p in (process.SHIPPED_MODEL, output))
+    assert after.spec.name == f"{before.spec.name}-int8"
+    assert set(after.spec.metrics) == {"val_mre_px", "val_aop_error_deg"}
+    same = {"name", "metrics"}
+    assert after.spec.model_dump(exclude=same) == before.spec.model_dump(exclude=same)
+    found = [predictor.predict(phantom(20).image).landmarks_px for predictor in (before, after)]
+    assert 0 < np.linalg.norm(found[0] - found[1], axis=1).max() < 4
+
+
+def test_nothing_is_written_where_it_errs_more(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [*arguments, "--output", str(tmp_path / "aop.int8.onnx"), "--most-px", "-50"]
+    assert quantise.main(given) == 2
+    assert "deg more on val" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_shipped_one_is_of_the_shipped_model() -> None:
+    before, after = (
+        load_predictor(path, "cpu") for path in (process.SHIPPED_MODEL, process.SHIPPED_FOR_CPU)
+    )
+    assert after.spec.calibration == before.spec.calibration
+    assert after.spec.recipe == before.spec.recipe
+    for seed in range(4):
+        image = phantom(seed).image
+        one, other = (predictor.predict(image).landmarks_px for predictor in (before, after))
+        assert np.linalg.norm(one - other, axis=1).max() < 4
