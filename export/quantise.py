@@ -5,8 +5,9 @@
 
 Static quantisation (QDQ, unsigned activations, signed weights, a scale per channel), its ranges
 from the images of split val. The first convolution, the heads, and attention's softmax and layer
-norms stay in floating point. Both models are measured on val first: where the error grows by more
-than --most-px or --most-deg, nothing is written.
+norms stay in floating point. The graph is written as ONNX Runtime optimises it for any CPU, which
+more than halves the start of a session. Both models are measured on val first: where the error
+grows by more than --most-px or --most-deg, nothing is written.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 from onnxruntime.quantization import (
     CalibrationDataReader,
     QuantFormat,
@@ -104,6 +106,10 @@ def in_int8(model: Path, output: Path, inputs: Sequence[Heatmaps], spec: ModelSp
         weight_type=QuantType.QInt8,
         nodes_to_exclude=kept,
     )
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    options.optimized_model_filepath = str(output)
+    ort.InferenceSession(output, options, providers=["CPUExecutionProvider"])
     save(onnx.load(output), spec, output)
 
 

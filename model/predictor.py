@@ -5,7 +5,7 @@
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -171,7 +171,7 @@ def load_predictor(
     threads: int | None = None,
     on_cpu: Path | None = None,
 ) -> Predictor:
-    """A predictor that runs an ONNX file with its ModelSpec in ONNX Runtime, warmed up.
+    """A predictor that runs an ONNX file with its ModelSpec in ONNX Runtime; warmed up on CUDA.
 
     Args:
         threads: of one run on the CPU; by default as many as this process may use.
@@ -207,8 +207,11 @@ def load_predictor(
         except Exception as error:  # as in _session
             raise EngineError(f"the network could not be run: {_first_line(error)}") from error
 
-    _check_shapes(run, spec, path)
-    return Predictor(spec, run, "cuda" if active == ORT_PROVIDERS["cuda"] else "cpu", path)
+    on_cuda = active == ORT_PROVIDERS["cuda"]
+    declared = [node.shape[1:] for node in (*session.get_inputs(), *session.get_outputs())]
+    if on_cuda or not _as_declared(spec, declared):  # on the CPU a warm-up only costs
+        _check_shapes(run, spec, path)
+    return Predictor(spec, run, "cuda" if on_cuda else "cpu", path)
 
 
 def _cuda_session(ort: Any, path: Path, provider: Provider, threads: int) -> Any | None:
@@ -244,6 +247,15 @@ def _session(ort: Any, path: Path, providers: list[Any], threads: int) -> Any:
             f"{path} cannot be loaded as an ONNX model ({_first_line(error)}); "
             "export it again with python -m export.to_onnx"
         ) from error
+
+
+def _as_declared(spec: ModelSpec, shapes: Sequence[Sequence[int | str]]) -> bool:
+    """Whether the file declares the shapes of its input and outputs to be its spec's."""
+    codec, side = spec.codec, spec.input_size
+    maps = [len(spec.landmarks) + spec.masks, codec.rows, codec.columns]
+    given = [list(shape) for shape in shapes]
+    has_view = spec.calibration is not None and spec.calibration.view_below is not None
+    return given == [[spec.channels, side, side], maps, *([[]] if has_view else [])]
 
 
 def _check_shapes(run: Run, spec: ModelSpec, path: Path) -> None:
