@@ -1,6 +1,7 @@
 """One frame -> its entry in results.json: landmarks, angle, confidence, and any doubt in words."""
 
 import math
+import re
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,8 @@ from model.predictor import EngineError, Prediction, Predictor
 from model.spec import ModelSpec
 from model.uncertainty import interval_deg
 
+OTHER_SIDE = {"left": "right", "right": "left"}
+
 
 def measure(
     case: str,
@@ -26,7 +29,8 @@ def measure(
     """Predict one frame and judge the answer; doubt is a mark, the numbers are always there.
 
     Args:
-        mirror: the image was acquired mirror-wise: it is flipped, predicted, judged, mapped back.
+        mirror: the image was acquired mirror-wise: it is flipped, predicted, judged, mapped back;
+            the reasons for doubt speak of the image as it was given.
     """
     height, width = frame.pixels.shape
     geometry = frame.geometry
@@ -53,6 +57,8 @@ def measure(
         return CaseEntry(status="failed", error=f"no angle can be given: {error}", **common)
     oddities = implausibilities(seen, (width, height), geometry.pixel_shape)
     reasons = [*oddities, *doubts(found, predictor.spec)]
+    if mirror:
+        reasons = [unflipped(reason) for reason in reasons]
     return CaseEntry(
         status="ok",
         landmarks_px=named(landmarks),
@@ -124,6 +130,12 @@ def doubts(found: Prediction, spec: ModelSpec) -> list[str]:
             f"{calibration.error_above_deg:.1f} deg"
         )
     return reasons
+
+
+def unflipped(reason: str) -> str:
+    """What was said of a flipped image, said of the image before it was flipped."""
+    swapped = re.sub(r"\b(left|right)\b", lambda side: OTHER_SIDE[side[0]], reason)
+    return swapped.replace("the image may be mirrored", "perhaps the image needs no --mirror")
 
 
 def interval_of(found: Prediction, aop_deg: float, spec: ModelSpec) -> Pair | None:

@@ -2,6 +2,9 @@
 const NAMES = ["PS1", "PS2", "FH1"];
 // of a row of the table: points, angle, doubt
 const TAIL = /,"\(([^"]*)\)","\(([^"]*)\)","\(([^"]*)\)",[\d.]+,((?:"(?:[^"]|"")*")?[^,"]*)$/;
+const COLUMNS = ["Filename", ...NAMES, "Corrected"];
+const POINT = /^\((-?[\d.]+), ?(-?[\d.]+)\)$/;
+const MOST = 10;  // refused lines that are named
 const ARROWS = {ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1]};
 const CORNERS = ["top left", "top right", "bottom left", "bottom right"];
 const $ = (id) => document.getElementById(id);
@@ -258,6 +261,81 @@ $("save").onclick = () => {
   link.click();
   setTimeout(() => URL.revokeObjectURL(link.href), 60000);
   unkept = false;
+};
+// The rows of a CSV: the line each begins on, and its cells; ["?"] where its quotes do not pair.
+function rowsOf(text) {
+  const cell = /(?:"([^"]*(?:""[^"]*)*)"|([^",\r\n]*))(,|\r?\n)/y, rows = [];
+  let cells = [], from = 1, line = 1;  // a cell in quotes may hold line ends
+  for (let at = 0, end; at < text.length; at = end) {
+    cell.lastIndex = at;
+    const found = cell.exec(text);
+    end = found ? cell.lastIndex : text.indexOf("\n", at) + 1;
+    line += text.slice(at, end).split("\n").length - 1;
+    if (found) cells.push(found[2] ?? found[1].replaceAll('""', '"'));
+    if (found && found[3] === ",") continue;
+    rows.push([from, found ? cells : ["?"]]);
+    [cells, from] = [[], line];
+  }
+  return rows;
+}
+
+function record(names, cells) {
+  return Object.fromEntries(names.map((name, k) => [name, cells[k]]));
+}
+
+function keyOf(row) { return JSON.stringify([row.Filename, row.Frame || ""]); }
+
+// What is not ours, among words: what cannot be shown there, or would turn them, as its code.
+function quoted(text) {
+  const code = (c) => `\\u{${c.codePointAt().toString(16)}}`;
+  return `'${text.replace(/[\p{C}\p{Zl}\p{Zp}]/gu, code)}'`;
+}
+
+// Apply a row of a saved table; returns why that cannot be, or "".
+function apply(names, cells, known) {
+  if (cells.length !== names.length) return "its cells do not fit the first line";
+  const row = record(names, cells), one = known.get(keyOf(row));
+  if (row.Corrected !== "yes") return `Corrected is ${quoted(row.Corrected)}, expected yes or no`;
+  const frame = row.Frame ? `, frame ${quoted(row.Frame)}` : "";
+  if (!one) return `this report has no ${quoted(row.Filename)}${frame}`;
+  const points = NAMES.map((name) => (POINT.exec(row[name]) || []).slice(1).map(Number));
+  const isInside = (value, i) => value >= -0.5 && value <= one.size[i] - 0.5;
+  const bad = NAMES.find((_, k) => !(points[k].length && points[k].every(isInside)));
+  if (bad) return `${bad} is ${quoted(row[bad])}, expected (x, y) in px inside the image`;
+  if (Number.isNaN(angleOf(points, one.pixel))) return "PS2 or FH1 equals PS1: there is no angle";
+  set(one, points);
+  return "";
+}
+
+// Apply the corrections of a saved table; returns what came of it, in words.
+function load(text) {
+  const [[, names], ...rows] = rowsOf(text + "\n");
+  const lacking = COLUMNS.filter((name) => !names.includes(name)).join(", ");
+  if (lacking) return `nothing loaded: it lacks ${lacking}; expected a table saved by this page.`;
+  const header = list.dataset.header.split(",");
+  const own = rowsOf(cases.map((one) => one.row + "\n").join(""));
+  const known = new Map(own.map(([, cells], k) => [keyOf(record(header, cells)), cases[k]]));
+  const column = names.indexOf("Corrected");
+  const wanted = rows.filter(([, cells]) => cells[column] !== "no" && String(cells));  // nor empty
+  const refused = wanted.map(([line, cells]) => [line, apply(names, cells, known)])
+    .filter(([, why]) => why).map(([line, why]) => `line ${line}: ${why}`);
+  const told = `${wanted.length - refused.length} of ${wanted.length} corrections loaded.`;
+  if (!refused.length) return told;
+  const more = refused.length > MOST ? `; and ${refused.length - MOST} more` : "";
+  return `${told} Not loaded: ${refused.slice(0, MOST).join("; ")}${more}.`;
+}
+
+$("pick").onclick = () => $("load").click();
+$("load").onchange = async () => {
+  const [file] = $("load").files;
+  if (!file) return;
+  const text = await file.text().catch(() => null);
+  const told = text === null ? "cannot be read." : load(text);
+  $("load").value = "";  // so that the same file can be chosen again
+  keep();
+  filter();
+  $("notice").textContent = `${quoted(file.name)}: ${told}`;
+  $("notice").scrollIntoView({block: "center"});
 };
 $("filter").oninput = $("which").onchange = filter;
 onresize = () => { if (editor.open) refresh(); };

@@ -2,26 +2,27 @@
 
 It stands in the output folder and shows the pictures of the cases beside it. It is made from
 results.json, an entry at a time, and needs no server: corrections stay in the browser until they
-are saved as a table like landmarks.csv, with a column that says which cases were corrected.
+are saved as a table like landmarks.csv, with a column that says which cases were corrected. Such a
+table can be loaded again.
 """
 
 import hashlib
 import html
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import IO, NamedTuple
 from urllib.parse import quote
 
 from model import overlay
 from model.anatomy import LANDMARKS
-from model.files import PICTURE, RunFiles, read_entry, read_summary, write_chunks
-from model.outputs import CaseEntry, RunSummary, table_lines
+from model.files import PICTURE, SHEET, RunFiles, read_entry, read_summary, write_chunks
+from model.outputs import CaseEntry, Loop, RunSummary, table_lines
 from model.page import around, escape
 from model.words import shown_confidence
 
 TITLE = "Angle of progression: report"
-OPEN_FAILURES = 10  # that many are listed at once, more of them behind a click
+OPEN = 10  # that many failures or loops are listed at once, more of them behind a click
 COLOURS = {name: "#{2:02x}{1:02x}{0:02x}".format(*bgr) for name, bgr in overlay.COLOURS.items()}
 
 HERE = Path(__file__)
@@ -53,7 +54,8 @@ EDITOR = f"""
 
 CONTROLS = """
 <p>Sorted by doubt: marked cases first, then the largest expected error or the lowest confidence.
-Click a picture to look closely and, where the model is wrong, to drag its landmarks.</p>
+Click a picture to look closely and, where the model is wrong, to drag its landmarks. Corrections
+loaded from a saved table take the place of those made here.</p>
 <p id="notice" class="doubt" role="status"></p>
 <div id="controls" class="controls" hidden><input id="filter" type="search"
 placeholder="Filter by name or reason" aria-label="Filter by name or reason">
@@ -61,7 +63,9 @@ placeholder="Filter by name or reason" aria-label="Filter by name or reason">
 <option value=".doubtful">doubtful</option><option value=".sure">not doubtful</option>
 <option value=".corrected">corrected</option><option value=".failed">failed</option></select>
 <span id="shown" class="dim" role="status"></span>
-<button id="save" disabled>Save corrections as CSV</button></div>
+<button id="save" disabled>Save corrections as CSV</button>
+<button id="pick">Load corrections</button>
+<input id="load" type="file" accept=".csv" aria-label="Load corrections" hidden></div>
 <noscript><p class="note">Without JavaScript the pictures stand here without lines; overlay.png
 in the folder of each case has them.</p></noscript>
 """
@@ -97,10 +101,12 @@ def _pieces(file: IO[bytes], folder: Path, names: RunFiles, is_job: bool) -> Ite
     """The page, an entry at a time: what is kept in memory of a case is its place in the file."""
     summary = read_summary(file)
     answered, failed, stacks = _places(file)
+    loops = [_loop(loop, folder, is_job) for loop in _loops(file)]
     before, after = around(TITLE, SCRIPT if answered else "", STYLE)
     yield before
     yield from _head(summary, names)
     yield from _failures(file, summary, failed)
+    yield from _listed("loop" if len(loops) == 1 else "loops", len(loops), loops)
     if answered:
         yield CONTROLS
         header = next(table_lines([], stacks)).rstrip("\n")
@@ -134,6 +140,13 @@ def _places(file: IO[bytes]) -> tuple[list[_Place], list[int], bool]:
     return answered, failed, stacks
 
 
+def _loops(file: IO[bytes]) -> Iterator[Loop]:
+    """The loops of a results.json that stands behind its last entry."""
+    file.readline()  # "loops": [
+    while (line := file.readline().strip().removesuffix(b",")) != b"]":
+        yield Loop.model_validate_json(line)
+
+
 def doubt_key(entry: CaseEntry) -> tuple[bool, float, float]:
     """Sorts the most doubtful first: marked ones, then by expected error, or by confidence."""
     assert entry.confidence  # it is answered
@@ -153,7 +166,10 @@ def _picture(entry: CaseEntry, folder: Path, is_job: bool) -> str | None:
     path = PurePosixPath("" if is_job else entry.case)
     if entry.frame is not None:
         path /= f"frame-{entry.frame:04d}"
-    path /= PICTURE
+    return _url(folder, path / PICTURE)
+
+
+def _url(folder: Path, path: PurePosixPath) -> str | None:
     return quote(str(path)) if (folder / path).is_file() else None
 
 
@@ -181,15 +197,38 @@ def _failures(file: IO[bytes], summary: RunSummary, failed: list[int]) -> Iterat
         ("failed", len(failed), (_failure(_entry_at(file, offset)) for offset in failed)),
         ("missing", len(summary.missing), (f"<bdi>{escape(m)}</bdi>" for m in summary.missing)),
     ):
-        if count:
-            state = " open" if count <= OPEN_FAILURES else ""
-            yield f'<details{state}><summary class="bad">{count} {words}</summary><ul>\n'
-            yield from (f'<li class="case failed">{item}</li>\n' for item in items)
-            yield "</ul></details>\n"
+        yield from _listed(
+            words, count, (f'<li class="case failed">{item}</li>\n' for item in items), "bad"
+        )
+
+
+def _listed(words: str, count: int, items: Iterable[str], style: str = "") -> Iterator[str]:
+    """List items under their number, if there are any; closed where they are many."""
+    if count:
+        state = " open" if count <= OPEN else ""
+        yield f'<details{state}><summary class="{style}">{count} {words}</summary><ul>\n'
+        yield from items
+        yield "</ul></details>\n"
 
 
 def _failure(entry: CaseEntry) -> str:
     return f"<b><bdi>{_label(entry)}</bdi></b>: {escape(entry.error or '')}"
+
+
+def _loop(loop: Loop, folder: Path, is_job: bool) -> str:
+    """What results.json says of a loop, in a line, and its contact sheet where there is one."""
+    angles = [angle for angle in loop.aop_deg if angle is not None]
+    words, style = f"none of {loop.frames} frames answered", "failed"
+    if angles:
+        words = (
+            f"AoP {min(angles):.1f} to {max(angles):.1f}°, median {loop.median_aop_deg:.1f}° "
+            f"(frame {loop.median_frame}), most confident frame {loop.most_confident_frame}; "
+            f"{loop.answered} of {loop.frames} frames answered, {loop.doubtful_frames} doubtful"
+        )
+        style = "doubtful" if loop.doubtful_frames else "sure"
+    url = _url(folder, PurePosixPath("" if is_job else loop.case) / SHEET)
+    sheet = f'; <a href="{url}">contact sheet</a>' if url else ""
+    return f'<li class="case {style}"><b><bdi>{escape(loop.file)}</bdi></b>: {words}{sheet}</li>\n'
 
 
 def _label(entry: CaseEntry) -> str:

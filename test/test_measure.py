@@ -6,7 +6,7 @@ import pytest
 from model.anatomy import LANDMARKS, angle_of_progression
 from model.frame import Geometry
 from model.image import BadFrame, GreyFrame
-from model.measure import bad_frame, failed_entry, measure, points_of, within_budget
+from model.measure import bad_frame, failed_entry, measure, points_of, unflipped, within_budget
 from model.outputs import CaseEntry
 from model.predictor import Output, Predictor
 from model.uncertainty import QUANTITIES, Calibration, ErrorModel
@@ -112,6 +112,17 @@ def test_a_mirrored_image_is_flipped_judged_and_mapped_back() -> None:
     assert mirrored.plausible  # though PS1 now lies on the left
 
 
+def test_doubt_of_a_mirrored_image_names_its_own_sides() -> None:
+    square = GreyFrame(FRAME.pixels[:, :64].copy(), None, 0, Geometry())
+    first, *rest = measure("a", "a.png", square, predictor_at(SWAPPED)).reasons
+    assert first == "PS1 is not on the right of PS2: the image may be mirrored"
+    entry = measure("a", "a.png", square, predictor_at(SWAPPED), mirror=True)
+    told = "PS1 is not on the left of PS2: perhaps the image needs no --mirror"
+    assert entry.reasons == [told, *rest] and entry.doubtful and not entry.plausible
+    assert entry.landmarks_px["PS1"][0] > entry.landmarks_px["PS2"][0]  # as the sentence says
+    assert unflipped("left or right, upright") == "right or left, upright"
+
+
 CALIBRATED = Calibration(
     errors={
         name: ErrorModel(weights=(np.log(error), 0, 0), limits=((0, 9), (-9, 9)))
@@ -153,3 +164,7 @@ def test_what_a_calibrated_model_tells(view: float, limit: float, words: list[st
     assert entry.view_score == pytest.approx(view)
     assert entry.doubtful == bool(words) and len(entry.reasons) == len(words)
     assert all(word in reason for word, reason in zip(words, entry.reasons, strict=True))
+    mirrored = measure("a", "a.png", frame, Predictor(spec, run, "cpu"), mirror=True)
+    sides = [("symphysis on the left", "symphysis on the right")] * (view < 0.4)
+    for reason, other in zip(entry.reasons, mirrored.reasons, strict=True):
+        assert other == (reason.replace(*sides.pop()) if sides else reason)

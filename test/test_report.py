@@ -19,7 +19,7 @@ from model.answer import unmarked
 from model.files import RunFiles, write_bytes, write_results
 from model.frame import Geometry
 from model.image import GreyFrame
-from model.outputs import CaseEntry, Results, named
+from model.outputs import CaseEntry, Loop, Results, named
 from model.overlay import png as encoded
 from model.page import escape, page
 from model.report import doubt_key, write_report
@@ -63,7 +63,12 @@ def failed(file: str, error: str) -> CaseEntry:
     return CaseEntry(case=file, file=file, status="failed", error=error)
 
 
-def reported(folder: Path, entries: list[CaseEntry], missing: tuple[str, ...] = ()) -> str:
+def reported(
+    folder: Path,
+    entries: list[CaseEntry],
+    missing: tuple[str, ...] = (),
+    loops: tuple[Loop, ...] = (),
+) -> str:
     """Write a run's results, pictures and report; returns the URL of the page."""
     answered = [e for e in entries if e.status == "ok"]
     results = Results(
@@ -77,6 +82,7 @@ def reported(folder: Path, entries: list[CaseEntry], missing: tuple[str, ...] = 
         failed=len(entries) - len(answered),
         doubtful=sum(bool(e.doubtful) for e in answered),
         cases=entries,
+        loops=list(loops),
     )
     write_results(folder, results)
     first = folder / "picture"
@@ -146,6 +152,18 @@ def saved(browser: Any, name: str = "landmarks-corrected.csv") -> Path:
         assert time.monotonic() < until, "nothing was saved"
         time.sleep(0.05)
     return path
+
+
+def loaded(browser: Any, path: Path, content: str) -> str:
+    """What the page tells of a table of corrections that is loaded."""
+    path.write_text(content, "utf-8", newline="")
+    browser.execute_script("document.querySelector('#notice').textContent = ''")
+    browser.find_element("css selector", "#load").send_keys(str(path))
+    until = time.monotonic() + 10
+    while not (told := texts(browser, "#notice")[0]):
+        assert time.monotonic() < until, "nothing was told"
+        time.sleep(0.05)
+    return told
 
 
 def test_escape() -> None:
@@ -293,6 +311,82 @@ def test_drag(tmp_path: Path, browser: Any, touch: bool, spacing: Any) -> None:
     assert rows[0] == "Filename,PS1,PS2,FH1,AoP,Doubt,Corrected"
     assert kept[1:] == model.splitlines()[1::2] and rows[2].endswith(",yes")
     assert complaints(browser) == []
+
+
+def test_saved_corrections_are_loaded_again(tmp_path: Path, browser: Any) -> None:
+    entries = [entry(f"{k}/{name}", turn=k) for k, name in enumerate(EVIL)]
+    entries += [entry("loop.png", k, spacing_mm=SPACING) for k in range(2)]
+    url = reported(tmp_path / "one", entries)
+    browser.get(url)
+    for k in range(len(entries)):
+        click(browser, "article .picture", k)
+        move_right(browser, "PS2")
+    click(browser, "#reset")
+    click(browser, "#close")
+    content = saved(browser).read_text("utf-8")
+    assert content.count(",yes\n") == len(entries) - 1
+    browser.get(reported(tmp_path / "two", entries[2:] + entries[:1]))  # of another run
+    browser.execute_script("localStorage.clear(); location.reload()")
+    assert texts(browser, "#count") == ["0"]
+    click(browser, "article .picture")
+    drag(browser, "FH1", (-40.0, 0.0))  # a loaded correction takes its place
+    click(browser, "#close")
+    told = loaded(browser, tmp_path / "a.csv", content)
+    assert told.startswith(f"'a.csv': {len(entries) - 2} of {len(entries) - 1} corrections loaded.")
+    name = json.dumps("1/" + EVIL[1])[1:-1]
+    assert told.endswith(f" Not loaded: line 3: this report has no '{name}'.")
+    marks = texts(browser, "article .mark")
+    assert marks.count("corrected") == len(entries) - 2 == int(texts(browser, "#count")[0])
+    wanted = {line for line in content.splitlines() if "alert(2)" not in line}
+    assert set(saved(browser).read_text("utf-8").splitlines()) == wanted
+    browser.refresh()
+    assert texts(browser, "#count") == [str(len(entries) - 2)] and complaints(browser) == []
+
+
+ROW = '{file},"({x}, 40.0000)","(70.5000, 55.1250)","(160.0000, 120.0000)",98.1,{doubt},{mark}\n'
+
+
+def rows(*given: tuple[str, str], mark: str = "yes", doubt: str = "") -> str:
+    """A table of corrections: files, and x of PS1 as text."""
+    written = [ROW.format(file=file, x=x, doubt=doubt, mark=mark) for file, x in given]
+    return "Filename,PS1,PS2,FH1,AoP,Doubt,Corrected\n" + "".join(written)
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (rows(("a.png", "99.5")), "1 of 1 corrections loaded."),
+        (rows(("a.png", "99.5")).replace("\n", "\r\n").rstrip(), "1 of 1 corrections loaded."),
+        ("\ufeff" + rows(("a.png", "99.5")), "1 of 1 corrections loaded."),
+        (rows(("a.png", "99.5"), ("", "")) + "\n\n", "line 3: this report has no ''."),
+        (rows(("zz.png", "9"), mark="no"), "0 of 0 corrections loaded."),
+        (rows(("z\u202ez.png", "9")), "line 2: this report has no 'z\\u{202e}z.png'."),
+        (
+            rows(("a.png", "one")),
+            "line 2: PS1 is '(one, 40.0000)', expected (x, y) in px inside",
+        ),
+        (rows(("a.png", "240")), "line 2: PS1 is '(240, 40.0000)', expected"),
+        (rows(("a.png", "-0.6")), "line 2: PS1 is '(-0.6, 40.0000)', expected"),
+        (rows(("a.png", "1.2.3")), "line 2: PS1 is '(1.2.3, 40.0000)', expected"),
+        (rows(("a.png", "9"), mark="YES"), "line 2: Corrected is 'YES', expected yes or no."),
+        (rows(("a.png", "9"))[:-3], "line 2: Corrected is 'y', expected yes or no."),
+        (rows(("a.png", "9"))[:-9], "line 2: its cells do not fit the first line."),
+        (
+            rows(("a.png", "9"), doubt='"x') + rows(("a.png", "8"))[41:],
+            "1 of 2 corrections loaded.",
+        ),
+        (rows(("a.png", "70.5")).replace("40.0000", "55.125"), "line 2: PS2 or FH1 equals PS1"),
+        (rows(*[("b.png", "9")] * 12), "; line 11: this report has no 'b.png'; and 2 more."),
+        ("Filename,PS1,PS2,FH1,AoP\n", "nothing loaded: it lacks Corrected; expected a table"),
+        ("", "nothing loaded: it lacks Filename, PS1, PS2, FH1, Corrected;"),
+    ],
+)
+def test_what_is_told_of_a_table(tmp_path: Path, browser: Any, content: str, told: str) -> None:
+    browser.get(reported(tmp_path, [entry("a.png")]))
+    found = loaded(browser, tmp_path / "a.csv", content)
+    assert told in found and overflowing(browser) == [] == complaints(browser)
+    taken = texts(browser, "#count") == ["1"]
+    assert taken == ("1 of" in found)
 
 
 @pytest.mark.parametrize("spacing", [None, SPACING])
@@ -481,6 +575,45 @@ def test_parts_have_pages_of_their_own_and_one_when_merged(tmp_path: Path) -> No
     assert sum(cards) == 6 and "landmarks-1-of-2.csv" in (out / pages[0]).read_text()
     run(tmp_path / "in", out, "--merge")
     assert not (out / "report.html").exists()
+
+
+def test_loops_are_listed(tmp_path: Path, browser: Any) -> None:
+    known = {"frames": 3, "median_frame": 2, "most_confident_frame": 0}
+    moved = Loop(
+        case="cine",
+        file="<i>cine.mha",
+        answered=2,
+        aop_deg=[121.3, None, 98.06],
+        median_aop_deg=98.06,
+        doubtful_frames=1,
+        **known,
+    )
+    nothing = {"answered": 0, "aop_deg": [None] * 3, "median_aop_deg": None, "doubtful_frames": 0}
+    lost = Loop(case="lost", file="lost.mha", **known | nothing)
+    write_bytes(tmp_path / "cine" / "contact-sheet.png", encoded(made(1)))
+    browser.get(reported(tmp_path, [entry("a.png"), failed("b.png", "why")], loops=(moved, lost)))
+    assert texts(browser, "summary") == ["1 failed", "2 loops"]
+    assert texts(browser, "li")[1:] == [
+        "<i>cine.mha: AoP 98.1 to 121.3°, median 98.1° (frame 2), most confident frame 0; "
+        "2 of 3 frames answered, 1 doubtful; contact sheet",
+        "lost.mha: none of 3 frames answered",
+    ]
+    links = browser.execute_script("return [...document.links].map((a) => a.href)")
+    assert links[2:] == [(tmp_path / "cine" / "contact-sheet.png").as_uri()]
+    browser.execute_script("which.value = '.failed'; which.onchange()")
+    assert texts(browser, "li bdi") == ["b.png", "lost.mha"] and complaints(browser) == []
+
+
+def test_the_loops_of_real_runs(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    volume(tmp_path / "in" / "cine.mha", np.stack([made(2), made(3)]))
+    volume(job(tmp_path / "job") / "a.mha", np.stack([made(2), made(3)]))
+    for source, sheet in (("in", "cine/contact-sheet.png"), ("job", "contact-sheet.png")):
+        out = run(tmp_path / source, tmp_path / f"{source}-out", "--report", "--overlay").folder
+        angles = [e["aop_deg"] for e in load(out / "results.json")["cases"]]
+        text = (out / "report.html").read_text()
+        assert f"AoP {min(angles):.1f} to {max(angles):.1f}°, median" in text
+        assert ">1 loop<" in text and f'href="{sheet}"' in text and (out / sheet).is_file()
 
 
 def test_of_a_job(tmp_path: Path) -> None:
