@@ -13,10 +13,19 @@ from model.masks import Ellipse, MaskError, fit_ellipse, landmarks_from_mask
 from test.phantom import main as phantom_main
 from test.phantom import phantom
 from training import prepare
-from training.cases import Case, CaseError, case_tables, read_cases, write_cases
+from training.cases import (
+    Case,
+    CaseError,
+    case_tables,
+    read_cases,
+    read_table,
+    write_cases,
+)
 from training.groups import BLOCK, SPLITS, near_duplicate_groups, split_by_group, thumbnail
 from training.masks import read_mask
 from training.pictures import SHEET_TILE
+
+SPLITS_OF_PSFHS = Path(prepare.__file__).with_name("psfhs_splits.csv")
 
 POINTS = np.array([[130.25, 40.5], [60.0, 61.12347], [190.0, 110.0]])
 
@@ -358,6 +367,28 @@ def test_prepare_groups_by_patient(phantoms: Path, tmp_path: Path) -> None:
     assert [case.group for case in read_cases(output)] == ["p0", "p1", "p0", "p1", "p0"]
     assert "phantom-0045.png" in (tmp_path / "cases.skipped.csv").read_text()
     assert prepare.main([*command, "Doctor"]) == 1
+
+
+def test_prepare_with_the_splits_of_a_table(phantoms: Path, tmp_path: Path) -> None:
+    table, output = tmp_path / "splits.csv", tmp_path / "cases.csv"
+    names = sorted(path.stem for path in (phantoms / "images").iterdir())
+    rows = [f"{name},{'val' if k % 2 else 'test'},B,g{k // 2}" for k, name in enumerate(names[1:])]
+    table.write_text("\n".join(["Filename,split,device,group", *rows]))
+    command = ["--images", str(phantoms / "images"), "--masks", str(phantoms / "masks")]
+    assert prepare.main([*command, "--output", str(output), "--splits", str(table)]) == 0
+    told = [f"{Path(c.file).stem},{c.split},{c.device},{c.group}" for c in read_cases(output)]
+    assert sorted(told) == rows
+    assert names[0] in (tmp_path / "cases.skipped.csv").read_text()
+    with pytest.raises(SystemExit):
+        prepare.main([*command, "--output", "x", "--splits", str(table), "--split", "1", "0", "0"])
+
+
+@pytest.mark.real
+def test_the_splits_of_psfhs_are_those_of_its_table(psfhs: Path) -> None:
+    rows = read_table(SPLITS_OF_PSFHS).rows
+    told = {(row["Filename"], row["split"], row["device"], row["group"]) for _, row in rows}
+    cases = read_cases(psfhs / "cases.csv")
+    assert told == {(Path(c.file).stem, c.split, c.device, c.group) for c in cases}
 
 
 def test_prepare_from_iugc(phantoms: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -8,6 +8,11 @@ by file name without suffix, as FH-PS-AoP 2023 and PSFHS publish them:
     python -m training.prepare --images DIR --masks DIR --output cases.csv \\
         --patients patients.csv --patient-column PatientID --split 0.8 0.2 0
 
+With the splits, machines and groups that this repository's figures for PSFHS are of:
+
+    python -m training.prepare --images image_mha --masks label_mha --output cases.csv \\
+        --splits training/psfhs_splits.csv
+
 From a folder of IUGC 2025 as released (a CSV with Filename, PS1, PS2, FH1, AoP, or
 landmarks_data.csv with aop_results.csv; the images anywhere below the folder):
 
@@ -68,6 +73,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("give --images and --masks, or --iugc")
     if (args.patients is None) != (args.patient_column is None):
         parser.error("--patients and --patient-column belong together")
+    if args.splits and (args.split or args.patients):
+        parser.error("--splits tells split and group: leave out --split and --patients")
     try:
         if args.split:
             split_by_group([], args.split)  # refuses wrong shares before the work, not after it
@@ -146,6 +153,8 @@ def group_cases(
     derived: Sequence[tuple[Case, Thumbnail]], args: argparse.Namespace, skipped: Skipped
 ) -> list[Case]:
     """The cases with their groups: the patients of a CSV, or near-duplicate frames."""
+    if args.splits:
+        return _as_split(derived, args.splits, skipped)
     if args.patients is None:
         groups = near_duplicate_groups((small for _, small in derived), args.duplicate_correlation)
         return [
@@ -162,6 +171,24 @@ def group_cases(
             cases.append(replace(case, group=patient))
         else:
             skip(skipped, case.file, f"{args.patients} names no {column} for it")
+    return cases
+
+
+def _as_split(
+    derived: Sequence[tuple[Case, Thumbnail]], path: Path, skipped: Skipped
+) -> list[Case]:
+    """The cases that a table names, with its split, device and group."""
+    table = read_table(path)
+    names = {field: table.find(field) for field in ("split", "device", "group")}
+    file = table.find("Filename")
+    known = {stem_of(row[file]): row for _, row in table.rows}
+    cases = []
+    for case, _ in derived:
+        row = known.get(stem_of(case.file))
+        if row:
+            cases.append(replace(case, **{field: row[name] for field, name in names.items()}))
+        else:
+            skip(skipped, case.file, f"{path} does not name it")
     return cases
 
 
@@ -211,6 +238,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar=("TRAIN", "VAL", "TEST"),
         help="shares of images, adding up to 1, drawn by group; in place of a release's own splits",
     )
+    add("--splits", type=Path, metavar="CSV", help="table of Filename, split, device and group")
     add("--seed", type=int, default=0, help="of the split (default: %(default)s)")
     add(
         "--duplicate-correlation",
