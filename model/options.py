@@ -80,12 +80,12 @@ def _add_options(
     add = group("what and where")
     add("--input", type=Path, default=INPUT, help="folder of images or a job (%(default)s)")
     add("--output", type=Path, default=OUTPUT, help="folder for the answers (%(default)s)")
-    model_help = f"ONNX file (the one under {MOUNTED_MODELS}, else the shipped one)"
+    model_help = f"ONNX file (the one under {MOUNTED_MODELS}, else the shipped ones)"
     add("--model", type=Path, metavar="FILE", help=model_help)
     providers = ("auto", "cuda", "cpu")
     provider_help = "processor; auto: CUDA where it runs, else the CPU (%(default)s)"
     add("--provider", choices=providers, default="auto", help=provider_help)
-    threads_help = "threads of the network on the CPU (all that the process may use)"
+    threads_help = "on the CPU: cases at a time, or threads of a single case (all CPUs allowed)"
     add("--threads", type=_threads, metavar="N", help=threads_help)
     add("--decode", choices=("subpixel", "argmax"), help="heatmap decoder (the model's own)")
     mirror_help = (
