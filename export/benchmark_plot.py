@@ -11,7 +11,7 @@ from export.timing import Interval
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-INK = ("#0060a8", "#c44f00", "#007a55", "#8d4a8f", "#000000")  # of models with accuracy
+INK, SYMBOLS = ("#0060a8", "#c44f00", "#007a55", "#8d4a8f"), "osD^v"  # of models with accuracy
 FAINT = "#707070"
 TICK = 0.08  # height of a tick, of the panel
 
@@ -36,7 +36,7 @@ def plot(report: Report) -> bytes:
             else:
                 of_mre = label.startswith("MRE")
                 error = one.errors.mre_px if of_mre else one.errors.aop_error_deg
-                _point(axis, one, error, INK[k % len(INK)])
+                _point(axis, one, error, k)
         _frame(axis, report, label)
     figure.suptitle(
         f"{report.provider}, {report.threads} threads, {report.processor}; {report.images}",
@@ -48,19 +48,16 @@ def plot(report: Report) -> bytes:
     return file.getvalue()
 
 
-def _point(axis: "Axes", one: ModelFigures, error: Interval, colour: str) -> None:
+def _point(axis: "Axes", one: ModelFigures, error: Interval, k: int) -> None:
     """A model at its median time and its error, lines to the 95th percentile and the interval."""
-    time = one.milliseconds["image"]
+    time, colour = one.milliseconds["image"], INK[k % len(INK)]
     axis.errorbar(
         [time.p50],
         [error.value],
         xerr=np.array([[0.0], [time.p95 - time.p50]]),
         yerr=np.array([[error.value - error.low], [error.high - error.value]]),
-        fmt="o", color=colour, ecolor=colour, elinewidth=1,
+        fmt=SYMBOLS[k % len(SYMBOLS)], color=colour, ecolor=colour, elinewidth=1, label=one.name,
     )  # fmt: skip
-    axis.annotate(
-        one.name, (time.p50, error.value), (6, 6), textcoords="offset points", color=colour
-    )
 
 
 def _tick(axis: "Axes", one: ModelFigures) -> None:
@@ -79,8 +76,9 @@ def _frame(axis: "Axes", report: Report, label: str) -> None:
 
     times = [one.milliseconds["image"] for one in report.models]
     axis.set_xscale("log")
-    axis.set_xlim(min(t.p50 for t in times) / 1.6, max(t.p95 for t in times) * 1.6)
-    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    low, high = min(t.p50 for t in times) / 1.6, max(t.p95 for t in times) * 1.6
+    axis.set_xlim(low, high)
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 1000 * low else (1,)))
     axis.xaxis.set_major_formatter(ScalarFormatter())
     axis.xaxis.set_minor_formatter(NullFormatter())
     axis.set_xlabel("ms an image: median, line to the 95th percentile")
@@ -88,5 +86,6 @@ def _frame(axis: "Axes", report: Report, label: str) -> None:
     axis.grid(alpha=0.3)
     if label:
         axis.set_ylim(0, axis.get_ylim()[1] * 1.08)
+        axis.legend()
     else:
         axis.set_yticks([])
