@@ -153,9 +153,13 @@ def test_the_text_says_what_is_known_and_what_is_not():
 
 def test_models_without_accuracy_are_ticks(monkeypatch):
     drawn: list = []
-    for kind in ("_point", "_tick"):
-        put = lambda axis, one, *error, kind=kind: drawn.append((kind, one.name, *error[:1]))  # noqa: E731
-        monkeypatch.setattr(benchmark_plot, kind, put)
+    for drawing in (benchmark_plot._point, benchmark_plot._tick):
+
+        def put(axis, one, *rest, drawing=drawing):
+            drawn.append((drawing.__name__, one.name, *rest[:1]))
+            drawing(axis, one, *rest)
+
+        monkeypatch.setattr(benchmark_plot, drawing.__name__, put)
     benchmark_plot.plot(report())
     error = MODELS[0].errors.mre_px
     assert drawn == [("_point", "shipped", error), ("_tick", "unet")] * 2

@@ -190,13 +190,19 @@ class EpochSampler(Sampler[tuple[int, int]]):
         return math.ceil(self.length / self.world)
 
 
-def train_loader(dataset: LandmarkDataset, rank: int, world: int) -> DataLoader[dict[str, Tensor]]:
-    """Batches of this process's share; set `loader.sampler.epoch` before each pass."""
+def train_loader(
+    dataset: LandmarkDataset, rank: int, world: int, weights: Floats | None = None
+) -> DataLoader[dict[str, Tensor]]:
+    """Batches of this process's share; set `loader.sampler.epoch` before each pass.
+
+    Args:
+        weights: chance of each image, as `EpochSampler` takes them.
+    """
     recipe = dataset.recipe
     return DataLoader(
         dataset,
         batch_size=max(1, recipe.batch // world),
-        sampler=EpochSampler(len(dataset), recipe.seed, rank, world, chances(dataset)),
+        sampler=EpochSampler(len(dataset), recipe.seed, rank, world, weights),
         num_workers=recipe.workers,
         drop_last=len(dataset) // world >= max(1, recipe.batch // world),
         worker_init_fn=_one_thread,

@@ -36,7 +36,7 @@ from training.checkpoint import (
     load_weights,
     save_weights,
 )
-from training.data import LandmarkDataset, further_cases, read_grey, train_loader
+from training.data import LandmarkDataset, chances, further_cases, read_grey, train_loader
 from training.groups import near_duplicate_groups, split_by_group
 from training.loop import Processes, Trainer, processes
 from training.metrics import mean_errors
@@ -70,7 +70,7 @@ def fit(args: argparse.Namespace, recipe: Recipe, place: Processes) -> None:
     cases = split_cases(args, recipe, place)
     styles = style_images(args.styles)
     dataset = LandmarkDataset(cases["train"], args.images, args.masks, recipe, True, more, styles)
-    loader = train_loader(dataset, place.rank, place.world)
+    loader = train_loader(dataset, place.rank, place.world, chances(dataset))
     if args.steps:
         recipe = recipe.model_copy(update={"epochs": max(1, round(args.steps / len(loader)))})
     torch.manual_seed(recipe.seed)
