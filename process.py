@@ -22,7 +22,7 @@ from pathlib import Path
 from model.files import OutputError
 from model.jobs import InputError, find_cases
 from model.options import MOUNTED_MODELS, parse_options
-from model.predictor import ModelError, Predictor, load_predictor, usable_cpus
+from model.predictor import MOST_THREADS, ModelError, Predictor, load_predictor, usable_cpus
 from model.run import STOPPED_BY, cases_of, conclude, run, tally_of, tell
 from model.serve import serve
 from model.shards import merge
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         cases = cases_of(args)
         several = len(cases) > 1
         predictor = loaded(args, 1 if several else args.threads)
-        at_once = args.threads or usable_cpus()
+        at_once = args.threads or min(usable_cpus(), MOST_THREADS)
         args.at_once = at_once if several and predictor.provider == "cpu" else 1
         return _say(*run(predictor, args, cases))
     except (InputError, ModelError, OutputError) as error:

@@ -111,7 +111,8 @@ def answer_cases(
 
     `args.at_once` cases at a time: while one waits for its file, or for Python, others compute.
     """
-    waiting = iter([item for item in enumerate(cases, 1) if item[1].name not in journal.done])
+    done = journal.done
+    waiting = iter([item for item in enumerate(cases, 1) if item[1].name not in done])
     turn = Lock()
 
     def record(number: int, entry: CaseEntry) -> None:
@@ -137,8 +138,8 @@ def answer_cases(
         cv2.setNumThreads(1)
     with suppress(Stopped), ThreadPoolExecutor(args.at_once) as pool:
         try:
-            for done in as_completed([pool.submit(work) for _ in range(args.at_once)]):
-                done.result()
+            for worker in as_completed([pool.submit(work) for _ in range(args.at_once)]):
+                worker.result()
         finally:  # after an error the others stop too
             with turn:
                 deque(waiting, maxlen=0)
