@@ -9,6 +9,9 @@ of it, and images of other views. The thresholds of doubt are set so that at mos
 is doubtful. The landmarks do not change. Then export: python -m export.to_onnx --weights OUT/...
 
 Val should not have trained the model, nor chosen between many: then the errors come out too small.
+For weights that val trained too (training.fit --all), --folds FOLDS fits errors and interval on the
+answers of the cross-validation of the same recipe (training.folds), each of a network that had not
+seen the case; those networks saw fewer images, so that the errors come out somewhat too large.
 """
 
 import argparse
@@ -16,6 +19,7 @@ import contextlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,19 +27,29 @@ from tqdm import tqdm
 
 from model.anatomy import Floats
 from model.network import TransUNet, build_network
-from model.predictor import Predictor
+from model.predictor import Prediction, Predictor
+from model.spec import ModelSpec
 from model.uncertainty import QUANTITIES, Calibration, ErrorModel
 from training.cases import Case, CaseError, read_cases
 from training.checkpoint import Checkpoint, CheckpointError, load_weights, save_weights
 from training.data import read_grey
 from training.doubt import files_of
+from training.folds import kept_out
 from training.metrics import case_errors
-from training.predict import answer_of, torch_predictor
+from training.predict import CasePrediction, answer_of, torch_predictor
 from training.view import train_view_head
 
-LEVEL, FOLDS = 0.9, 10
+LEVEL, PARTS = 0.9, 10
 RIDGE = 5.0  # cases' worth of pull towards 'the terms say nothing', for standardised terms
 VIEW_CHANNELS = 16
+
+
+class Judged(NamedTuple):
+    """A case with its label, what a network found, and what that says."""
+
+    case: Case
+    found: Prediction
+    answer: CasePrediction
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -55,8 +69,8 @@ def calibrate(args: argparse.Namespace) -> None:
     spec = checkpoint.spec.model_copy(update={"calibration": None, "doubt_below": 0.0})
     cases = read_cases(args.data)
     val = [case for case in cases if case.split == "val"]
-    if len(val) < 2 * FOLDS:
-        raise CaseError(f"{args.data}: expected {2 * FOLDS} cases of split val, got {len(val)}")
+    if len(val) < 2 * PARTS:
+        raise CaseError(f"{args.data}: expected {2 * PARTS} cases of split val, got {len(val)}")
     if len({case.group or case.file for case in val}) < 2:
         raise CaseError(f"{args.data}: expected several groups in split val, all cases are of one")
     args.output.parent.mkdir(parents=True, exist_ok=True)
@@ -70,12 +84,14 @@ def calibrate(args: argparse.Namespace) -> None:
         network = with_view_head(network, build_network(config, checkpoint.masks)).to(device)
         others = files_of(args.others)
         train_view_head(network, spec, train, args.images, others, args.seed)
-    predictor = torch_predictor(network.to(device), spec, device)
-    found = calibration_of(predictor, val, args.images, args.doubted)
-    if found.view_below is not None:
-        found = found.model_copy(
-            update={"view_below": centre_view_score(network, found.view_below)}
-        )
+    of_val = judge(torch_predictor(network.to(device), spec, device), val, args.images)
+    judged = of_folds(args, checkpoint, spec, device) if args.folds else of_val
+    views = np.sort([one.found.view_score for one in of_val if one.found.view_score is not None])
+    found = calibration_of(judged, shares_of_doubt(judged, args.doubted, len(views) > 0)[0])
+    if len(views):
+        below = shares_of_doubt(of_val, args.doubted, True)[1]
+        score = centre_view_score(network, _between(views, below))
+        found = found.model_copy(update={"view_below": score})
     spec = spec.model_copy(update={"calibration": found})
     described = Checkpoint(network=config, masks=checkpoint.masks, spec=spec)
     save_weights(args.output, network.state_dict(), described)
@@ -99,32 +115,61 @@ def centre_view_score(network: torch.nn.Module, threshold: float) -> float:
     return 0.5
 
 
-def calibration_of(
-    predictor: Predictor, cases: Sequence[Case], images: Path, doubted: float
-) -> Calibration:
-    """The calibration that these cases give, which must not have trained the network."""
-    found, answers = [], []
-    for case in tqdm(cases, "val", leave=False):
+def judge(predictor: Predictor, cases: Sequence[Case], images: Path) -> list[Judged]:
+    """What a network says of cases with labels."""
+    judged = []
+    for case in tqdm(cases, "answers", leave=False):
         grey, pixel_shape = read_grey(images / case.file, case.frame)
-        found.append(predictor.predict(grey, pixel_shape))
-        answers.append(answer_of(found[-1], grey.shape, pixel_shape, predictor.spec))
-    radial, aop = case_errors(answers, cases)
+        found = predictor.predict(grey, pixel_shape)
+        answer = answer_of(found, grey.shape, pixel_shape, predictor.spec)
+        judged.append(Judged(case, found, answer))
+    return judged
+
+
+def of_folds(
+    args: argparse.Namespace, checkpoint: Checkpoint, spec: ModelSpec, device: torch.device
+) -> list[Judged]:
+    """What the networks of a cross-validation say of the cases that each has not seen."""
+    without_view = {"view_channels": 0}
+    judged = []
+    for network, other, cases in kept_out(args.folds):
+        configs = (one.network.model_copy(update=without_view) for one in (checkpoint, other))
+        if len(set(configs)) > 1:
+            raise CheckpointError(f"{args.folds} holds another network than {args.weights}")
+        judged += judge(torch_predictor(network.to(device), spec, device), cases, args.images)
+    return judged
+
+
+def calibration_of(judged: Sequence[Judged], above: int) -> Calibration:
+    """The calibration that these cases give, which must not have trained the network.
+
+    Args:
+        above: so many of them are to be doubtful for their expected error.
+    """
+    cases = [one.case for one in judged]
+    radial, aop = case_errors([one.answer for one in judged], cases)
     errors = np.column_stack([radial, aop])
-    terms = np.array([one.terms for one in found])
+    terms = np.array([one.found.terms for one in judged])
     models = {name: fit_error_model(terms[:, k], errors[:, k]) for k, name in enumerate(QUANTITIES)}
     ratios = aop / crossed(terms[:, 3], aop, [case.group or case.file for case in cases])
     expected = models["AoP"].expected(terms[:, 3])
-    odd = np.array([bool(answer.reasons) for answer in answers])
-    allowed = max(0, int(doubted * len(cases)) - int(odd.sum()))
-    views = np.sort([one.view_score for one in found if one.view_score is not None])
-    of_view = (allowed + 1) // 2 if len(views) else 0
     return Calibration(
         errors=models,
         interval=conformal_quantile(ratios, LEVEL),
-        error_above_deg=_above(np.sort(expected)[::-1], allowed - of_view),
-        view_below=_between(views, of_view) if len(views) else None,
+        error_above_deg=_above(np.sort(expected)[::-1], above),
         cases=len(cases),
     )
+
+
+def shares_of_doubt(judged: Sequence[Judged], doubted: float, view: bool) -> tuple[int, int]:
+    """How many cases may be doubted for their expected error, and how many for their view.
+
+    Together they are what the implausible ones, doubted anyway, leave of the share.
+    """
+    odd = sum(bool(one.answer.reasons) for one in judged)
+    allowed = max(0, int(doubted * len(judged)) - odd)
+    of_view = (allowed + 1) // 2 if view else 0
+    return allowed - of_view, of_view
 
 
 def _between(scores: Floats, below: int) -> float:
@@ -182,7 +227,7 @@ def crossed(terms: Floats, errors: Floats, groups: Sequence[str]) -> Floats:
     """(n,) expected errors, each from a model that its own group of cases was kept out of."""
     names = sorted(set(groups))
     fold_of = dict(
-        zip(names, np.random.default_rng(0).permutation(len(names)) % FOLDS, strict=True)
+        zip(names, np.random.default_rng(0).permutation(len(names)) % PARTS, strict=True)
     )
     folds = np.array([fold_of[group] for group in groups])
     expected = np.empty(len(errors))
@@ -223,6 +268,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--output", type=Path, required=True, help="the .safetensors to write")
     others_help = "images of other views; a pattern of their names"
     add("--others", nargs="+", metavar="DIR [PATTERN]", help=others_help)
+    add("--folds", type=Path, help="of training.folds: errors are of its answers, not of val")
     add("--doubted", type=_share, default=0.02, metavar="SHARE", help="of val (%(default)s)")
     add("--seed", type=int, default=1, help="seed of the view head (%(default)s)")
     return parser

@@ -2,12 +2,16 @@
 
     python -m training.fit --recipe compact --data cases.csv --images DIR --masks DIR --output RUN
     python -m training.fit ... --output RUN --resume           # goes on exactly where it stopped
+    python -m training.fit ... --output RUN --all              # val trains too, nothing chooses
     torchrun --nproc-per-node 4 -m training.fit ...            # several processes
 
 The case table's `split` column says what trains and what chooses (train, val; test is never read);
 without it a split by its `group` column, else by near-duplicate images, is drawn and written to
 RUN/cases.csv. RUN then holds best.safetensors and best.json (the weights of the lowest val error),
 checkpoint.pt (to resume), log.csv, TensorBoard scalars and samples/.
+
+With --all the weights of the last epoch are kept. That is for a last training with settings that
+are chosen already; how it does on images that it has not seen, training.folds tells.
 """
 
 import argparse
@@ -87,7 +91,7 @@ def fit(args: argparse.Namespace, recipe: Recipe, place: Processes) -> None:
     if place.leads:
         count = sum(parameter.numel() for parameter in network.parameters()) / 1e6
         print(
-            f"{len(dataset)} images train, {len(cases['val'])} choose; {count:.1f} M "
+            f"{len(dataset)} images train, {len(cases['val']) or 'none'} choose; {count:.1f} M "
             f"parameters, {place.world} x {place.device}, epoch {trainer.epoch} of {recipe.epochs}"
         )
     start = time.monotonic() - spent
@@ -148,27 +152,31 @@ def keep(
     loss: float,
     seconds: float,
 ) -> None:
-    """Validate the weights that count, log, keep them if they are the best so far, checkpoint."""
+    """Validate the weights that count, log, keep them if they are the best so far, checkpoint.
+
+    Without cases of val the last are the best.
+    """
     recipe, epoch = trainer.recipe, trainer.epoch
     predictor = torch_predictor(trainer.evaluated, recipe.spec(masks), trainer.place.device)
     predictions = predict_cases(predictor, val, args.images)
-    mre_px, aop_deg = mean_errors(predictions, val)
+    metrics = {}
+    if val:
+        mre_px, aop_deg = mean_errors(predictions, val)
+        metrics = {"val_mre_px": round(mre_px, 3), "val_aop_error_deg": round(aop_deg, 3)}
     row = {
         "epoch": epoch,
         "loss": round(loss, 5),
-        "val_mre_px": round(mre_px, 3),
-        "val_aop_error_deg": round(aop_deg, 3),
+        **metrics,
         "learning_rate": trainer.scheduler.get_last_lr()[0],
         "minutes": round(seconds / 60, 2),
     }
     print("  ".join(f"{name} {value:g}" for name, value in row.items()), flush=True)
     sheet = None
-    if epoch % SAMPLES_EVERY == 0 or epoch == recipe.epochs:
+    if val and (epoch % SAMPLES_EVERY == 0 or epoch == recipe.epochs):
         sheet = sample_sheet(predictions, val, args.images)
     log(args.output, row, sheet)
-    if mre_px < trainer.best_px:
-        trainer.best_px = mre_px
-        metrics = {name: row[name] for name in ("val_mre_px", "val_aop_error_deg")}
+    if not val or mre_px < trainer.best_px:
+        trainer.best_px = mre_px if val else trainer.best_px
         spec = recipe.spec(masks).model_copy(update={"metrics": metrics})
         checkpoint = Checkpoint(network=recipe.network, masks=masks, spec=spec)
         path = args.output / "best.safetensors"
@@ -215,8 +223,10 @@ def split_cases(
             write_cases(args.output / "cases.csv", cases)
             print(f"a split by group was drawn and written to {args.output / 'cases.csv'}")
     chosen = {name: [case for case in cases if case.split == name] for name in ("train", "val")}
+    if args.all:
+        chosen = {"train": chosen["train"] + chosen["val"], "val": []}
     for name, found in chosen.items():
-        if not found:
+        if not found and not (args.all and name == "val"):
             raise CaseError(f"{args.data}: no case has split '{name}'; expected train and val")
     missing = [case.file for case in cases if not (args.images / case.file).is_file()]
     if missing:
@@ -258,6 +268,7 @@ def _parser() -> argparse.ArgumentParser:
         "--steps", type=int, metavar="N", help="in place of epochs: as many as make N steps"
     )
     parser.add_argument("--output", type=Path, required=True, help="the run's folder")
+    parser.add_argument("--all", action="store_true", help="train on split val too, choose nothing")
     parser.add_argument("--resume", action="store_true", help="go on from RUN/checkpoint.pt")
     parser.add_argument("--max-minutes", type=float, help="stop after the epoch in which they end")
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")

@@ -68,16 +68,21 @@ def split_by_group(
             f"expected the shares of {', '.join(SPLITS)}, three numbers from 0 that add up to 1, "
             f"got {list(fractions)}"
         )
+    return [SPLITS[part] for part in deal(groups, shares, seed)]
+
+
+def deal(groups: Sequence[Hashable], shares: npt.ArrayLike, seed: int = 0) -> list[int]:
+    """A part's number for each image, the same for a whole group; arguments as above."""
     members: dict[Hashable, list[int]] = {}
     for index, group in enumerate(groups):
         members.setdefault(group, []).append(index)
     order = list(members)
-    missing = shares * len(groups)
-    chosen = [""] * len(groups)
+    missing = np.asarray(shares, np.float64) * len(groups)
+    parts = [0] * len(groups)
     for position in np.random.default_rng(seed).permutation(len(order)):
         indices = members[order[position]]
-        split = int(np.argmax(missing))
-        missing[split] -= len(indices)
+        part = int(np.argmax(missing))
+        missing[part] -= len(indices)
         for index in indices:
-            chosen[index] = SPLITS[split]
-    return chosen
+            parts[index] = part
+    return parts

@@ -1,0 +1,153 @@
+"""Cross-validation: who trains, who answers, and the calibration that it gives."""
+
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from model.uncertainty import QUANTITIES
+from test.test_fit import TINY, folder, run_fit  # noqa: F401
+from training import calibrate, evaluate, fit, folds, loop
+from training.cases import read_cases, write_cases
+from training.checkpoint import load_weights
+from training.predict import predict_cases, torch_predictor
+
+ONE_EPOCH = [*TINY, "--epochs", "1", "--device", "cpu"]
+
+
+def run(data: Path, output: Path, *more: str) -> int:
+    return folds.main([
+        *("--data", str(data / "cases.csv"), "--images", str(data / "images")),
+        *("--masks", str(data / "masks"), "--output", str(output), *more),
+    ])  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
+    """The phantoms of the training's tests, two in each group, the last two of split test."""
+    root = tmp_path_factory.mktemp("folds")
+    for name in ("images", "masks"):
+        (root / name).symlink_to(folder / name)
+    cases = read_cases(folder / "cases.csv")
+    grouped = [
+        replace(case, group=f"g{k // 2}", split="val" if k < 4 else "train")
+        for k, case in enumerate(cases)
+    ]
+    write_cases(
+        root / "cases.csv", [*grouped[:10], *(replace(c, split="test") for c in grouped[10:])]
+    )
+    return root
+
+
+@pytest.fixture(scope="module")
+def finished(data: Path) -> Path:
+    assert run(data, data / "folds", "--folds", "2", *ONE_EPOCH) == 0
+    return data / "folds"
+
+
+def test_each_case_is_kept_out_once_with_its_group_and_test_is_not_there(finished, data):
+    known = read_cases(data / "cases.csv")
+    kept, groups = Counter(), {}
+    for k, (_, checkpoint, cases) in enumerate(folds.kept_out(finished)):
+        assert checkpoint.network.input_size == 64
+        table = read_cases(finished / f"fold-{k}" / "cases.csv")
+        assert {case.split for case in table} == {"train", folds.KEPT_OUT}
+        assert not {c.group for c in table if c.split == "train"} & {c.group for c in cases}
+        kept.update(case.file for case in cases)
+        groups[k] = len(cases)
+    assert kept == {case.file: 1 for case in known if case.split != "test"}
+    assert abs(groups[0] - groups[1]) <= 2
+
+
+def test_the_answers_are_of_networks_that_have_not_seen_the_case(finished, data, capsys):
+    answers = {case.file: case for case in read_cases(finished / "landmarks.csv")}
+    assert len(answers) == 10
+    for network, checkpoint, cases in folds.kept_out(finished):
+        predictor = torch_predictor(network, checkpoint.spec, next(network.parameters()).device)
+        for case, found in zip(
+            cases, predict_cases(predictor, cases, data / "images"), strict=True
+        ):
+            written = answers[case.file].landmarks_px
+            np.testing.assert_allclose(written, found.landmarks_px, atol=1e-3)
+    table = str(finished / "landmarks.csv")
+    assert evaluate.main(["--data", str(data / "cases.csv"), "--predictions", table]) == 0
+    assert "all (n=10)" in capsys.readouterr().out
+
+
+def test_what_is_done_is_not_trained_again_and_only_shares_the_work(
+    data, tmp_path, monkeypatch, capsys
+):
+    trained = []
+    original = fit.main
+
+    def counted(flags):
+        trained.append(Path(flags[flags.index("--output") + 1]).name)
+        return original(flags)
+
+    monkeypatch.setattr(fit, "main", counted)
+    flags = ("--folds", "2", *ONE_EPOCH)
+    assert run(data, tmp_path, "--only", "1", *flags) == 0
+    assert trained == ["fold-1"] and "fold-0 remain" in capsys.readouterr().out
+    assert not (tmp_path / "landmarks.csv").exists()
+    assert run(data, tmp_path, *flags) == 0
+    assert trained == ["fold-1", "fold-0"] and (tmp_path / "landmarks.csv").exists()
+    assert run(data, tmp_path, "--folds", "3", *ONE_EPOCH) == 2
+    assert "another way" in capsys.readouterr().err
+
+
+def test_a_fold_that_stopped_goes_on(data, tmp_path, monkeypatch, capsys):
+    flags = ("--folds", "2", "--only", "0", *TINY, "--device", "cpu")
+    epoch, stop = loop.Trainer.train_epoch, "stopped in the second epoch"
+
+    def until_the_second(self, loader):
+        if self.epoch == 1:
+            raise OSError(stop)
+        return epoch(self, loader)
+
+    monkeypatch.setattr(loop.Trainer, "train_epoch", until_the_second)
+    assert run(data, tmp_path, *flags) == 2 and stop in capsys.readouterr().err
+    monkeypatch.setattr(loop.Trainer, "train_epoch", epoch)
+    assert run(data, tmp_path, *flags) == 0 and "epoch 1 of 4" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "flags", [("--init", "w.safetensors"), ("--max-minutes", "1"), ("--folds", "1")]
+)
+def test_what_would_spoil_it_is_refused(data, tmp_path, flags):
+    with pytest.raises(SystemExit):
+        run(data, tmp_path, *flags)
+
+
+def test_a_table_without_groups_is_refused(folder, data, tmp_path, capsys):  # noqa: F811
+    cases = [replace(case, group=None) for case in read_cases(folder / "cases.csv")]
+    write_cases(tmp_path / "cases.csv", cases)
+    assert run(tmp_path, tmp_path / "out") == 2 and "each with a group" in capsys.readouterr().err
+
+
+def test_all_trains_on_val_too_and_keeps_the_last_epoch(data, tmp_path, capsys):
+    assert run_fit(data, tmp_path / "all", "--all") == 0
+    assert "10 images train, none choose" in capsys.readouterr().out
+    network, described = load_weights(tmp_path / "all" / "best.safetensors")
+    last = torch.load(tmp_path / "all" / "checkpoint.pt", weights_only=True)["average"]
+    for name, value in network.state_dict().items():
+        torch.testing.assert_close(value, last[f"module.{name}"])
+    assert described.spec.metrics == {}
+
+
+def test_errors_are_fitted_on_the_answers_of_the_folds(finished, data, monkeypatch, capsys):
+    monkeypatch.setattr(calibrate, "PARTS", 2)
+    weights, output = finished / "fold-0" / "best.safetensors", data / "aop.safetensors"
+    flags = ["--weights", str(weights), "--data", str(data / "cases.csv")]
+    flags += ["--images", str(data / "images"), "--output", str(output)]
+    assert calibrate.main([*flags, "--folds", str(finished)]) == 0
+    found = load_weights(output)[1].spec.calibration
+    assert found.cases == 10 and [*found.errors] == [*QUANTITIES]
+    assert calibrate.main([*flags, "--folds", str(data)]) == 2
+    assert "no finished folds" in capsys.readouterr().err
+    assert run_fit(data, data / "other", "--all", "--network.vit_depth", "2") == 0
+    flags[1] = str(data / "other" / "best.safetensors")
+    assert calibrate.main([*flags, "--folds", str(finished)]) == 2
+    assert "another network" in capsys.readouterr().err

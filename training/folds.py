@@ -1,0 +1,162 @@
+"""Cross-validate a recipe: how it does on scans that it has not seen, of many more than val has.
+
+    python -m training.folds --recipe compact --data cases.csv --images DIR --masks DIR \\
+        --output FOLDS
+
+The cases of train and val, never those of test, are dealt by group into --folds parts. For each
+part training.fit trains a network on all the others, to the last epoch, and it answers the part:
+each answer is of a network that neither was trained on the case's group nor chosen by it. Flags
+that are not listed below go to training.fit, but for --init (its weights would know the cases) and
+--max-minutes (it would leave a fold half trained).
+
+FOLDS/fold-0 and so on are the trainings; the part that one keeps out has split `test` in its
+cases.csv. FOLDS/landmarks.csv holds the answers to all parts, to be looked at with
+
+    python -m training.evaluate --data cases.csv --predictions FOLDS/landmarks.csv --report FILE
+
+What is done is not done again: the same command goes on where it stopped, and --only lets several
+share the work. Then train on all cases (training.fit --all), and calibrate with --folds FOLDS.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from training import fit
+from training.cases import Case, CaseError, read_cases, write_cases
+from training.checkpoint import Checkpoint, CheckpointError, load_weights
+from training.evaluate import as_text, evaluate
+from training.groups import deal
+from training.predict import CasePrediction, predict_cases, torch_predictor
+
+KEPT_OUT = "test"  # the split that training.fit never reads
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit status."""
+    parser = _parser()
+    args, of_fit = parser.parse_known_args(arguments)
+    if refused := [flag for flag in ("--init", "--max-minutes") if flag in of_fit]:
+        parser.error(f"{refused[0]} is not for cross-validation")
+    try:
+        runs = deal_out(args)
+        for k in range(args.folds) if args.only is None else args.only:
+            train(args, runs[k], of_fit)
+        unfinished = [run.name for run in runs if not (run / "done").exists()]
+        if unfinished:
+            print(f"{', '.join(unfinished)} remain; the figures come with the last")
+            return 0
+        cases, answers = answer(args)
+        pairs = zip(cases, answers, strict=True)
+        found = [replace(c, landmarks_px=a.landmarks_px, aop_deg=a.aop_deg) for c, a in pairs]
+        write_cases(args.output / "landmarks.csv", found)
+        print(as_text(evaluate(cases, answers), [], ""))
+    except (CaseError, CheckpointError, IndexError, OSError) as error:
+        print(f"training.folds: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def deal_out(args: argparse.Namespace) -> list[Path]:
+    """Write each fold's case table; returns the folders of the trainings."""
+    cases = [case for case in read_cases(args.data) if case.split in ("train", "val")]
+    groups = [case.group for case in cases]
+    if not cases or None in groups:
+        raise CaseError(
+            f"{args.data}: expected cases of split train or val, each with a group; "
+            "training.prepare --splits writes both"
+        )
+    parts = deal(groups, [1 / args.folds] * args.folds, args.seed)
+    runs = [args.output / f"fold-{k}" for k in range(args.folds)]
+    for k, run in enumerate(runs):
+        run.mkdir(parents=True, exist_ok=True)
+        table = [
+            replace(case, split=KEPT_OUT if part == k else "train")
+            for case, part in zip(cases, parts, strict=True)
+        ]
+        path = run / "cases.csv"
+        if path.exists() and [(c.file, c.split) for c in read_cases(path)] != [
+            (c.file, c.split) for c in table
+        ]:
+            raise CaseError(f"{path} deals the cases in another way: choose another --output")
+        write_cases(path, table)
+    return runs
+
+
+def train(args: argparse.Namespace, run: Path, of_fit: Sequence[str]) -> None:
+    """Run training.fit on what a fold does not keep out, or go on with it."""
+    if (run / "done").exists():
+        return
+    print(f"{run.name}: training", flush=True)
+    places = {"--data": run / "cases.csv", "--images": args.images, "--output": run}
+    places |= {"--masks": args.masks} if args.masks else {}
+    flags = [str(part) for pair in places.items() for part in pair]
+    flags += [
+        "--all",
+        "--seed",
+        str(args.seed),
+        *(["--resume"] if (run / "checkpoint.pt").exists() else []),
+        *of_fit,
+    ]
+    if fit.main(flags):
+        raise CaseError(f"training.fit failed in {run}, for the reason above")
+    (run / "done").touch()
+
+
+def kept_out(folds: Path) -> Iterator[tuple[nn.Module, Checkpoint, list[Case]]]:
+    """Each fold's network, and the cases that it has not seen.
+
+    Raises:
+        CaseError: no fold is there, or one is not done.
+    """
+    runs = sorted(folds.glob("fold-*"))
+    if not runs or not all((run / "done").exists() for run in runs):
+        raise CaseError(f"{folds} holds no finished folds: run training.folds --output {folds}")
+    for run in runs:
+        cases = [case for case in read_cases(run / "cases.csv") if case.split == KEPT_OUT]
+        yield *load_weights(run / "best.safetensors"), cases
+
+
+def answer(args: argparse.Namespace) -> tuple[list[Case], list[CasePrediction]]:
+    """Every case, and what the network that has not seen it answers."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    all_cases, answers = [], []
+    for network, checkpoint, cases in kept_out(args.output):
+        predictor = torch_predictor(network.to(device), checkpoint.spec, device)
+        all_cases += cases
+        answers += predict_cases(predictor, cases, args.images)
+    return all_cases, answers
+
+
+def _several(text: str) -> int:
+    if text.isdecimal() and int(text) > 1:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"expected 2 or more, got {text!r}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "training.folds",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--data", type=Path, required=True, help="case table with split and group (CSV)")
+    add("--images", type=Path, required=True, help="folder of its images")
+    add("--masks", type=Path, help="folder of masks, handed on to fit")
+    add("--output", type=Path, required=True, metavar="FOLDS", help="folder of the folds' runs")
+    add("--folds", type=_several, default=4, metavar="N", help="parts (%(default)s)")
+    add("--seed", type=int, default=1, help="of the dealing, and of the trainings (%(default)s)")
+    only = "train these folds alone (0 is the first), while others train elsewhere"
+    add("--only", type=int, nargs="+", metavar="K", help=only)
+    return parser
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
