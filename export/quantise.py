@@ -27,6 +27,7 @@ from onnxruntime.quantization import (
     quantize_static,
 )
 
+from export.half import widened
 from export.to_onnx import network_input, save
 from model.heatmap import Heatmaps
 from model.predictor import ModelError, load_predictor
@@ -79,7 +80,8 @@ def quantise(args: argparse.Namespace) -> None:
             predict_cases(predictor, cases, args.images)
             for predictor in (before, load_predictor(draft, "cpu"))
         ]
-        spec = spec.model_copy(update={"metrics": compare(found, cases, args)})
+        metrics = compare(found, cases, args)
+        spec = spec if spec.val_trained else spec.model_copy(update={"metrics": metrics})
         save(onnx.load(draft), spec, draft)
         draft.replace(args.output)
     sizes = [path.stat().st_size / 1e6 for path in (args.model, args.output)]
@@ -92,11 +94,12 @@ def in_int8(model: Path, output: Path, inputs: Sequence[Heatmaps], spec: ModelSp
     Args:
         inputs: network inputs (channels, size, size) that the ranges are taken from.
     """
-    graph = onnx.load(model).graph
+    original = widened(onnx.load(model))
+    graph = original.graph
     kept = [n.name for n in graph.node if any(i.startswith(IN_FLOAT) for i in n.input)]
     logging.getLogger().setLevel(logging.ERROR)  # it advises a step that changes nothing here
     quantize_static(
-        model,
+        original,
         output,
         _Inputs(graph.input[0].name, inputs),
         quant_format=QuantFormat.QDQ,

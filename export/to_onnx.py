@@ -8,6 +8,7 @@ landmarks: on the val images of --data where they are given, else on smooth rand
 must agree within 0.05 px of the network input, or nothing is written. With --data the threshold
 of doubt is also set, unless training.calibrate has set others: in the --doubted share of val the
 least confident landmark is below it.
+--half stores the weights in 16 bits, held to the same 0.05 px.
 --bundle writes the weights and their description beside the ONNX file, as in model/weights/.
 """
 
@@ -25,6 +26,7 @@ import onnx
 import torch
 from torch import nn
 
+from export.half import halved
 from model.frame import Letterbox
 from model.heatmap import Heatmaps
 from model.predictor import decode_output, load_predictor
@@ -66,6 +68,7 @@ def export(weights: Path, args: argparse.Namespace) -> None:
     spec = checkpoint.spec.model_copy(update={k: v for k, v in texts.items() if v is not None})
     inputs = [random_image(spec, seed) for seed in range(RANDOM_IMAGES)]
     model = converted(network, spec)
+    model = halved(model) if args.half else model
     with tempfile.TemporaryDirectory(dir=args.output.parent) as folder:
         draft = Path(folder) / "draft.onnx"
         save(model, spec, draft)
@@ -151,15 +154,12 @@ def calibrated(spec: ModelSpec, onnx_file: Path, args: argparse.Namespace) -> Mo
     radial, aop = case_errors(predictions, cases)
     least = [float(found.confidence.min()) for found in predictions]
     doubt_below = 0.0 if spec.calibration else round(float(np.quantile(least, args.doubted)), 4)
-    return spec.model_copy(
-        update={
-            "doubt_below": doubt_below,
-            "metrics": {
-                "val_mre_px": round(float(radial.mean()), 3),
-                "val_aop_error_deg": round(float(aop.mean()), 3),
-            },
-        }
-    )
+    of_val = {
+        "val_mre_px": round(float(radial.mean()), 3),
+        "val_aop_error_deg": round(float(aop.mean()), 3),
+    }
+    metrics = spec.metrics if spec.val_trained else of_val
+    return spec.model_copy(update={"doubt_below": doubt_below, "metrics": metrics})
 
 
 def network_input(spec: ModelSpec, path: Path) -> Heatmaps:
@@ -191,6 +191,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--training-data", help="text for the spec: data sets and their labels")
     parser.add_argument("--licence", help="text for the spec")
+    parser.add_argument("--half", action="store_true", help="weights in 16 bits: half the file")
     parser.add_argument("--bundle", action="store_true", help="write .safetensors and .json too")
     return parser
 

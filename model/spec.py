@@ -51,7 +51,10 @@ class ModelSpec(BaseModel):
     training_data: str = Field("", description="data sets and what their landmarks are")
     licence: str = ""
     recipe: dict[str, object] = Field(default_factory=dict, description="the training's settings")
-    metrics: dict[str, float] = Field(default_factory=dict, description="figures on split val")
+    val_trained: bool = Field(False, description="split val is among the training data")
+    metrics: dict[str, float] = Field(
+        default_factory=dict, description="figures on split val, or where it trained, of folds"
+    )
 
     def normalise(self, grey: npt.NDArray[np.uint8] | npt.NDArray[np.float32]) -> Heatmaps:
         """(size, size) grey values 0..255 -> (channels, size, size) network input."""

@@ -4,8 +4,10 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from onnx.numpy_helper import to_array
 
 from export import to_onnx
+from export.half import widened
 from model.network import build_network
 from model.predictor import load_predictor
 from model.spec import METADATA_KEY
@@ -66,3 +68,21 @@ def test_missing_weights_are_named(tmp_path, capsys):
     missing, output = str(tmp_path / "no.safetensors"), str(tmp_path / "a.onnx")
     assert to_onnx.main(["--weights", missing, "--output", output]) == 2
     assert "no.safetensors" in capsys.readouterr().err
+
+
+def test_half_is_smaller_and_widens_again(weights, tmp_path):
+    files = [tmp_path / "whole.onnx", tmp_path / "half.onnx"]
+    for file, flags in zip(files, ([], ["--half"]), strict=True):
+        assert to_onnx.main(["--weights", str(weights), "--output", str(file), *flags]) == 0
+    whole, half = (onnx.load(file) for file in files)
+    assert files[1].stat().st_size < files[0].stat().st_size
+    wide = widened(half)
+    assert [node.name for node in wide.graph.node] == [node.name for node in whole.graph.node]
+    onnx.checker.check_model(wide)
+    pairs = zip(wide.graph.initializer, whole.graph.initializer, strict=True)
+    for one, other in pairs:
+        assert one.name == other.name
+        np.testing.assert_allclose(to_array(one), to_array(other), rtol=1e-3, atol=1e-6)
+    image = np.random.default_rng(0).normal(size=(1, 1, 64, 64)).astype(np.float32)
+    maps = [load_predictor(file, "cpu").run(image).maps for file in files]
+    assert 0 < np.abs(maps[0] - maps[1]).max() < 0.05

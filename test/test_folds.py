@@ -130,11 +130,13 @@ def test_a_table_without_groups_is_refused(folder, data, tmp_path, capsys):  # n
 def test_all_trains_on_val_too_and_keeps_the_last_epoch(data, tmp_path, capsys):
     assert run_fit(data, tmp_path / "all", "--all") == 0
     assert "10 images train, none choose" in capsys.readouterr().out
+    assert run_fit(data, data / "half", "--max-minutes", "0") == 0
     network, described = load_weights(tmp_path / "all" / "best.safetensors")
     last = torch.load(tmp_path / "all" / "checkpoint.pt", weights_only=True)["average"]
     for name, value in network.state_dict().items():
         torch.testing.assert_close(value, last[f"module.{name}"])
-    assert described.spec.metrics == {}
+    assert described.spec.metrics == {} and described.spec.val_trained
+    assert not load_weights(data / "half" / "best.safetensors")[1].spec.val_trained
 
 
 def test_errors_are_fitted_on_the_answers_of_the_folds(finished, data, monkeypatch, capsys):
@@ -144,6 +146,9 @@ def test_errors_are_fitted_on_the_answers_of_the_folds(finished, data, monkeypat
     flags += ["--images", str(data / "images"), "--output", str(output)]
     assert calibrate.main([*flags, "--folds", str(finished)]) == 0
     found = load_weights(output)[1].spec.calibration
+    metrics = load_weights(output)[1].spec.metrics
+    assert set(metrics) == {"folds_mre_px", "folds_aop_error_deg"}
+    assert calibrate.main(flags) == 2 and "split val trained" in capsys.readouterr().err
     assert found.cases == 10 and [*found.errors] == [*QUANTITIES]
     assert calibrate.main([*flags, "--folds", str(data)]) == 2
     assert "no finished folds" in capsys.readouterr().err

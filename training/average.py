@@ -55,7 +55,9 @@ def average(files: Sequence[Path], output: Path) -> None:
         for name, first in states[0].items()
         if not name.startswith("view.")
     }
-    spec = described.spec.model_copy(update={"calibration": None, "metrics": {}})
+    known = any(checkpoint.spec.val_trained for _, checkpoint in loaded)
+    unknown = {"calibration": None, "metrics": {}, "val_trained": known}
+    spec = described.spec.model_copy(update=unknown)
     save_weights(output, mean, described.model_copy(update={"network": networks[0], "spec": spec}))
     print(f"the mean of {len(files)} weights: {output}")
 

@@ -35,7 +35,7 @@ from training.checkpoint import Checkpoint, CheckpointError, load_weights, save_
 from training.data import read_grey
 from training.doubt import files_of
 from training.folds import kept_out
-from training.metrics import case_errors
+from training.metrics import case_errors, mean_errors
 from training.predict import CasePrediction, answer_of, torch_predictor
 from training.view import train_view_head
 
@@ -67,6 +67,8 @@ def calibrate(args: argparse.Namespace) -> None:
     """Write the calibrated weights."""
     network, checkpoint = load_weights(args.weights)
     spec = checkpoint.spec.model_copy(update={"calibration": None, "doubt_below": 0.0})
+    if spec.val_trained and not args.folds:
+        raise CheckpointError(f"split val trained {args.weights}: give the answers of --folds")
     cases = read_cases(args.data)
     val = [case for case in cases if case.split == "val"]
     if len(val) < 2 * PARTS:
@@ -93,6 +95,11 @@ def calibrate(args: argparse.Namespace) -> None:
         score = centre_view_score(network, _between(views, below))
         found = found.model_copy(update={"view_below": score})
     spec = spec.model_copy(update={"calibration": found})
+    if args.folds:
+        errors = mean_errors([one.answer for one in judged], [one.case for one in judged])
+        names = ("folds_mre_px", "folds_aop_error_deg")
+        metrics = {name: round(value, 3) for name, value in zip(names, errors, strict=True)}
+        spec = spec.model_copy(update={"metrics": metrics})
     described = Checkpoint(network=config, masks=checkpoint.masks, spec=spec)
     save_weights(args.output, network.state_dict(), described)
     print(f"{args.weights} -> {args.output}: {spec.calibration}")

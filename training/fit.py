@@ -177,7 +177,7 @@ def keep(
     log(args.output, row, sheet)
     if not val or mre_px < trainer.best_px:
         trainer.best_px = mre_px if val else trainer.best_px
-        spec = recipe.spec(masks).model_copy(update={"metrics": metrics})
+        spec = recipe.spec(masks).model_copy(update={"metrics": metrics, "val_trained": not val})
         checkpoint = Checkpoint(network=recipe.network, masks=masks, spec=spec)
         path = args.output / "best.safetensors"
         save_weights(path, trainer.evaluated.state_dict(), checkpoint)
