@@ -51,8 +51,8 @@ class RunFiles:
         return f".{self.results}.room"
 
     def remove(self, folder: Path) -> None:
-        """Remove an earlier run's, but for its journal."""
-        for name in (self.results, self.table, self.report, self.room):
+        """Remove an earlier run's, but for its journal and room."""
+        for name in (self.results, self.table, self.report):
             (folder / name).unlink(missing_ok=True)
 
 

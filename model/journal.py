@@ -4,11 +4,13 @@ killed can be resumed.
 The journal is a hidden file in the output folder, of JSON lines: the settings, then for each case
 the entries of its frames and a line that ends it. When the run ends, results.json and landmarks.csv
 are written from it, and it goes. Room for them is set aside before the first case, so that a disk
-which fills up with answers still takes the list of what failed.
+which fills up with answers still takes the list of what failed. Who holds the lock on that room is
+the one that writes this run.
 """
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -38,8 +40,8 @@ class Journal:
             still holds. None: begin anew.
 
     Raises:
-        OutputError: the folder cannot be written, has no room, or was begun with other settings:
-            that is better known before hours of work.
+        OutputError: the folder cannot be written, has no room, was begun with other settings, or
+            another process writes this run: that is better known before hours of work.
     """
 
     def __init__(
@@ -55,9 +57,12 @@ class Journal:
         self._reserved = 0  # bytes
         self._reserving = Lock()
         self._file: int | None = None
+        self._lock: int | None = None
         self._offsets: dict[str, int] = {}  # where the cases that have ended begin
         first = json_line({"settings": settings})
         try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._lock = _locked(self._room)
             write_chunks(self._path, chain([first], self._kept(settings, holds) if holds else []))
             names.remove(folder)
             self.reserve(CHUNK // ROOM + len(cases))
@@ -69,6 +74,7 @@ class Journal:
                 "room, or run as its owner (docker run --user)"
             ) from error
         except (ValueError, KeyError, TypeError, RecursionError) as error:
+            self.close()
             if isinstance(error, OutputError):
                 raise
             raise OutputError(
@@ -108,7 +114,7 @@ class Journal:
 
     def finish(self, summary: RunSummary) -> None:
         """Write results.json and landmarks.csv, and remove the journal."""
-        self._room.unlink(missing_ok=True)
+        os.truncate(self._room, 0)
         loops = (json.loads(line)["loop"] for line in self._lines(ends=True))
         results = results_json(
             summary, self._lines(ends=False), (json_line(loop) for loop in loops if loop)
@@ -123,8 +129,11 @@ class Journal:
         if self._file is not None:
             os.close(self._file)
             self._file = None
-        with contextlib.suppress(OSError):
-            self._room.unlink(missing_ok=True)
+        if self._lock is not None:
+            with contextlib.suppress(OSError):
+                self._room.unlink(missing_ok=True)
+            os.close(self._lock)
+            self._lock = None
 
     def _lines(self, ends: bool) -> Iterator[bytes]:
         """The lines of entries, or those that end cases, in the order of the run's cases."""
@@ -203,6 +212,33 @@ class Journal:
         for case, entries in groupby(results["cases"], key=lambda entry: str(entry["case"])):
             yield from map(json_line, entries)
             yield _end_line(case, loops.get(case))
+
+
+def _locked(path: Path) -> int:
+    """A descriptor of this file, emptied or made, that no other process holds the lock of.
+
+    The lock goes with the process. A file system without locks has to do without.
+
+    Raises:
+        OutputError: another process holds it.
+    """
+    while True:
+        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(file)
+            raise OutputError(
+                f"{path.parent} is being written by another run: let it end, or choose another "
+                "--output"
+            ) from error
+        except OSError:
+            return file
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file), path.stat()):
+                os.ftruncate(file, 0)
+                return file
+        os.close(file)  # of a run that has just ended, and removed it
 
 
 def settings_of(results: Mapping[str, Any]) -> dict[str, Any]:

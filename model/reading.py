@@ -3,10 +3,10 @@
 import math
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from threading import RLock
+from threading import RLock, local
 from typing import Any
 
 import numpy.typing as npt
@@ -27,6 +27,7 @@ Raw = npt.NDArray[Any]  # (H, W), or (H, W, channels) in the order RGB
 Reader = Callable[[int], Raw]  # number of the frame in its file -> its pixels
 
 _ONE_AT_A_TIME = RLock()  # the limit is the whole process's
+_CASE = local()  # .locks: what this thread holds until its case is answered
 
 
 class ImageError(ValueError):
@@ -80,9 +81,17 @@ def alone(size: int) -> Iterator[None]:
     """In the block no other thread reads, where so many bytes are large.
 
     Two large images would take twice the memory, and one the room that the other's reading has.
+    A small file may unpack to a large image: reading it then takes the lock for the block's rest.
     """
-    with _ONE_AT_A_TIME if size > LARGE else nullcontext():
-        yield
+    outer = getattr(_CASE, "locks", None)
+    with ExitStack() as locks:
+        if size > LARGE:
+            locks.enter_context(_ONE_AT_A_TIME)
+        _CASE.locks = locks
+        try:
+            yield
+        finally:
+            _CASE.locks = outer
 
 
 @contextmanager
@@ -93,6 +102,9 @@ def bounded_memory(needed: int) -> Iterator[None]:
     4 GB for a DICOM file of 150 bytes. COPIES are what it reserves for JPEG frames; half of that is
     used. One block at a time; the limit on Linux only.
     """
+    locks = getattr(_CASE, "locks", None)
+    if locks is not None and needed > LARGE:
+        locks.enter_context(_ONE_AT_A_TIME)
     with _ONE_AT_A_TIME:
         if sys.platform != "linux":
             yield

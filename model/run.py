@@ -15,6 +15,7 @@ from pathlib import Path
 from threading import Lock
 
 import cv2
+from pydantic import ValidationError
 
 from model.answer import answer_case
 from model.files import PICTURE, OutputError
@@ -75,6 +76,9 @@ def run(predictor: Predictor, args: argparse.Namespace, cases: Sequence[Case]) -
         tally = tally_of(journal.entries())
         counts = {name: getattr(tally, name) for name in ("answered", "failed", "doubtful")}
         journal.finish(summary.model_copy(update=counts))
+    except ValidationError:
+        sentence = f"{args.output / args.run_files.journal} was changed from outside"
+        return 2, f"{sentence}; leave it alone, then --resume"
     except OSError as error:
         names = f"{args.run_files.results} and {args.run_files.table}"
         sentence = f"{args.output}: {names} not written ({error.strerror}); mend it, then --resume"

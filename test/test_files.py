@@ -160,7 +160,7 @@ def test_results_are_read_back_an_entry_at_a_time(tmp_path: Path, count: int) ->
 
 def test_remove_takes_the_runs_files_and_leaves_its_journal(tmp_path: Path) -> None:
     names = RunFiles("results-1-of-2.json", "landmarks-1-of-2.csv")
-    mine = [names.results, names.table, names.report, names.room, names.journal, "report.html"]
+    mine = [names.results, names.table, names.report, names.journal, "report.html"]
     for name in mine:
         write_bytes(tmp_path / name, b"x")
     names.remove(tmp_path)

@@ -104,6 +104,8 @@ def test_resume_keeps_what_is_answered_in_full(tmp_path: Path, ended: bool) -> N
         journal.add(entry("a"))  # begun again, and killed in the middle of a line
         with (tmp_path / NAMES.journal).open("ab") as file:
             file.write(b'{"case":"a","file":"a.p')
+        journal.close()
+        (tmp_path / NAMES.room).write_bytes(bytes(3 * ROOM))
     resumed = begin(tmp_path, resume=True)
     assert resumed.done == {"b", "c"}
     assert "results.json" not in listed(tmp_path)
@@ -223,6 +225,21 @@ def test_room_is_set_aside_and_used_when_the_disk_is_full(
     assert room.stat().st_size < before + 5 * ROOM
     journal.finish(SUMMARY)
     assert len(read(tmp_path).cases) == 4
+
+
+def test_two_runs_do_not_write_the_same_files(tmp_path: Path) -> None:
+    first = begin(tmp_path)
+    before = (tmp_path / NAMES.journal).read_bytes()
+    with pytest.raises(OutputError, match="being written by another run"):
+        begin(tmp_path)
+    assert (tmp_path / NAMES.journal).read_bytes() == before
+    other = RunFiles("results-1-of-2.json", "landmarks-1-of-2.csv")
+    Journal(tmp_path, other, SETTINGS, CASES).close()
+    fill(first)
+    first.finish(SUMMARY)
+    assert len(read(tmp_path).cases) == 4
+    begin(tmp_path).close()
+    assert NAMES.room not in listed(tmp_path)
 
 
 def test_a_disk_without_any_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,8 +2,11 @@
 
 import struct
 import sys
+import threading
+import time
 import tracemalloc
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -208,3 +211,33 @@ def test_frames_are_lazy(tmp_path: Path, suffix: str) -> None:
     tracemalloc.stop()
     assert k == 199
     assert peak < 12 * stack[0].nbytes
+
+
+def test_small_files_of_large_images_are_answered_one_at_a_time(tmp_path: Path) -> None:
+    """A file of some kB may unpack to more than LARGE; its pixels are held until it is answered."""
+    side = 4096
+    large = tmp_path / "large.png"
+    cv2.imwrite(str(large), np.eye(side, dtype=np.uint8))
+    assert large.stat().st_size < reading.LARGE // 100
+    small = write(tmp_path / "small.png", GREY)
+    held, most = [], []
+    both = threading.Barrier(2, timeout=30)
+
+    def answer(path: Path, wait: bool) -> None:
+        with reading.alone(path.stat().st_size):
+            frame = next(open_image(path).frames())
+            held.append(frame)
+            most.append(len(held))
+            if wait:
+                both.wait()  # both threads are in their blocks
+            time.sleep(1)
+            held.remove(frame)
+
+    def together(wait: bool, *paths: Path) -> int:
+        most.clear()
+        with ThreadPoolExecutor(len(paths)) as pool:
+            list(pool.map(partial(answer, wait=wait), paths))
+        return max(most)
+
+    assert together(False, large, large) == 1
+    assert together(True, small, small) == 2

@@ -16,6 +16,7 @@ import pytest
 import process
 from model import journal
 from model import run as model_run
+from model.files import RunFiles
 from model.overlay import DOUBT
 from model.predictor import EngineError
 from test.image_files import dicom
@@ -408,6 +409,30 @@ def test_results_that_cannot_be_written_are_told(tmp_path: Path, monkeypatch) ->
     monkeypatch.undo()
     resumed = run(tmp_path / "in", tmp_path / "out", "--resume")
     assert resumed.status == 0 and "1 of 1 cases are answered already" in resumed.out
+
+
+def test_a_second_run_on_the_same_output_is_refused(tmp_path: Path) -> None:
+    png(tmp_path / "in" / "a.png")
+    first = journal.Journal(tmp_path / "out", RunFiles(), {}, {})
+    result = run(tmp_path / "in", tmp_path / "out")
+    assert result.status == 2 and "being written by another run" in result.sentence
+    first.close()
+    assert run(tmp_path / "in", tmp_path / "out").status == 0
+
+
+def test_a_journal_changed_from_outside_is_told(tmp_path: Path, monkeypatch) -> None:
+    png(tmp_path / "in" / "a.png")
+    end = journal.Journal.end
+
+    def spoilt(self: journal.Journal, *given: object) -> None:
+        end(self, *given)
+        path = tmp_path / "out" / RunFiles().journal
+        path.write_bytes(path.read_bytes().replace(b'"case"', b"\0case\0"))
+
+    monkeypatch.setattr(journal.Journal, "end", spoilt)
+    result = run(tmp_path / "in", tmp_path / "out")
+    assert result.status == 2 and "was changed from outside" in result.sentence
+    assert not (tmp_path / "out" / "results.json").exists()
 
 
 def test_output_inside_the_input_is_not_read_again(tmp_path: Path) -> None:

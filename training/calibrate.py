@@ -6,7 +6,7 @@
 On split val it fits the error to expect of each landmark and of the angle (`model.uncertainty`) and
 the angle's 90 % interval; with --others it first trains a view head on split train, spoiled images
 of it, and images of other views. The thresholds of doubt are set so that at most --doubted of val
-is doubtful. The landmarks do not change. Then export: python -m export.to_onnx --weights OUT/...
+is doubtful. The landmarks change with --mask-share alone. Then export: python -m export.to_onnx.
 
 Val should not have trained the model, nor chosen between many: then the errors come out too small.
 For weights that val trained too (training.fit --all), --folds FOLDS fits errors and interval on the
@@ -66,7 +66,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def calibrate(args: argparse.Namespace) -> None:
     """Write the calibrated weights."""
     network, checkpoint = load_weights(args.weights)
-    spec = checkpoint.spec.model_copy(update={"calibration": None, "doubt_below": 0.0})
+    share = checkpoint.spec.mask_share if args.mask_share is None else args.mask_share
+    plain = {"calibration": None, "doubt_below": 0.0, "mask_share": share}
+    spec = checkpoint.spec.model_copy(update=plain)
     if spec.val_trained and not args.folds:
         raise CheckpointError(f"split val trained {args.weights}: give the answers of --folds")
     cases = read_cases(args.data)
@@ -275,6 +277,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--output", type=Path, required=True, help="the .safetensors to write")
     others_help = "images of other views; a pattern of their names"
     add("--others", nargs="+", metavar="DIR [PATTERN]", help=others_help)
+    share = "of the masks' landmarks in the answer (the weights' own)"
+    add("--mask-share", type=_share, metavar="SHARE", help=share)
     add("--folds", type=Path, help="of training.folds: errors are of its answers, not of val")
     add("--doubted", type=_share, default=0.02, metavar="SHARE", help="of val (%(default)s)")
     add("--seed", type=int, default=1, help="seed of the view head (%(default)s)")

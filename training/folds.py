@@ -32,6 +32,7 @@ from training.cases import Case, CaseError, read_cases, write_cases
 from training.checkpoint import Checkpoint, CheckpointError, load_weights
 from training.evaluate import as_text, evaluate
 from training.groups import deal
+from training.metrics import mean_errors
 from training.predict import CasePrediction, predict_cases, torch_predictor
 
 KEPT_OUT = "test"  # the split that training.fit never reads
@@ -56,6 +57,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         found = [replace(c, landmarks_px=a.landmarks_px, aop_deg=a.aop_deg) for c, a in pairs]
         write_cases(args.output / "landmarks.csv", found)
         print(as_text(evaluate(cases, answers), [], ""))
+        for share in args.mask_shares:
+            mre_px, aop_deg = mean_errors(answer(args, share)[1], cases)
+            print(f"masks' share {share:g}: MRE {mre_px:.2f} px, AoP error {aop_deg:.2f} deg")
     except (CaseError, CheckpointError, IndexError, OSError) as error:
         print(f"training.folds: {error}", file=sys.stderr)
         return 2
@@ -96,14 +100,8 @@ def train(args: argparse.Namespace, run: Path, of_fit: Sequence[str]) -> None:
     places = {"--data": run / "cases.csv", "--images": args.images, "--output": run}
     places |= {"--masks": args.masks} if args.masks else {}
     flags = [str(part) for pair in places.items() for part in pair]
-    flags += [
-        "--all",
-        "--seed",
-        str(args.seed),
-        *(["--resume"] if (run / "checkpoint.pt").exists() else []),
-        *of_fit,
-    ]
-    if fit.main(flags):
+    flags += ["--resume"] if (run / "checkpoint.pt").exists() else []
+    if fit.main([*flags, "--all", "--seed", str(args.seed), *of_fit]):
         raise CaseError(f"training.fit failed in {run}, for the reason above")
     (run / "done").touch()
 
@@ -122,12 +120,20 @@ def kept_out(folds: Path) -> Iterator[tuple[nn.Module, Checkpoint, list[Case]]]:
         yield *load_weights(run / "best.safetensors"), cases
 
 
-def answer(args: argparse.Namespace) -> tuple[list[Case], list[CasePrediction]]:
-    """Every case, and what the network that has not seen it answers."""
+def answer(
+    args: argparse.Namespace, share: float | None = None
+) -> tuple[list[Case], list[CasePrediction]]:
+    """Every case, and what the network that has not seen it answers.
+
+    Args:
+        share: of the masks in the answer; by default the networks' own.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     all_cases, answers = [], []
     for network, checkpoint, cases in kept_out(args.output):
-        predictor = torch_predictor(network.to(device), checkpoint.spec, device)
+        spec = checkpoint.spec
+        spec = spec if share is None else spec.model_copy(update={"mask_share": share})
+        predictor = torch_predictor(network.to(device), spec, device)
         all_cases += cases
         answers += predict_cases(predictor, cases, args.images)
     return all_cases, answers
@@ -154,6 +160,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--folds", type=_several, default=4, metavar="N", help="parts (%(default)s)")
     add("--seed", type=int, default=1, help="of the dealing, and of the trainings (%(default)s)")
     only = "train these folds alone (0 is the first), while others train elsewhere"
+    shares = "shares of the masks in the answer to compare, such as 0 0.25 0.5"
+    add("--mask-shares", type=float, nargs="+", default=[], metavar="SHARE", help=shares)
     add("--only", type=int, nargs="+", metavar="K", help=only)
     return parser
 
