@@ -33,11 +33,11 @@ def test_int8_is_smaller_and_finds_the_same(arguments: list[str], tmp_path: Path
         quantise.main([*arguments, "--output", str(output), "--most-px", "2", "--most-deg", "2"])
         == 0
     )
-    assert output.stat().st_size < process.SHIPPED_MODEL.stat().st_size / 3
+    assert output.stat().st_size < 0.6 * process.SHIPPED_MODEL.stat().st_size
     before, after = (load_predictor(p, "cpu") for p in (process.SHIPPED_MODEL, output))
     assert after.spec.name == f"{before.spec.name}-int8"
-    assert set(after.spec.metrics) == {"val_mre_px", "val_aop_error_deg"}
-    same = {"name", "metrics"}
+    assert before.spec.val_trained  # so that its figures there say nothing
+    same = {"name"}
     assert after.spec.model_dump(exclude=same) == before.spec.model_dump(exclude=same)
     found = [predictor.predict(phantom(20).image).landmarks_px for predictor in (before, after)]
     assert 0 < np.linalg.norm(found[0] - found[1], axis=1).max() < 4
