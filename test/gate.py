@@ -20,12 +20,15 @@ def main(measured: Path, card: Path) -> int:
     text = card.read_text()
     status = 0 if not figures["missing"] else 1
     for key, label in FIGURES.items():
-        line = re.search(rf"^ *{re.escape(label)} +([\d.]+)", text, re.MULTILINE)
-        if line is None:
-            raise SystemExit(f"{card} has no line '{label}', as training.evaluate prints it")
-        value, allowed = figures[key]["value"], float(line[1]) * SLACK
+        quoted = re.findall(rf"^ *{re.escape(label)} +([\d.]+)", text, re.MULTILINE)
+        if len(quoted) != 1:
+            raise SystemExit(
+                f"{card}: expected one line '{label}', as training.evaluate prints it, "
+                f"found {len(quoted)}"
+            )
+        value, allowed = figures[key]["value"], float(quoted[0]) * SLACK
         verdict = "ok" if value <= allowed else "WORSE"
-        print(f"{label}: {value:.2f}, the card says {line[1]}, allowed {allowed:.2f}: {verdict}")
+        print(f"{label}: {value:.2f}, the card says {quoted[0]}, allowed {allowed:.2f}: {verdict}")
         status |= value > allowed
     return int(status)
 

@@ -10,7 +10,7 @@ import torch
 
 from model.uncertainty import QUANTITIES
 from test.test_fit import TINY, folder, run_fit  # noqa: F401
-from training import calibrate, evaluate, fit, folds, loop
+from training import calibrate, error_model, evaluate, fit, folds, loop
 from training.cases import read_cases, write_cases
 from training.checkpoint import load_weights
 from training.predict import predict_cases, torch_predictor
@@ -141,7 +141,8 @@ def test_all_trains_on_val_too_and_keeps_the_last_epoch(data, tmp_path, capsys):
 
 
 def test_errors_are_fitted_on_the_answers_of_the_folds(finished, data, monkeypatch, capsys):
-    monkeypatch.setattr(calibrate, "PARTS", 2)
+    for module in (calibrate, error_model):
+        monkeypatch.setattr(module, "PARTS", 2)
     weights, output = finished / "fold-0" / "best.safetensors", data / "aop.safetensors"
     flags = ["--weights", str(weights), "--data", str(data / "cases.csv")]
     flags += ["--images", str(data / "images"), "--output", str(output)]
