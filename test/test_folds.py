@@ -115,7 +115,7 @@ def test_a_fold_that_stopped_goes_on(data, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    "flags", [("--init", "w.safetensors"), ("--max-minutes", "1"), ("--folds", "1")]
+    "flags", [("--init=w",), ("--max-minutes", "1"), ("--folds", "1"), ("--only", "4")]
 )
 def test_what_would_spoil_it_is_refused(data, tmp_path, flags):
     with pytest.raises(SystemExit):

@@ -42,8 +42,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status."""
     parser = _parser()
     args, of_fit = parser.parse_known_args(arguments)
-    if refused := [flag for flag in ("--init", "--max-minutes") if flag in of_fit]:
-        parser.error(f"{refused[0]} is not for cross-validation")
+    given = {flag.split("=")[0] for flag in of_fit}
+    if refused := given & {"--init", "--max-minutes"}:
+        parser.error(f"{min(refused)} is not for cross-validation")
+    if not {*(args.only or [])} <= {*range(args.folds)}:
+        parser.error(f"--only: expected numbers from 0 to {args.folds - 1}, got {args.only}")
     try:
         runs = deal_out(args)
         for k in range(args.folds) if args.only is None else args.only:
@@ -60,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for share in args.mask_shares:
             mre_px, aop_deg = mean_errors(answer(args, share)[1], cases)
             print(f"masks' share {share:g}: MRE {mre_px:.2f} px, AoP error {aop_deg:.2f} deg")
-    except (CaseError, CheckpointError, IndexError, OSError) as error:
+    except (CaseError, CheckpointError, OSError) as error:
         print(f"training.folds: {error}", file=sys.stderr)
         return 2
     return 0
