@@ -23,6 +23,10 @@ class BaseModel:
         vars(self).update({k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
+def BeforeValidator(_: Any) -> None:
+    """Has no effect."""
+
+
 def ConfigDict(**_: Any) -> None:
     """Has no effect."""
 

@@ -143,7 +143,7 @@ def decode_output(spec: ModelSpec, output: Heatmaps, decode: Decode | None = Non
     """(3 + masks, rows, columns) output -> landmarks of the heatmaps, fused with the masks' own.
 
     The masks give landmarks of their own, as the labels of segmented data are made (model.masks);
-    `spec.mask_share` is their weight. Outlines that give none leave the heatmaps alone, in doubt.
+    `spec.mask_share` are their weights. Outlines that give none leave the heatmaps alone, in doubt.
     """
     count = len(LANDMARKS)
     cells, confidence = spec.codec.decode(output[:count], decode or spec.decode)
@@ -154,14 +154,15 @@ def decode_output(spec: ModelSpec, output: Heatmaps, decode: Decode | None = Non
         other = None if second is None else second * unit
         return evidence(output[:count], landmarks * unit, other, spec.stride * unit)
 
-    if not (spec.masks and spec.mask_share):
+    if not (spec.masks and any(spec.mask_share)):
         return Decoded(landmarks, confidence, terms(landmarks))
     try:
         second = landmarks_from_shares(output[count:], spec.input_size)
     except MaskError:
         doubts = ("no outlines of symphysis and head were found",)
         return Decoded(landmarks, confidence, terms(None), doubts)
-    fused = (1 - spec.mask_share) * landmarks + spec.mask_share * second
+    share = np.array(spec.mask_share)[:, None]
+    fused = (1 - share) * landmarks + share * second
     return Decoded(fused, confidence, terms(second))
 
 

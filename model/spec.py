@@ -3,11 +3,11 @@
 Preprocessing and decoding are read from it and written down nowhere else.
 """
 
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from model.anatomy import LANDMARKS
 from model.heatmap import Decode, HeatmapCodec, Heatmaps
@@ -19,6 +19,15 @@ METADATA_KEY = "aop.model_spec"
 
 class SpecError(ValueError):
     """A model without a usable ModelSpec."""
+
+
+def _for_each(share: Any) -> Any:
+    return [share] * len(LANDMARKS) if isinstance(share, int | float) else share
+
+
+Share = Annotated[float, Field(ge=0, le=1)]
+MaskShares = Annotated[tuple[Share, Share, Share], BeforeValidator(_for_each)]
+"""A share for each of LANDMARKS; a single number is for all."""
 
 
 class ModelSpec(BaseModel):
@@ -38,8 +47,8 @@ class ModelSpec(BaseModel):
     masks: Literal[0, 2] = Field(
         0, description="channels after the heatmaps: what share of a cell PS and FH cover"
     )
-    mask_share: float = Field(
-        0.0, ge=0, le=1, description="share of the masks' own landmarks in the answer"
+    mask_share: MaskShares = Field(
+        (0.0, 0.0, 0.0), description="share of the masks' own landmarks in the answer"
     )
     decode: Decode = Field("subpixel", description="decoder that the figures were measured with")
     doubt_below: float = Field(

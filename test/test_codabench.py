@@ -179,7 +179,7 @@ def test_same_weights_give_the_same_bytes(weights, tmp_path):
 def test_every_kind_of_network_runs_on_its_own(tmp_path, config):
     torch.manual_seed(0)
     network = build_network(config).eval()
-    recipe = COMPACT.model_copy(update={"network": config, "mask_share": 0.0})
+    recipe = COMPACT.model_copy(update={"network": config, "mask_share": (0.0,) * 3})
     described = Checkpoint(network=config, masks=0, spec=recipe.spec(0))
     bundle = tmp_path / "a.zip"
     codabench.write_zip(bundle, codabench.bundle_files(network, described, "a", "b", tmp_path))

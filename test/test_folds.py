@@ -44,7 +44,7 @@ def data(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noq
 
 @pytest.fixture(scope="module")
 def finished(data: Path) -> Path:
-    shares = ("--mask-shares", "0", "0.5")
+    shares = ("--mask-shares", "0", "0.5,0.5,1")
     assert run(data, data / "folds", "--folds", "2", *shares, *ONE_EPOCH) == 0
     return data / "folds"
 
@@ -146,9 +146,9 @@ def test_errors_are_fitted_on_the_answers_of_the_folds(finished, data, monkeypat
     weights, output = finished / "fold-0" / "best.safetensors", data / "aop.safetensors"
     flags = ["--weights", str(weights), "--data", str(data / "cases.csv")]
     flags += ["--images", str(data / "images"), "--output", str(output)]
-    assert calibrate.main([*flags, "--folds", str(finished), "--mask-share", "0.5"]) == 0
+    assert calibrate.main([*flags, "--folds", str(finished), "--mask-share", "0.5,0.25,1"]) == 0
     found = load_weights(output)[1].spec.calibration
-    assert load_weights(output)[1].spec.mask_share == 0.5
+    assert load_weights(output)[1].spec.mask_share == (0.5, 0.25, 1.0)
     metrics = load_weights(output)[1].spec.metrics
     assert set(metrics) == {"folds_mre_px", "folds_aop_error_deg"}
     assert calibrate.main(flags) == 2 and "split val trained" in capsys.readouterr().err

@@ -80,7 +80,7 @@ def test_masks_give_landmarks_of_their_own():
     np.testing.assert_allclose(found, made.landmarks_px, atol=2.0)  # cells are 4 px wide
 
 
-@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
+@pytest.mark.parametrize("share", [(0.0,) * 3, (0.25,) * 3, (1.0, 0.0, 0.5)])
 def test_landmarks_of_heatmaps_and_masks_are_averaged(share):
     made = phantom(5, 64, 64)
     elsewhere = made.landmarks_px + [4.0, 2.0]
@@ -88,7 +88,8 @@ def test_landmarks_of_heatmaps_and_masks_are_averaged(share):
     second = landmarks_from_shares(output[3:], 64)
     spec = SPEC.model_copy(update={"masks": 2, "mask_share": share})
     decoded = decode_output(spec, output)
-    expected = (1 - share) * elsewhere + share * second
+    weights = np.array(share)[:, None]
+    expected = (1 - weights) * elsewhere + weights * second
     np.testing.assert_allclose(decoded.landmarks_px, expected, atol=0.01)
     assert decoded.doubts == () and (decoded.confidence > 0.9).all()
 
@@ -96,7 +97,7 @@ def test_landmarks_of_heatmaps_and_masks_are_averaged(share):
 def test_without_outlines_the_heatmaps_answer_in_doubt():
     made = phantom(5, 64, 64)
     output = output_with_masks(made.landmarks_px, np.zeros((64, 64)))
-    spec = SPEC.model_copy(update={"masks": 2, "mask_share": 0.75})
+    spec = SPEC.model_copy(update={"masks": 2, "mask_share": (0.75,) * 3})
     decoded = decode_output(spec, output)
     np.testing.assert_allclose(decoded.landmarks_px, made.landmarks_px, atol=0.01)
     assert decoded.doubts == ("no outlines of symphysis and head were found",)

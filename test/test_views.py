@@ -118,7 +118,7 @@ def test_one_view_that_jumps_does_not_move_the_answer():
 
 
 def test_every_views_doubt_is_told_once():
-    spec = SPEC.model_copy(update={"masks": 2, "mask_share": 0.5})
+    spec = SPEC.model_copy(update={"masks": 2, "mask_share": (0.5,) * 3})
 
     def no_outline(seen):
         masks = np.zeros((len(seen), 2, 32, 32), np.float32)

@@ -35,7 +35,7 @@ from training.checkpoint import Checkpoint, CheckpointError, load_weights, save_
 from training.data import read_grey
 from training.doubt import files_of
 from training.error_model import PARTS, conformal_quantile, crossed, fit_error_model
-from training.folds import kept_out
+from training.folds import kept_out, mask_shares
 from training.metrics import case_errors, mean_errors
 from training.predict import CasePrediction, answer_of, torch_predictor
 from training.view import train_view_head
@@ -214,8 +214,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--output", type=Path, required=True, help="the .safetensors to write")
     others_help = "images of other views; a pattern of their names"
     add("--others", nargs="+", metavar="DIR [PATTERN]", help=others_help)
-    share = "of the masks' landmarks in the answer (the weights' own)"
-    add("--mask-share", type=_share, metavar="SHARE", help=share)
+    share = "of the masks' landmarks in the answer, for all or as 0.3,0.1,0.6 (the weights' own)"
+    add("--mask-share", type=mask_shares, metavar="SHARE", help=share)
     add("--folds", type=Path, help="of training.folds: errors are of its answers, not of val")
     add("--doubted", type=_share, default=0.02, metavar="SHARE", help="of val (%(default)s)")
     add("--seed", type=int, default=1, help="seed of the view head (%(default)s)")

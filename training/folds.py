@@ -25,8 +25,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
+from model.spec import MaskShares
 from training import fit
 from training.cases import Case, CaseError, read_cases, write_cases
 from training.checkpoint import Checkpoint, CheckpointError, load_weights
@@ -62,7 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(as_text(evaluate(cases, answers), [], ""))
         for share in args.mask_shares:
             mre_px, aop_deg = mean_errors(answer(args, share)[1], cases)
-            print(f"masks' share {share:g}: MRE {mre_px:.2f} px, AoP error {aop_deg:.2f} deg")
+            shown = ",".join(f"{part:g}" for part in (share if len({*share}) > 1 else share[:1]))
+            print(f"masks' share {shown}: MRE {mre_px:.2f} px, AoP error {aop_deg:.2f} deg")
     except (CaseError, CheckpointError, OSError) as error:
         print(f"training.folds: {error}", file=sys.stderr)
         return 2
@@ -124,7 +127,7 @@ def kept_out(folds: Path) -> Iterator[tuple[nn.Module, Checkpoint, list[Case]]]:
 
 
 def answer(
-    args: argparse.Namespace, share: float | None = None
+    args: argparse.Namespace, share: MaskShares | None = None
 ) -> tuple[list[Case], list[CasePrediction]]:
     """Every case, and what the network that has not seen it answers.
 
@@ -140,6 +143,16 @@ def answer(
         all_cases += cases
         answers += predict_cases(predictor, cases, args.images)
     return all_cases, answers
+
+
+def mask_shares(text: str) -> MaskShares:
+    """A command line's share of the masks: one for all landmarks, or three with commas between."""
+    parts = text.split(",")
+    try:
+        return TypeAdapter(MaskShares).validate_python(parts * 3 if len(parts) == 1 else parts)
+    except ValidationError as error:
+        expected = "a share of 0 to 1, or three as 0.3,0.1,0.6 for PS1, PS2 and FH1"
+        raise argparse.ArgumentTypeError(f"expected {expected}; got {text!r}") from error
 
 
 def _several(text: str) -> int:
@@ -163,8 +176,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--folds", type=_several, default=4, metavar="N", help="parts (%(default)s)")
     add("--seed", type=int, default=1, help="of the dealing, and of the trainings (%(default)s)")
     only = "train these folds alone (0 is the first), while others train elsewhere"
-    shares = "shares of the masks in the answer to compare, such as 0 0.25 0.5"
-    add("--mask-shares", type=float, nargs="+", default=[], metavar="SHARE", help=shares)
+    shares = "shares of the masks in the answer to compare, such as 0 0.5 0.3,0.1,0.6"
+    add("--mask-shares", type=mask_shares, nargs="+", default=[], metavar="SHARE", help=shares)
     add("--only", type=int, nargs="+", metavar="K", help=only)
     return parser
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from model.network import NetworkConfig, TransUNetConfig, UNetConfig
-from model.spec import ModelSpec
+from model.spec import MaskShares, ModelSpec
 
 Range = tuple[float, float]
 
@@ -58,8 +58,10 @@ class Recipe(BaseModel):
     )
     heatmap_weight: float = Field(1.0, description="weight of the heatmaps' loss")
     mask_weight: float = Field(0.3, description="weight of the auxiliary masks' loss, with --masks")
-    mask_share: float = Field(
-        0.0, description="share of the masks' own landmarks in the answer; 0: heatmaps alone"
+    mask_share: MaskShares = Field(
+        (0.0, 0.0, 0.0),
+        description="share of the masks' own landmarks in the answer, for all or each of PS1, PS2 "
+        "and FH1; 0: heatmaps alone",
     )
     landmark_noise_px: float = Field(
         2.0, description="label perturbation: sigma of the noise on landmarks, px at 512"
