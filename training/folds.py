@@ -112,8 +112,8 @@ def train(args: argparse.Namespace, run: Path, of_fit: Sequence[str]) -> None:
     (run / "done").touch()
 
 
-def kept_out(folds: Path) -> Iterator[tuple[nn.Module, Checkpoint, list[Case]]]:
-    """Each fold's network, and the cases that it has not seen.
+def finished(folds: Path) -> list[Path]:
+    """The folders of the trainings.
 
     Raises:
         CaseError: no fold is there, or one is not done.
@@ -121,7 +121,12 @@ def kept_out(folds: Path) -> Iterator[tuple[nn.Module, Checkpoint, list[Case]]]:
     runs = sorted(folds.glob("fold-*"))
     if not runs or not all((run / "done").exists() for run in runs):
         raise CaseError(f"{folds} holds no finished folds: run training.folds --output {folds}")
-    for run in runs:
+    return runs
+
+
+def kept_out(folds: Path) -> Iterator[tuple[nn.Module, Checkpoint, list[Case]]]:
+    """Each fold's network, and the cases that it has not seen; CaseError as `finished`."""
+    for run in finished(folds):
         cases = [case for case in read_cases(run / "cases.csv") if case.split == KEPT_OUT]
         yield *load_weights(run / "best.safetensors"), cases
 

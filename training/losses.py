@@ -55,5 +55,6 @@ def total_loss(
     heatmap_loss = heatmap_mse if loss == "mse" else heatmap_cross_entropy
     value = heatmap_weight * heatmap_loss(raw, batch["heatmaps"], batch["visible"])
     if mask_logits is not None:
-        value = value + mask_weight * mask_loss(mask_logits, batch["masks"], batch["has_mask"])
+        for logits in mask_logits.split(batch["masks"].shape[1], dim=1):  # of one or two networks
+            value = value + mask_weight * mask_loss(logits, batch["masks"], batch["has_mask"])
     return torch.nan_to_num(value, nan=float("inf"))

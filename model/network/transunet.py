@@ -44,6 +44,9 @@ class TransUNetConfig(BaseModel):
     view_channels: int = Field(
         0, description="width of the view head, which calibrate adds; 0: none"
     )
+    second: "TransUNetConfig | None" = Field(
+        None, description="another network on the same image, whose masks take the place of its own"
+    )
 
     @property
     def stride(self) -> int:
@@ -81,20 +84,36 @@ class TransUNet(nn.Module):
         self.head = HeatmapHead(inputs[-1], masks, config.softmax_sigma_cells)
         seen = widths[-1] + config.vit_width
         self.view = ViewHead(seen, side, config.view_channels) if config.view_channels else None
+        self.second = _second(config, masks)
 
     def forward(self, x: Tensor) -> Tensor | Raw | tuple[Tensor, Tensor]:
         """(n, channels, s, s) -> (n, 3 + masks, s / stride, s / stride); in training mode `Raw`.
 
-        With a view head, in evaluation mode: these and (n,) view scores.
+        With a view head, in evaluation mode: these and (n,) view scores. With a second network the
+        masks are its own; `Raw` then holds both networks' masks, first this one's.
         """
+        features, tokens, y = self._climbed(x)
+        maps = self.head(y) if self.second is None else self._joined(y, x, self.second)
+        if self.view is None or self.training:
+            return maps
+        assert isinstance(maps, Tensor)
+        return maps, self.view(torch.cat([features[-1], tokens], dim=1))
+
+    def _joined(self, y: Tensor, x: Tensor, second: "TransUNet") -> Tensor | Raw:
+        """Own heatmaps and the second network's masks; in training mode both networks' masks."""
+        other = second._climbed(x)[-1]
+        if self.training:
+            own, raw = self.head(y), second.head(other)
+            return Raw(own.heatmaps, torch.cat([own.masks, raw.masks], dim=1))
+        return torch.cat([self.head.heights(y), second.head.shares(other)], dim=1)
+
+    def _climbed(self, x: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
+        """The encoder's features, the bottleneck's, and those at the heatmaps' stride."""
         features, tokens = self._encoded(x)
         y = tokens
         for step, skip in zip(self.up, features[-2::-1], strict=False):
             y = step(y, skip)
-        maps = self.head(y)
-        if self.view is None or self.training:
-            return maps
-        return maps, self.view(torch.cat([features[-1], tokens], dim=1))
+        return features, tokens, y
 
     def view_features(self, x: Tensor) -> Tensor:
         """(n, channels, s, s) -> (n, seen, side, side): what the view head judges by."""
@@ -105,3 +124,15 @@ class TransUNet(nn.Module):
         """The encoder's features at every stride, and the bottleneck's."""
         features = self.encoder(x)
         return features, self.bottleneck(self.project(features[-1]))
+
+
+def _second(config: TransUNetConfig, masks: int) -> TransUNet | None:
+    if config.second is None:
+        return None
+    grids = [(one.input_size, one.stride, one.channels) for one in (config, config.second)]
+    if grids[0] != grids[1] or not masks or config.second.view_channels or config.second.second:
+        raise ValueError(
+            "a second network gives masks on the first one's grid: it needs masks, the first one's "
+            f"input_size, stride and channels {grids[0]}, got {grids[1]}, and no parts beside it"
+        )
+    return TransUNet(config.second, masks)
