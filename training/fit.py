@@ -31,7 +31,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from model.image import is_supported_name
 from model.masks import CLASSES
-from model.network import build_network
+from model.network import TransUNetConfig, build_network
 from training.cases import Case, CaseError, read_cases, write_cases
 from training.checkpoint import (
     Checkpoint,
@@ -69,6 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def fit(args: argparse.Namespace, recipe: Recipe, place: Processes) -> None:
     """Train until the recipe's epochs or --max-minutes are over."""
     checkpoint = _checkpoint(args)
+    recipe = with_second(args, recipe)
     args.output.mkdir(parents=True, exist_ok=True)
     more = further_cases(args.more, args.data, args.images)
     cases = split_cases(args, recipe, place)
@@ -120,6 +121,18 @@ def _checkpoint(args: argparse.Namespace) -> Path:
     return path
 
 
+def with_second(args: argparse.Namespace, recipe: Recipe) -> Recipe:
+    """The recipe with the second network of the weights to start from, which masks train on."""
+    weights = args.output / "best.safetensors" if args.resume else args.init
+    if not (weights and args.masks and weights.exists()):
+        return recipe
+    second = getattr(load_weights(weights)[1].network, "second", None)
+    if not (second and isinstance(recipe.network, TransUNetConfig) and not recipe.network.second):
+        return recipe
+    network = recipe.network.model_copy(update={"second": second})
+    return recipe.model_copy(update={"network": network})
+
+
 def style_images(folder: Path | None) -> list[Path]:
     """Every image below a folder."""
     if folder is None:
@@ -133,10 +146,10 @@ def style_images(folder: Path | None) -> list[Path]:
 def start_from(weights: Path, network: nn.Module, masks: bool, place: Processes) -> None:
     """Load weights into a network; left out, and said to be, is what it has no use for.
 
-    These are mask outputs where it has none, and a view head, which calibrate trains anew.
+    These are a view head, which calibrate trains anew, and what gives masks where it gives none.
     """
     tensors = load_weights(weights)[0].state_dict()
-    unused = [*([] if masks else ["head.masks."]), "view."]
+    unused = [*([] if masks else ["head.masks.", "second."]), "view."]
     used = {name: t for name, t in tensors.items() if not name.startswith(tuple(unused))}
     if place.leads and len(used) < len(tensors):
         left_out = sorted({".".join(name.split(".")[:2]) for name in tensors if name not in used})

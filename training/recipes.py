@@ -205,6 +205,6 @@ def _get(recipe: Recipe, path: str) -> Any:
 
 def _parse(text: str) -> Any:
     try:
-        return json.loads(f"[{text}]" if "," in text and not text.startswith("[") else text)
+        return json.loads(f"[{text}]" if "," in text and text[0] not in "[{" else text)
     except json.JSONDecodeError:
         return text
