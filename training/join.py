@@ -5,8 +5,8 @@
 
 The landmarks of heatmaps and masks are averaged (ModelSpec.mask_share). Where one network gives
 both, the two err alike; a second network trained for masks alone (training.fit --heatmap_weight 0
---mask_share 1) errs in its own way, so that the mean is nearer. The description is the first
-file's; its calibration and figures are not, so calibrate anew.
+--mask_share 1) errs in its own way, so that the mean may be nearer: export/BENCHMARK.md tells when
+it was. The description is the first file's; its calibration and figures are not, so calibrate anew.
 """
 
 import argparse
