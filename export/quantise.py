@@ -13,6 +13,7 @@ nothing is written.
 
 import argparse
 import logging
+import re
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -101,7 +102,7 @@ def in_int8(model: Path, output: Path, inputs: Sequence[Heatmaps], spec: ModelSp
     kept = [
         node.name
         for node in graph.node
-        if any(name.removeprefix("second.").startswith(IN_FLOAT) for name in node.input)
+        if any(re.sub(r"^members\.\d+\.", "", name).startswith(IN_FLOAT) for name in node.input)
         or (node.op_type == "MatMul" and not known & {*node.input})  # attention's products
     ]
     logging.getLogger().setLevel(logging.ERROR)  # it advises a step that changes nothing here

@@ -23,6 +23,7 @@ MOST_SECONDS = 2.0  # of a batch; a bigger one is not tried after it
 REPEATS = 3  # runs of a batch that count, after a first one that does not
 QUICK_MS = 100.0  # an image; quicker models go on alone
 QUICK_ROUNDS = 8  # further rounds of these for each one that all share
+REST_S = 0.15  # before each image: a session's threads stay awake for some 0.1 s after a run
 BOOTSTRAPS = 2000
 T = TypeVar("T")
 
@@ -66,7 +67,8 @@ def take_turns(
     """Name -> (rounds, 3) ms of `STAGES`: in each round every model gets the same one image.
 
     The order is rotated by one each round, and reversed once all have been first, so that no model
-    runs first more often, or always after the same other one.
+    runs first more often, or always after the same other one. Each starts on a machine at rest: the
+    threads that another session keeps awake, in case more work comes, would share its cores.
     """
     names = list(predictors)
     times: dict[str, list[list[float]]] = {name: [] for name in names}
@@ -75,6 +77,7 @@ def take_turns(
         order = names[turn:] + names[:turn]
         picture = pictures[k % len(pictures)]
         for name in order if cycle % 2 == 0 else order[::-1]:
+            time.sleep(REST_S)
             spent = predictors[name].predict(*picture).milliseconds
             times[name].append([spent[stage] for stage in STAGES])
     return {name: np.array(rows) for name, rows in times.items()}

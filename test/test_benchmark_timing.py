@@ -13,6 +13,11 @@ from model.predictor import EngineError, Output
 from model.spec import ModelSpec
 
 
+@pytest.fixture(autouse=True)
+def no_rest(monkeypatch):
+    monkeypatch.setattr(timing, "REST_S", 0.0)
+
+
 class Fake:
     """A predictor that takes as long as it is told, and remembers what it was shown."""
 

@@ -107,26 +107,27 @@ def test_init_starts_from_weights_and_refuses_others(folder, tmp_path, capsys):
     assert "of best.safetensors these are left out: head.masks" in capsys.readouterr().out
 
 
-def test_init_takes_the_second_network_along_where_masks_train_it(folder, tmp_path, capsys):
-    second = (
-        '{"kind": "transunet", "input_size": 64, "channels": 1, "encoder": "compact", '
+def test_init_takes_the_members_along(folder, tmp_path, capsys):
+    members = (
+        '[{"kind": "transunet", "input_size": 64, "channels": 1, "encoder": "compact", '
         '"encoder_widths": [4, 4, 8, 8, 8], "vit_width": 16, "vit_depth": 1, "vit_heads": 2, '
-        '"up_widths": [8, 8, 4]}'
+        '"up_widths": [8, 8, 4], "softmax_sigma_cells": 2.0}]'
     )
     stop = ("--max-minutes", "0")
-    assert run_fit(folder, tmp_path / "a", "--network.second", second, *stop) == 0
+    assert run_fit(folder, tmp_path / "a", "--network.members", members, *stop) == 0
     init = ["--init", str(tmp_path / "a" / "best.safetensors")]
     assert run_fit(folder, tmp_path / "b", *init, *stop) == 0
     before, after = (weights(tmp_path / name) for name in "ab")
-    name = "second.head.masks.weight"
+    name = "members.0.head.masks.weight"
     assert before.keys() == after.keys() and not torch.equal(before[name], after[name])
     assert run_fit(folder, tmp_path / "b", "--resume", *stop) == 0
     clicks = ["--recipe", "compact", "--data", str(folder / "cases.csv"), "--device", "cpu", *TINY]
     clicks += ["--images", str(folder / "images"), "--output", str(tmp_path / "c"), *init, *stop]
     capsys.readouterr()
     assert fit.main(clicks) == 0
-    assert "are left out: head.masks, second." in capsys.readouterr().out
-    assert not any(name.startswith("second.") for name in weights(tmp_path / "c"))
+    assert "are left out: head.masks, members.0" in capsys.readouterr().out
+    found = weights(tmp_path / "c")
+    assert "members.0.head.heatmaps.weight" in found and name not in found
 
 
 @pytest.mark.parametrize("grouped", [True, False])

@@ -1,4 +1,4 @@
-"""A second network for the masks: whose answer is whose, what trains, what is refused."""
+"""Several networks as one: the mean of their maps, what trains, what is refused."""
 
 from pathlib import Path
 
@@ -12,59 +12,66 @@ from training import join
 from training.cases import Case, write_cases
 from training.checkpoint import Checkpoint, load_weights, save_weights
 from training.folds import kept_out
-from training.losses import mask_loss, total_loss
+from training.losses import heatmap_cross_entropy, mask_loss, total_loss
 from training.recipes import COMPACT
 
-SECOND = SMALL.model_copy(update={"encoder_widths": (2, 4, 6, 8, 10), "up_widths": (8, 6, 4)})
-BOTH = SMALL.model_copy(update={"second": SECOND})
+OTHER = SMALL.model_copy(update={"encoder_widths": (2, 4, 6, 8, 10), "up_widths": (8, 6, 4)})
+ALL = SMALL.model_copy(update={"members": (OTHER, SMALL)})
 
 
-def written(path: Path, config: TransUNetConfig, **changes: object) -> Path:
+def written(path: Path, config: TransUNetConfig, masks: int = 2, **changes: object) -> Path:
     recipe = COMPACT.model_copy(update={"network": config, "sigma_cells": 1.5})
-    spec = recipe.spec(2).model_copy(update={"metrics": {"val_mre_px": 7.0}, **changes})
-    network = build_network(config, masks=2)
-    save_weights(path, network.state_dict(), Checkpoint(network=config, masks=2, spec=spec))
+    spec = recipe.spec(masks).model_copy(update={"metrics": {"val_mre_px": 7.0}, **changes})
+    network = build_network(config, masks)
+    save_weights(path, network.state_dict(), Checkpoint(network=config, masks=masks, spec=spec))
     return path
 
 
-def test_heatmaps_are_the_firsts_and_masks_the_seconds(tmp_path: Path) -> None:
-    config = SMALL.model_copy(update={"view_channels": 4})
-    files = [written(tmp_path / "a.safetensors", config)]
-    files += [written(tmp_path / "b.safetensors", SECOND, val_trained=True)]
-    output = tmp_path / "both.safetensors"
+def test_the_maps_are_the_mean_of_all(tmp_path: Path) -> None:
+    with_view = SMALL.model_copy(update={"view_channels": 4})
+    files = [written(tmp_path / "a.safetensors", with_view)]
+    files += [written(tmp_path / "b.safetensors", OTHER, val_trained=True)]
+    files += [written(tmp_path / "c.safetensors", SMALL)]
+    output = tmp_path / "all.safetensors"
     assert join.main([*map(str, files), "--output", str(output)]) == 0
     network, described = load_weights(output)
     assert described.spec.val_trained and described.spec.metrics == {}
-    assert described.network == BOTH
+    assert described.network == ALL
     image = torch.randn(2, 1, 64, 64)
-    first, second = (load_weights(file)[0](image) for file in files)
-    found = network(image)
-    assert torch.equal(found[:, :3], first[0][:, :3]) and torch.equal(found[:, 3:], second[:, 3:])
+    first, *others = (load_weights(file)[0](image) for file in files)
+    torch.testing.assert_close(network(image), (first[0] + sum(others)) / 3)
 
 
-def test_both_networks_learn_masks_and_the_first_heatmaps() -> None:
-    network = build_network(BOTH, masks=2).train()
+def test_every_network_learns_by_its_own_maps() -> None:
+    network = build_network(ALL, masks=2).train()
     raw = network(torch.randn(2, 1, 64, 64))
-    assert raw.heatmaps.shape == (2, 3, 16, 16) and raw.masks.shape == (2, 4, 16, 16)
+    assert raw.heatmaps.shape == (2, 9, 16, 16) and raw.masks.shape == (2, 6, 16, 16)
     heatmaps, masks = torch.rand(2, 3, 16, 16), torch.rand(2, 2, 16, 16)
-    batch = {"heatmaps": heatmaps, "visible": torch.ones(2, 3), "masks": masks}
-    batch["has_mask"] = torch.ones(2)
-    loss = total_loss(raw.heatmaps, raw.masks, batch, "cross_entropy", 0.0, 3.0)
-    parts = [mask_loss(raw.masks[:, k : k + 2], masks) for k in (0, 2)]
-    assert loss.item() == pytest.approx(3 * sum(parts).item(), rel=1e-5)
+    visible = torch.tensor([[1.0, 1, 0], [1, 0, 1]])
+    batch = {"heatmaps": heatmaps, "visible": visible, "masks": masks, "has_mask": torch.ones(2)}
+    loss = total_loss(raw.heatmaps, raw.masks, batch, "cross_entropy", 2.0, 3.0)
+    of_heatmaps = sum(heatmap_cross_entropy(m, heatmaps, visible) for m in raw.heatmaps.split(3, 1))
+    of_masks = sum(mask_loss(m, masks) for m in raw.masks.split(2, 1))
+    assert loss.item() == pytest.approx((2 * of_heatmaps + 3 * of_masks).item(), rel=1e-5)
     loss.backward()
-    assert network.head.masks.weight.grad.any() and network.second.head.masks.weight.grad.any()
+    for one in (network, *network.members):
+        assert one.head.masks.weight.grad.any() and one.head.heatmaps.weight.grad.any()
 
 
 @pytest.mark.parametrize(
-    "changes", [{"input_size": 32}, {"up_widths": (8, 6)}, {"view_channels": 4}, {"second": SMALL}]
+    "changes",
+    [
+        {"input_size": 32},
+        {"up_widths": (8, 6)},
+        {"softmax_sigma_cells": None},
+        {"view_channels": 4},
+        {"members": (SMALL,)},
+    ],
 )
-def test_a_second_network_on_another_grid_or_with_parts_is_refused(changes: dict) -> None:
-    second = SECOND.model_copy(update=changes)
-    with pytest.raises(ValueError, match="a second network gives masks on the first one's grid"):
-        build_network(SMALL.model_copy(update={"second": second}), masks=2)
-    with pytest.raises(ValueError, match="it needs masks"):
-        build_network(BOTH)
+def test_members_of_another_grid_or_with_parts_are_refused(changes: dict) -> None:
+    member = OTHER.model_copy(update=changes)
+    with pytest.raises(ValueError, match=r"have no mean, or a member has"):
+        build_network(SMALL.model_copy(update={"members": (member,)}), masks=2)
 
 
 def folds(root: Path, config: TransUNetConfig, name: str) -> Path:
@@ -80,13 +87,15 @@ def folds(root: Path, config: TransUNetConfig, name: str) -> Path:
 
 
 def test_folds_are_joined_one_by_one(tmp_path: Path, capsys) -> None:
-    first, second = folds(tmp_path, SMALL, "a"), folds(tmp_path, SECOND, "b")
+    first, second = folds(tmp_path, SMALL, "a"), folds(tmp_path, OTHER, "b")
     assert join.main([str(first), str(second), "--output", str(tmp_path / "both")]) == 0
     for k, (network, described, cases) in enumerate(kept_out(tmp_path / "both")):
-        assert described.network == BOTH and [case.file for case in cases] == [f"{k}.png"]
+        assert described.network.members == (OTHER,) and [case.file for case in cases] == [
+            f"{k}.png"
+        ]
         heads = [load_weights(f / f"fold-{k}" / "best.safetensors")[0] for f in (first, second)]
         assert torch.equal(network.head.heatmaps.weight, heads[0].head.heatmaps.weight)
-        assert torch.equal(network.second.head.masks.weight, heads[1].head.masks.weight)
+        assert torch.equal(network.members[0].head.masks.weight, heads[1].head.masks.weight)
     for one, other in (("fold-0", "fold-1"), ("fold-1", "fold-0")):
         (second / one / "cases.csv").write_bytes((first / other / "cases.csv").read_bytes())
     assert join.main([str(first), str(second), "--output", str(tmp_path / "c")]) == 2
@@ -98,12 +107,16 @@ def test_folds_are_joined_one_by_one(tmp_path: Path, capsys) -> None:
 
 def test_networks_that_do_not_fit_are_refused(tmp_path: Path, capsys) -> None:
     first = written(tmp_path / "a.safetensors", SMALL)
-    other = SECOND.model_copy(update={"input_size": 32})
+    other = OTHER.model_copy(update={"input_size": 32})
     seconds = [
-        written(tmp_path / "b.safetensors", SECOND, mean=99.0),
-        written(tmp_path / "c.safetensors", other),
+        (written(tmp_path / "b.safetensors", OTHER, mean=99.0), "take grey values alike"),
+        (written(tmp_path / "c.safetensors", OTHER, masks=0), "give the same masks"),
+        (written(tmp_path / "d.safetensors", other), "have no mean"),
     ]
-    for second, sentence in zip(seconds, ("grey values", "first one's grid"), strict=True):
+    for second, sentence in seconds:
         output = tmp_path / "both.safetensors"
         assert join.main([str(first), str(second), "--output", str(output)]) == 2
         assert sentence in capsys.readouterr().err and not output.exists()
+    with pytest.raises(SystemExit):
+        join.main([str(first), "--output", str(output)])
+    assert "two networks or more" in capsys.readouterr().err

@@ -69,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def fit(args: argparse.Namespace, recipe: Recipe, place: Processes) -> None:
     """Train until the recipe's epochs or --max-minutes are over."""
     checkpoint = _checkpoint(args)
-    recipe = with_second(args, recipe)
+    recipe = with_members(args, recipe)
     args.output.mkdir(parents=True, exist_ok=True)
     more = further_cases(args.more, args.data, args.images)
     cases = split_cases(args, recipe, place)
@@ -121,15 +121,13 @@ def _checkpoint(args: argparse.Namespace) -> Path:
     return path
 
 
-def with_second(args: argparse.Namespace, recipe: Recipe) -> Recipe:
-    """The recipe with the second network of the weights to start from, which masks train on."""
+def with_members(args: argparse.Namespace, recipe: Recipe) -> Recipe:
+    """The recipe with the members of the weights to start from: all are trained on."""
     weights = args.output / "best.safetensors" if args.resume else args.init
-    if not (weights and args.masks and weights.exists()):
+    if not (weights and weights.exists() and isinstance(recipe.network, TransUNetConfig)):
         return recipe
-    second = getattr(load_weights(weights)[1].network, "second", None)
-    if not (second and isinstance(recipe.network, TransUNetConfig) and not recipe.network.second):
-        return recipe
-    network = recipe.network.model_copy(update={"second": second})
+    members = getattr(load_weights(weights)[1].network, "members", ())
+    network = recipe.network.model_copy(update={"members": recipe.network.members or members})
     return recipe.model_copy(update={"network": network})
 
 
@@ -149,8 +147,8 @@ def start_from(weights: Path, network: nn.Module, masks: bool, place: Processes)
     These are a view head, which calibrate trains anew, and what gives masks where it gives none.
     """
     tensors = load_weights(weights)[0].state_dict()
-    unused = [*([] if masks else ["head.masks.", "second."]), "view."]
-    used = {name: t for name, t in tensors.items() if not name.startswith(tuple(unused))}
+    unused = [*([] if masks else ["head.masks."]), "view."]
+    used = {name: t for name, t in tensors.items() if not any(part in name for part in unused)}
     if place.leads and len(used) < len(tensors):
         left_out = sorted({".".join(name.split(".")[:2]) for name in tensors if name not in used})
         print(f"of {weights.name} these are left out: {', '.join(left_out)}")

@@ -1,12 +1,11 @@
-"""Put a second network beside the first: heatmaps of the one, masks of the other.
+"""Put several networks together as one, whose maps are the mean of theirs.
 
-    python -m training.join FIRST.safetensors SECOND.safetensors --output BOTH.safetensors
-    python -m training.join FOLDS SECOND_FOLDS --output BOTH_FOLDS  # of training.folds
+    python -m training.join FIRST.safetensors SECOND.safetensors [...] --output ALL.safetensors
+    python -m training.join FOLDS SECOND_FOLDS [...] --output ALL_FOLDS  # of training.folds
 
-The landmarks of heatmaps and masks are averaged (ModelSpec.mask_share). Where one network gives
-both, the two err alike; a second network trained for masks alone (training.fit --heatmap_weight 0
---mask_share 1) errs in its own way, so that the mean may be nearer: export/BENCHMARK.md tells when
-it was. The description is the first file's; its calibration and figures are not, so calibrate anew.
+Networks that differ by their seeds alone err in part by chance, each in its own way, and their mean
+less than either; export/BENCHMARK.md tells by how much, and what it costs in time. The description
+is the first file's; its calibration and figures are not, so calibrate anew.
 """
 
 import argparse
@@ -15,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from model.network import build_network
+from model.network import TransUNetConfig, build_network
 from training.cases import CaseError, read_cases
 from training.checkpoint import CheckpointError, load_strictly, load_weights, save_weights
 from training.folds import finished
@@ -28,66 +27,75 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    first, second = (f"weights that give the {maps}, or folds" for maps in ("heatmaps", "masks"))
-    parser.add_argument("first", type=Path, help=first)
-    parser.add_argument("second", type=Path, help=second)
+    words = "weights (.safetensors), or folders of training.folds; two or more"
+    parser.add_argument("networks", type=Path, nargs="+", help=words)
     parser.add_argument("--output", type=Path, required=True, help="weights, or folds, to write")
     args = parser.parse_args(arguments)
+    if len(args.networks) < 2:
+        parser.error(f"expected two networks or more, got {args.networks[0]} alone")
     try:
-        if args.first.is_dir():
-            join_folds(args.first, args.second, args.output)
+        if args.networks[0].is_dir():
+            join_folds(args.networks, args.output)
         else:
-            join(args.first, args.second, args.output)
+            join(args.networks, args.output)
     except (CaseError, CheckpointError, ValueError, OSError) as error:
         print(f"training.join: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-def join_folds(first: Path, second: Path, output: Path) -> None:
-    """Join each fold's network with the other one that kept the same cases out.
+def join_folds(folds: Sequence[Path], output: Path) -> None:
+    """Join each fold's networks, which kept the same cases out.
 
     Raises:
-        CaseError: a fold is not done, or keeps out other cases.
+        CaseError: a fold is not done, or others keep out other cases.
         CheckpointError, ValueError: as `join`.
     """
-    for run, other in zip(finished(first), finished(second), strict=True):
-        dealt = [[(c.file, c.split) for c in read_cases(one / "cases.csv")] for one in (run, other)]
-        if dealt[0] != dealt[1]:
-            raise CaseError(f"{run} and {other} keep out different cases: use one --seed for both")
-        joined = output / run.name
+    for runs in zip(*map(finished, folds), strict=True):
+        tables = [read_cases(run / "cases.csv") for run in runs]
+        dealt = [[(case.file, case.split) for case in cases] for cases in tables]
+        if any(one != dealt[0] for one in dealt):
+            raise CaseError(
+                f"{', '.join(map(str, runs))} keep out different cases: deal with one --seed"
+            )
+        joined = output / runs[0].name
         joined.mkdir(parents=True)
-        join(run / "best.safetensors", other / "best.safetensors", joined / "best.safetensors")
-        shutil.copy(run / "cases.csv", joined)
+        join([run / "best.safetensors" for run in runs], joined / "best.safetensors")
+        shutil.copy(runs[0] / "cases.csv", joined)
         (joined / "done").touch()
 
 
-def join(first: Path, second: Path, output: Path) -> None:
-    """Write both, without view heads, which calibrate trains anew.
+def join(files: Sequence[Path], output: Path) -> None:
+    """Write all of them, without view heads, which calibrate trains anew.
 
     Raises:
         CheckpointError: a file cannot be read.
         ValueError: (CheckpointError too) the networks do not fit together.
     """
-    loaded = [load_weights(file) for file in (first, second)]
-    specs = [checkpoint.spec for _, checkpoint in loaded]
-    if (specs[0].mean, specs[0].std) != (specs[1].mean, specs[1].std):
-        raise CheckpointError(f"{first} and {second} take grey values in different ways")
-    plain = [checkpoint.network.model_copy(update={"view_channels": 0}) for _, checkpoint in loaded]
-    config = plain[0].model_copy(update={"second": plain[1]})
+    loaded = [load_weights(file) for file in files]
+    described = [checkpoint for _, checkpoint in loaded]
+    ways = {(one.spec.mean, one.spec.std, one.masks) for one in described}
+    if len(ways) > 1 or not all(isinstance(one.network, TransUNetConfig) for one in described):
+        raise CheckpointError(
+            f"{', '.join(file.name for file in files)} are not transunets that take grey values "
+            "alike and give the same masks"
+        )
+    first, *others = (one.network.model_copy(update={"view_channels": 0}) for one in described)
+    config = first.model_copy(update={"members": tuple(others)})
     tensors = {
-        prefix + name: tensor
-        for prefix, (network, _) in zip(("", "second."), loaded, strict=True)
+        f"members.{k - 1}.{name}" if k else name: tensor
+        for k, (network, _) in enumerate(loaded)
         for name, tensor in network.state_dict().items()
-        if not name.startswith(("view.", "second."))
+        if not name.startswith("view.")
     }
-    network = build_network(config, loaded[0][1].masks)
-    load_strictly(network, tensors, f"{first.name} with {second.name}")
-    known = any(spec.val_trained for spec in specs)
-    spec = specs[0].model_copy(update={"calibration": None, "metrics": {}, "val_trained": known})
-    described = loaded[0][1].model_copy(update={"network": config, "spec": spec})
-    save_weights(output, network.state_dict(), described)
-    print(f"{first.name} with the masks of {second.name}: {output}")
+    network = build_network(config, described[0].masks)
+    load_strictly(network, tensors, " with ".join(file.name for file in files))
+    known = any(one.spec.val_trained for one in described)
+    plain = {"calibration": None, "metrics": {}, "val_trained": known}
+    spec = described[0].spec.model_copy(update=plain)
+    joined = described[0].model_copy(update={"network": config, "spec": spec})
+    save_weights(output, network.state_dict(), joined)
+    print(f"{len(files)} networks: {output}")
 
 
 if __name__ == "__main__":

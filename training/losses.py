@@ -51,10 +51,16 @@ def total_loss(
     heatmap_weight: float,
     mask_weight: float,
 ) -> Tensor:
-    """The recipe's loss of one batch from `training.data`."""
+    """The recipe's loss of one batch from `training.data`, summed over a network and its members.
+
+    Args:
+        raw, mask_logits: (n, 3, h, w) and (n, masks, h, w) of each network after the other's.
+    """
     heatmap_loss = heatmap_mse if loss == "mse" else heatmap_cross_entropy
-    value = heatmap_weight * heatmap_loss(raw, batch["heatmaps"], batch["visible"])
+    value = raw.new_zeros((), dtype=torch.float32)
+    for one in raw.split(batch["heatmaps"].shape[1], dim=1):
+        value = value + heatmap_weight * heatmap_loss(one, batch["heatmaps"], batch["visible"])
     if mask_logits is not None:
-        for logits in mask_logits.split(batch["masks"].shape[1], dim=1):  # of one or two networks
-            value = value + mask_weight * mask_loss(logits, batch["masks"], batch["has_mask"])
+        for one in mask_logits.split(batch["masks"].shape[1], dim=1):
+            value = value + mask_weight * mask_loss(one, batch["masks"], batch["has_mask"])
     return torch.nan_to_num(value, nan=float("inf"))

@@ -4,6 +4,7 @@ The paper's network with one correction: the up path stops at the heatmap's reso
 published code climbs to stride 2 and shrinks back.
 """
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -44,8 +45,8 @@ class TransUNetConfig(BaseModel):
     view_channels: int = Field(
         0, description="width of the view head, which calibrate adds; 0: none"
     )
-    second: "TransUNetConfig | None" = Field(
-        None, description="another network on the same image, whose masks take the place of its own"
+    members: tuple["TransUNetConfig", ...] = Field(
+        (), description="further networks on the same image; the maps are the mean of all"
     )
 
     @property
@@ -84,36 +85,24 @@ class TransUNet(nn.Module):
         self.head = HeatmapHead(inputs[-1], masks, config.softmax_sigma_cells)
         seen = widths[-1] + config.vit_width
         self.view = ViewHead(seen, side, config.view_channels) if config.view_channels else None
-        self.second = _second(config, masks)
+        self.members = nn.ModuleList(_member(one, config, masks) for one in config.members)
 
     def forward(self, x: Tensor) -> Tensor | Raw | tuple[Tensor, Tensor]:
         """(n, channels, s, s) -> (n, 3 + masks, s / stride, s / stride); in training mode `Raw`.
 
-        With a view head, in evaluation mode: these and (n,) view scores. With a second network the
-        masks are its own; `Raw` then holds both networks' masks, first this one's.
+        With a view head, in evaluation mode: these and (n,) view scores. With members, in training
+        mode: each network's maps after the other's, its own first.
         """
-        features, tokens, y = self._climbed(x)
-        maps = self.head(y) if self.second is None else self._joined(y, x, self.second)
-        if self.view is None or self.training:
-            return maps
-        assert isinstance(maps, Tensor)
-        return maps, self.view(torch.cat([features[-1], tokens], dim=1))
-
-    def _joined(self, y: Tensor, x: Tensor, second: "TransUNet") -> Tensor | Raw:
-        """Own heatmaps and the second network's masks; in training mode both networks' masks."""
-        other = second._climbed(x)[-1]
-        if self.training:
-            own, raw = self.head(y), second.head(other)
-            return Raw(own.heatmaps, torch.cat([own.masks, raw.masks], dim=1))
-        return torch.cat([self.head.heights(y), second.head.shares(other)], dim=1)
-
-    def _climbed(self, x: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
-        """The encoder's features, the bottleneck's, and those at the heatmaps' stride."""
         features, tokens = self._encoded(x)
         y = tokens
         for step, skip in zip(self.up, features[-2::-1], strict=False):
             y = step(y, skip)
-        return features, tokens, y
+        maps = self.head(y)
+        if self.members:
+            maps = _together([maps, *(member(x) for member in self.members)])
+        if self.view is None or self.training:
+            return maps
+        return maps, self.view(torch.cat([features[-1], tokens], dim=1))
 
     def view_features(self, x: Tensor) -> Tensor:
         """(n, channels, s, s) -> (n, seen, side, side): what the view head judges by."""
@@ -126,13 +115,24 @@ class TransUNet(nn.Module):
         return features, self.bottleneck(self.project(features[-1]))
 
 
-def _second(config: TransUNetConfig, masks: int) -> TransUNet | None:
-    if config.second is None:
-        return None
-    grids = [(one.input_size, one.stride, one.channels) for one in (config, config.second)]
-    if grids[0] != grids[1] or not masks or config.second.view_channels or config.second.second:
+def _member(config: TransUNetConfig, first: TransUNetConfig, masks: int) -> TransUNet:
+    grids = [(one.input_size, one.stride, one.channels) for one in (first, config)]
+    heads = [one.softmax_sigma_cells for one in (first, config)]
+    if grids[0] != grids[1] or heads[0] != heads[1] or config.view_channels or config.members:
         raise ValueError(
-            "a second network gives masks on the first one's grid: it needs masks, the first one's "
-            f"input_size, stride and channels {grids[0]}, got {grids[1]}, and no parts beside it"
+            f"the maps of {(*grids[0], heads[0])} (input_size, stride, channels, "
+            f"softmax_sigma_cells) and {(*grids[1], heads[1])} have no mean, or a member has a "
+            "view head or members"
         )
-    return TransUNet(config.second, masks)
+    return TransUNet(config, masks)
+
+
+def _together(maps: Sequence[Tensor | Raw]) -> Tensor | Raw:
+    """The mean of several networks' maps; of raw ones, which losses want apart, all in a row."""
+    raw = [one for one in maps if isinstance(one, Raw)]
+    if raw:
+        masks = [one.masks for one in raw if one.masks is not None]
+        return Raw(
+            torch.cat([one.heatmaps for one in raw], 1), torch.cat(masks, 1) if masks else None
+        )
+    return torch.stack([one for one in maps if isinstance(one, Tensor)]).mean(0)
