@@ -4,9 +4,10 @@
         --images PSFHS/images --output model/weights/aop.int8.onnx
 
 Static quantisation (QDQ, unsigned activations, signed weights, a scale per channel), its ranges
-from the images of split val. The first convolution and the heads stay in floating point, and what
-is as fast so: transposed convolutions, attention's products and the layer norms. The graph is
-written as ONNX Runtime optimises it for any CPU, which more than halves the start of a session.
+from the images of split val. The heads stay in floating point, and what is as fast so: the first
+convolution, attention's products and the layer norms. Transposed convolutions, which have no int8
+kernel, are written as plain ones. The graph is stored as ONNX Runtime optimises it for any CPU,
+which more than halves the start of a session.
 Both models are measured on val first: where the error grows by more than --most-px or --most-deg,
 nothing is written.
 """
@@ -22,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnxruntime as ort
+from onnx import helper, numpy_helper
 from onnxruntime.quantization import (
     CalibrationDataReader,
     QuantFormat,
@@ -38,7 +40,7 @@ from training.cases import Case, CaseError, read_cases
 from training.metrics import mean_errors
 from training.predict import CasePrediction, predict_cases
 
-INT8_OPS = ("Conv", "MatMul", "Gemm", "Add", "Concat", "Relu")
+INT8_OPS = ("Conv", "MatMul", "Gemm", "Add", "Concat", "Relu", "DepthToSpace")
 IN_FLOAT = ("encoder.stem.", "head.", "view.")  # by the name of the weights
 
 
@@ -96,7 +98,7 @@ def in_int8(model: Path, output: Path, inputs: Sequence[Heatmaps], spec: ModelSp
     Args:
         inputs: network inputs (channels, size, size) that the ranges are taken from.
     """
-    original = widened(onnx.load(model))
+    original = without_transposed(widened(onnx.load(model)))
     graph = original.graph
     known = {tensor.name for tensor in graph.initializer}
     kept = [
@@ -122,6 +124,38 @@ def in_int8(model: Path, output: Path, inputs: Sequence[Heatmaps], spec: ModelSp
     options.optimized_model_filepath = str(output)
     ort.InferenceSession(output, options, providers=["CPUExecutionProvider"])
     save(onnx.load(output), spec, output)
+
+
+def without_transposed(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model with each transposed convolution as a 1x1 one and a rearrangement of its channels.
+
+    One of size and stride 2 lets no two inputs meet in an output, so that each of the four places
+    under an input is a 1x1 convolution of its own (Shi et al. 2016, sub-pixel convolution).
+    """
+    changed = onnx.ModelProto()
+    changed.CopyFrom(model)
+    graph, nodes = changed.graph, []
+    tensors = {tensor.name: tensor for tensor in graph.initializer}
+    for node in model.graph.node:
+        if node.op_type != "ConvTranspose":
+            nodes.append(node)
+            continue
+        source, kernel, bias = node.input
+        weights = numpy_helper.to_array(tensors[kernel])  # (inputs, outputs, rows, columns)
+        inputs, outputs, *size = weights.shape
+        if size != [2, 2] or helper.get_node_attr_value(node, "strides") != [2, 2]:
+            raise ModelError(f"{node.name}: expected size and stride 2, got {size}")
+        apart = weights.transpose(2, 3, 1, 0).reshape(4 * outputs, inputs, 1, 1)
+        tensors[kernel].CopyFrom(numpy_helper.from_array(apart.copy(), kernel))
+        repeated = np.tile(numpy_helper.to_array(tensors[bias]), 4)
+        tensors[bias].CopyFrom(numpy_helper.from_array(repeated, bias))
+        wide = f"{node.output[0]}_apart"
+        nodes.append(helper.make_node("Conv", [source, kernel, bias], [wide], f"{node.name}_1x1"))
+        name = f"{node.name}_places"
+        nodes.append(helper.make_node("DepthToSpace", [wide], node.output, name, blocksize=2))
+    del graph.node[:], graph.value_info[:]  # the latter tells the old shapes
+    graph.node.extend(nodes)
+    return changed
 
 
 def compare(

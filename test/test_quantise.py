@@ -4,10 +4,12 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import onnx
 import pytest
 
 import process
 from export import quantise
+from export.half import widened
 from model.predictor import load_predictor
 from test.phantom import phantom
 from training.cases import Case, write_cases
@@ -41,6 +43,19 @@ def test_int8_is_smaller_and_finds_the_same(arguments: list[str], tmp_path: Path
     assert after.spec.model_dump(exclude=same) == before.spec.model_dump(exclude=same)
     found = [predictor.predict(phantom(20).image).landmarks_px for predictor in (before, after)]
     assert 0 < np.linalg.norm(found[0] - found[1], axis=1).max() < 4
+
+
+def test_transposed_convolutions_are_the_same_as_plain_ones(tmp_path: Path) -> None:
+    before = onnx.load(process.SHIPPED_MODEL)
+    after = quantise.without_transposed(widened(before))
+    kinds = [{node.op_type for node in model.graph.node} for model in (before, after)]
+    assert "ConvTranspose" in kinds[0] - kinds[1] and "DepthToSpace" in kinds[1] - kinds[0]
+    onnx.save(after, tmp_path / "after.onnx")
+    found = [
+        load_predictor(path, "cpu").predict(phantom(3).image)
+        for path in (process.SHIPPED_MODEL, tmp_path / "after.onnx")
+    ]
+    np.testing.assert_allclose(found[0].heatmaps, found[1].heatmaps, atol=1e-4)
 
 
 def test_nothing_is_written_where_it_errs_more(
