@@ -82,10 +82,11 @@ class Trainer:
         if place.world > 1:
             self.wrapped = DistributedDataParallel(self.network)
         ema = _running_average(recipe.ema_decay)
-        self.average = AveragedModel(self.network, avg_fn=ema, use_buffers=True)
+        self.average = AveragedModel(self.network, multi_avg_fn=ema, use_buffers=True)
         kind = torch.optim.AdamW if recipe.optimiser == "adamw" else torch.optim.Adam
         trained = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
-        self.optimiser = kind(trained, recipe.learning_rate, weight_decay=recipe.weight_decay)
+        settings = {"weight_decay": recipe.weight_decay, "fused": True}
+        self.optimiser = kind(trained, recipe.learning_rate, **settings)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimiser, self._factor)
         half = torch.float16 if _needs_fp16(place.device) else torch.bfloat16
         self.autocast = torch.autocast(place.device.type, half)
@@ -190,13 +191,15 @@ class Trainer:
         return float(state["seconds"])
 
 
-def _running_average(decay: float) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+def _running_average(decay: float) -> Callable[[list[Tensor], list[Tensor], Tensor], None]:
     """Exponential average that starts as the plain mean, so that random weights do not linger."""
 
-    def update(averaged: Tensor, current: Tensor, count: Tensor) -> Tensor:
-        if not averaged.is_floating_point():
-            return current
-        return torch.lerp(current, averaged, min(decay, float(count / (count + 1))))
+    def update(averaged: list[Tensor], current: list[Tensor], count: Tensor) -> None:
+        if averaged[0].is_floating_point():
+            share = 1 - min(decay, float(count / (count + 1)))
+            torch._foreach_lerp_(averaged, current, share)
+        else:
+            torch._foreach_copy_(averaged, current)
 
     return update
 
