@@ -136,18 +136,19 @@ def without_transposed(model: onnx.ModelProto) -> onnx.ModelProto:
     changed.CopyFrom(model)
     graph, nodes = changed.graph, []
     tensors = {tensor.name: tensor for tensor in graph.initializer}
+    before = {tensor.name: tensor for tensor in model.graph.initializer}  # nodes may share one
     for node in model.graph.node:
         if node.op_type != "ConvTranspose":
             nodes.append(node)
             continue
         source, kernel, bias = node.input
-        weights = numpy_helper.to_array(tensors[kernel])  # (inputs, outputs, rows, columns)
+        weights = numpy_helper.to_array(before[kernel])  # (inputs, outputs, rows, columns)
         inputs, outputs, *size = weights.shape
         if size != [2, 2] or helper.get_node_attr_value(node, "strides") != [2, 2]:
             raise ModelError(f"{node.name}: expected size and stride 2, got {size}")
         apart = weights.transpose(2, 3, 1, 0).reshape(4 * outputs, inputs, 1, 1)
         tensors[kernel].CopyFrom(numpy_helper.from_array(apart.copy(), kernel))
-        repeated = np.tile(numpy_helper.to_array(tensors[bias]), 4)
+        repeated = np.tile(numpy_helper.to_array(before[bias]), 4)
         tensors[bias].CopyFrom(numpy_helper.from_array(repeated, bias))
         wide = f"{node.output[0]}_apart"
         nodes.append(helper.make_node("Conv", [source, kernel, bias], [wide], f"{node.name}_1x1"))
