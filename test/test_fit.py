@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 
+from torch.optim.swa_utils import AveragedModel
+
 from model.anatomy import angle_of_progression
 from test.phantom import phantom
 from training import fit
@@ -19,6 +21,7 @@ from training.augment import augment
 from training.cases import Case, read_cases, write_cases
 from training.checkpoint import CheckpointError, load_weights
 from training.data import EpochSampler, LandmarkDataset, chances
+from training.loop import running_average
 from training.losses import heatmap_cross_entropy, heatmap_mse, mask_loss
 from training.recipes import COMPACT, PAPER, Augmentation, Recipe
 
@@ -105,6 +108,17 @@ def test_init_starts_from_weights_and_refuses_others(folder, tmp_path, capsys):
     clicks += ["--images", str(folder / "images"), "--output", str(tmp_path / "d"), *init]
     assert fit.main([*clicks, "--max-minutes", "0"]) == 0
     assert "of best.safetensors these are left out: head.masks" in capsys.readouterr().out
+
+
+def test_averaged_weights_start_as_the_mean_and_then_decay():
+    network = torch.nn.BatchNorm1d(2)
+    average = AveragedModel(network, multi_avg_fn=running_average(0.5), use_buffers=True)
+    for value in (1.0, 3.0, 7.0):
+        torch.nn.init.constant_(network.weight, value)
+        network(torch.full((4, 2), value))
+        average.update_parameters(network)
+    assert average.module.weight.tolist() == [4.5, 4.5]  # of 1, 2 and 7
+    assert int(average.module.num_batches_tracked) == 3
 
 
 def test_init_takes_the_members_along(folder, tmp_path, capsys):

@@ -10,7 +10,7 @@ import torch
 
 from model.uncertainty import QUANTITIES
 from test.test_fit import TINY, folder, run_fit  # noqa: F401
-from training import calibrate, error_model, evaluate, fit, folds, loop
+from training import calibrate, error_model, evaluate, fit, folds, join, loop
 from training.cases import read_cases, write_cases
 from training.checkpoint import load_weights
 from training.predict import predict_cases, torch_predictor
@@ -61,6 +61,17 @@ def test_each_case_is_kept_out_once_with_its_group_and_test_is_not_there(finishe
         groups[k] = len(cases)
     assert kept == {case.file: 1 for case in known if case.split != "test"}
     assert abs(groups[0] - groups[1]) <= 2
+
+
+def test_other_networks_of_the_same_parts_can_be_joined(finished, data, tmp_path, capsys):
+    others = ("--folds", "2", "--training-seed", "2", *ONE_EPOCH)
+    assert run(data, tmp_path / "others", *others) == 0
+    networks = [str(finished), str(tmp_path / "others"), "--output", str(tmp_path / "both")]
+    assert join.main(networks) == 0
+    (network, _, cases), _ = folds.kept_out(tmp_path / "both")
+    assert [c.file for c in cases] == [c.file for c in next(folds.kept_out(finished))[2]]
+    weights = [one.head.heatmaps.weight for one in (network, network.members[0])]
+    assert not torch.equal(*weights)
 
 
 def test_the_answers_are_of_networks_that_have_not_seen_the_case(finished, data, capsys):

@@ -107,7 +107,8 @@ def train(args: argparse.Namespace, run: Path, of_fit: Sequence[str]) -> None:
     places |= {"--masks": args.masks} if args.masks else {}
     flags = [str(part) for pair in places.items() for part in pair]
     flags += ["--resume"] if (run / "checkpoint.pt").exists() else []
-    if fit.main([*flags, "--all", "--seed", str(args.seed), *of_fit]):
+    seed = args.seed if args.training_seed is None else args.training_seed
+    if fit.main([*flags, "--all", "--seed", str(seed), *of_fit]):
         raise CaseError(f"training.fit failed in {run}, for the reason above")
     (run / "done").touch()
 
@@ -180,6 +181,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--output", type=Path, required=True, metavar="FOLDS", help="folder of the folds' runs")
     add("--folds", type=_several, default=4, metavar="N", help="parts (%(default)s)")
     add("--seed", type=int, default=1, help="of the dealing, and of the trainings (%(default)s)")
+    other = (
+        "of the trainings alone: other networks for the same parts, to be joined (training.join)"
+    )
+    add("--training-seed", type=int, metavar="SEED", help=other)
     only = "train these folds alone (0 is the first), while others train elsewhere"
     shares = "shares of the masks in the answer to compare, such as 0 0.5 0.3,0.1,0.6"
     add("--mask-shares", type=mask_shares, nargs="+", default=[], metavar="SHARE", help=shares)

@@ -81,7 +81,7 @@ class Trainer:
         self.wrapped = self.network
         if place.world > 1:
             self.wrapped = DistributedDataParallel(self.network)
-        ema = _running_average(recipe.ema_decay)
+        ema = running_average(recipe.ema_decay)
         self.average = AveragedModel(self.network, multi_avg_fn=ema, use_buffers=True)
         kind = torch.optim.AdamW if recipe.optimiser == "adamw" else torch.optim.Adam
         trained = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
@@ -191,7 +191,7 @@ class Trainer:
         return float(state["seconds"])
 
 
-def _running_average(decay: float) -> Callable[[list[Tensor], list[Tensor], Tensor], None]:
+def running_average(decay: float) -> Callable[[list[Tensor], list[Tensor], Tensor], None]:
     """Exponential average that starts as the plain mean, so that random weights do not linger."""
 
     def update(averaged: list[Tensor], current: list[Tensor], count: Tensor) -> None:
