@@ -11,7 +11,6 @@ import cv2
 import numpy as np
 import pytest
 import torch
-
 from torch.optim.swa_utils import AveragedModel
 
 from model.anatomy import angle_of_progression
