@@ -22,7 +22,7 @@ def halved(model: onnx.ModelProto) -> onnx.ModelProto:
             nodes.append(helper.make_node("Cast", [name], [tensor.name], to=TensorProto.FLOAT))
             tensor = numpy_helper.from_array(values.astype(np.float16), name)  # noqa: PLW2901
         kept.append(tensor)
-    return _with(model, kept, [*nodes, *graph.node])
+    return with_content(model, kept, [*nodes, *graph.node])
 
 
 def widened(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -34,12 +34,13 @@ def widened(model: onnx.ModelProto) -> onnx.ModelProto:
             values = numpy_helper.to_array(tensor).astype(np.float32)
             tensor = numpy_helper.from_array(values, tensor.name.removesuffix(SUFFIX))  # noqa: PLW2901
         kept.append(tensor)
-    return _with(model, kept, [n for n in model.graph.node if not names & set(n.input)])
+    return with_content(model, kept, [n for n in model.graph.node if not names & set(n.input)])
 
 
-def _with(
+def with_content(
     model: onnx.ModelProto, tensors: list[onnx.TensorProto], nodes: list[onnx.NodeProto]
 ) -> onnx.ModelProto:
+    """The model with other weights and nodes."""
     changed = onnx.ModelProto()
     changed.CopyFrom(model)
     for field, content in ((changed.graph.initializer, tensors), (changed.graph.node, nodes)):

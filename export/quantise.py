@@ -4,7 +4,7 @@
         --images PSFHS/images --output model/weights/aop.int8.onnx
 
 Static quantisation (QDQ, unsigned activations, signed weights, a scale per channel), its ranges
-from the images of split val. The heads stay in floating point, and what is as fast so: the first
+from the images of split val. The heads compute in floating point, and what is as fast so: the first
 convolution, attention's products and the layer norms. Transposed convolutions, which have no int8
 kernel, are written as plain ones. The graph is stored as ONNX Runtime optimises it for any CPU,
 which more than halves the start of a session.
@@ -31,7 +31,7 @@ from onnxruntime.quantization import (
     quantize_static,
 )
 
-from export.half import widened
+from export.half import widened, with_content
 from export.to_onnx import network_input, save
 from model.heatmap import Heatmaps
 from model.predictor import ModelError, load_predictor
@@ -132,31 +132,33 @@ def without_transposed(model: onnx.ModelProto) -> onnx.ModelProto:
     One of size and stride 2 lets no two inputs meet in an output, so that each of the four places
     under an input is a 1x1 convolution of its own (Shi et al. 2016, sub-pixel convolution).
     """
-    changed = onnx.ModelProto()
-    changed.CopyFrom(model)
-    graph, nodes = changed.graph, []
-    tensors = {tensor.name: tensor for tensor in graph.initializer}
-    before = {tensor.name: tensor for tensor in model.graph.initializer}  # nodes may share one
+    tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+    nodes, made = [], []
     for node in model.graph.node:
         if node.op_type != "ConvTranspose":
             nodes.append(node)
             continue
-        source, kernel, bias = node.input
-        weights = numpy_helper.to_array(before[kernel])  # (inputs, outputs, rows, columns)
+        source, kernel, *bias = node.input
+        weights = numpy_helper.to_array(tensors[kernel])  # (inputs, outputs, rows, columns)
         inputs, outputs, *size = weights.shape
-        if size != [2, 2] or helper.get_node_attr_value(node, "strides") != [2, 2]:
-            raise ModelError(f"{node.name}: expected size and stride 2, got {size}")
+        given = {one.name: helper.get_attribute_value(one) for one in node.attribute}
+        padded = any((*given.get("pads", ()), *given.get("output_padding", ())))
+        if not size == [2, 2] == given.get("strides") or padded or given.get("group", 1) != 1:
+            raise ModelError(f"{node.name}: expected size and stride 2 and no padding; got {given}")
+        names = [f"{node.name}_{part}" for part in ("kernel", "bias", "1x1", "places")]
         apart = weights.transpose(2, 3, 1, 0).reshape(4 * outputs, inputs, 1, 1)
-        tensors[kernel].CopyFrom(numpy_helper.from_array(apart.copy(), kernel))
-        repeated = np.tile(numpy_helper.to_array(before[bias]), 4)
-        tensors[bias].CopyFrom(numpy_helper.from_array(repeated, bias))
-        wide = f"{node.output[0]}_apart"
-        nodes.append(helper.make_node("Conv", [source, kernel, bias], [wide], f"{node.name}_1x1"))
-        name = f"{node.name}_places"
-        nodes.append(helper.make_node("DepthToSpace", [wide], node.output, name, blocksize=2))
-    del graph.node[:], graph.value_info[:]  # the latter tells the old shapes
-    graph.node.extend(nodes)
-    return changed
+        made.append(numpy_helper.from_array(apart.copy(), names[0]))
+        for name in bias:
+            repeated = np.tile(numpy_helper.to_array(tensors[name]), 4)
+            made.append(numpy_helper.from_array(repeated, names[1]))
+        given_to = [source, *names[: 1 + len(bias)]]
+        nodes.append(helper.make_node("Conv", given_to, [names[2]], names[2]))
+        nodes.append(
+            helper.make_node("DepthToSpace", [names[2]], node.output, names[3], blocksize=2)
+        )
+    used = {name for node in nodes for name in node.input}
+    kept = [tensor for tensor in model.graph.initializer if tensor.name in used]
+    return with_content(model, kept + made, nodes)
 
 
 def compare(

@@ -164,6 +164,7 @@ def _batch_seconds(predictor: Predictor, image: Heatmaps, batch: int) -> float:
     """Median time of a batch; of a slow one the first and only run."""
     images = np.repeat(image, batch, axis=0)
     seconds = []
+    time.sleep(REST_S)
     for _ in range(REPEATS + 1):
         start = time.perf_counter()
         predictor.run(images)

@@ -14,8 +14,11 @@ from model.spec import ModelSpec
 
 
 @pytest.fixture(autouse=True)
-def no_rest(monkeypatch):
-    monkeypatch.setattr(timing, "REST_S", 0.0)
+def rests(monkeypatch):
+    """How long the benchmark rested, each time that it would have."""
+    rested: list = []
+    monkeypatch.setattr(timing.time, "sleep", rested.append)
+    return rested
 
 
 class Fake:
@@ -42,11 +45,12 @@ class Fake:
 PICTURES = [Picture(np.full((8, 8), k, np.uint8), (1.0, 1.0)) for k in range(3)]
 
 
-def test_models_take_turns():
+def test_models_take_turns(rests):
     log: list = []
     names, rounds = "abcd", 8
     times = timing.take_turns({n: Fake(n, log) for n in names}, PICTURES, rounds, "")
     assert times["a"].tolist() == [[1.0, 1.0, 2.0]] * rounds
+    assert rests == [timing.REST_S] * rounds * len(names)  # before each model
     turns = [log[4 * k : 4 * k + 4] for k in range(rounds)]
     for k, turn in enumerate(turns):
         assert sorted(name for name, _ in turn) == list(names)
@@ -86,11 +90,12 @@ def test_the_ratios_interval_widens_with_noise():
     assert 55 < found.low < found.value < found.high < 65
 
 
-def test_batches_end_where_they_cannot_be_run_or_take_too_long(monkeypatch):
+def test_batches_end_where_they_cannot_be_run_or_take_too_long(monkeypatch, rests):
     log: list = []
     fakes = {"free": Fake("free", log), "small": Fake("small", log, most=2)}
     found = timing.throughput(fakes, PICTURES[0])
     assert list(found["free"]) == [1, 2, 4, 8] and list(found["small"]) == [1, 2]
+    assert len(rests) == 7  # a batch each, and one that could not be run
     monkeypatch.setattr(timing, "MOST_SECONDS", 0.0)
     log.clear()
     assert list(timing.throughput(fakes, PICTURES[0])["free"]) == [1]

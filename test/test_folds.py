@@ -72,6 +72,8 @@ def test_other_networks_of_the_same_parts_can_be_joined(finished, data, tmp_path
     assert [c.file for c in cases] == [c.file for c in next(folds.kept_out(finished))[2]]
     weights = [one.head.heatmaps.weight for one in (network, network.members[0])]
     assert not torch.equal(*weights)
+    assert run(data, tmp_path / "others", "--folds", "2", *ONE_EPOCH) == 2
+    assert "was trained with seed 2" in capsys.readouterr().err
 
 
 def test_the_answers_are_of_networks_that_have_not_seen_the_case(finished, data, capsys):

@@ -1,5 +1,6 @@
 """Several networks as one: the mean of their maps, what trains, what is refused."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +41,14 @@ def test_the_maps_are_the_mean_of_all(tmp_path: Path) -> None:
     image = torch.randn(2, 1, 64, 64)
     first, *others = (load_weights(file)[0](image) for file in files)
     torch.testing.assert_close(network(image), (first[0] + sum(others)) / 3)
+    assert described.spec.recipe["network"] == ALL.model_dump(mode="json")  # cost is told from it
+    both = tmp_path / "both.safetensors"  # what is joined already counts each of its networks
+    for order in ((0, 1, 2), (2, 1, 0)):
+        assert join.main([*(str(files[k]) for k in order[:2]), "--output", str(both)]) == 0
+        pair = [str(both), str(files[order[2]])]
+        for given in (pair, pair[::-1]):
+            assert join.main([*given, "--output", str(output)]) == 0
+            torch.testing.assert_close(load_weights(output)[0](image), (first[0] + sum(others)) / 3)
 
 
 def test_every_network_learns_by_its_own_maps() -> None:
@@ -59,18 +68,18 @@ def test_every_network_learns_by_its_own_maps() -> None:
 
 
 @pytest.mark.parametrize(
-    "changes",
+    ("changes", "words"),
     [
-        {"input_size": 32},
-        {"up_widths": (8, 6)},
-        {"softmax_sigma_cells": None},
-        {"view_channels": 4},
-        {"members": (SMALL,)},
+        ({"input_size": 32}, r"input_size is \(64, 32\)"),
+        ({"up_widths": (8, 6)}, r"stride is \(4, 8\)"),
+        ({"softmax_sigma_cells": None}, r"softmax_sigma_cells is \(1.5, None\)"),
+        ({"view_channels": 4}, "no view head"),
+        ({"members": (SMALL,)}, "no members"),
     ],
 )
-def test_members_of_another_grid_or_with_parts_are_refused(changes: dict) -> None:
+def test_members_of_another_grid_or_with_parts_are_refused(changes: dict, words: str) -> None:
     member = OTHER.model_copy(update=changes)
-    with pytest.raises(ValueError, match=r"have no mean, or a member has"):
+    with pytest.raises(ValueError, match=words):
         build_network(SMALL.model_copy(update={"members": (member,)}), masks=2)
 
 
@@ -100,9 +109,13 @@ def test_folds_are_joined_one_by_one(tmp_path: Path, capsys) -> None:
         (second / one / "cases.csv").write_bytes((first / other / "cases.csv").read_bytes())
     assert join.main([str(first), str(second), "--output", str(tmp_path / "c")]) == 2
     assert "keep out different cases" in capsys.readouterr().err
+    assert not (tmp_path / "c").exists()
     (second / "fold-1" / "done").unlink()
     assert join.main([str(first), str(second), "--output", str(tmp_path / "c")]) == 2
     assert "no finished folds" in capsys.readouterr().err
+    shutil.rmtree(second / "fold-1")
+    assert join.main([str(first), str(second), "--output", str(tmp_path / "c")]) == 2
+    assert "keep out different cases" in capsys.readouterr().err
 
 
 def test_networks_that_do_not_fit_are_refused(tmp_path: Path, capsys) -> None:
@@ -112,6 +125,7 @@ def test_networks_that_do_not_fit_are_refused(tmp_path: Path, capsys) -> None:
         (written(tmp_path / "b.safetensors", OTHER, mean=99.0), "take grey values alike"),
         (written(tmp_path / "c.safetensors", OTHER, masks=0), "give the same masks"),
         (written(tmp_path / "d.safetensors", other), "have no mean"),
+        (written(tmp_path / "e.safetensors", OTHER, sigma_cells=9.0), "heatmaps of one width"),
     ]
     for second, sentence in seconds:
         output = tmp_path / "both.safetensors"

@@ -17,6 +17,7 @@ are chosen already; how it does on images that it has not seen, training.folds t
 import argparse
 import csv
 import dataclasses
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -50,6 +51,7 @@ from training.recipes import Recipe, add_recipe_arguments, recipe_from_arguments
 from training.transfer import start_pretrained
 
 FRACTIONS = (0.8, 0.2, 0.0)  # the paper's 4:1
+PART = r"(members\.\d+\.)?[^.]+\.[^.]+"  # of a tensor's name: which part of which network
 SAMPLES_EVERY = 8  # epochs between two sample sheets
 
 
@@ -150,7 +152,8 @@ def start_from(weights: Path, network: nn.Module, masks: bool, place: Processes)
     unused = [*([] if masks else ["head.masks."]), "view."]
     used = {name: t for name, t in tensors.items() if not any(part in name for part in unused)}
     if place.leads and len(used) < len(tensors):
-        left_out = sorted({".".join(name.split(".")[:2]) for name in tensors if name not in used})
+        parts = [re.match(PART, name) for name in tensors if name not in used]
+        left_out = sorted({part.group() for part in parts if part})
         print(f"of {weights.name} these are left out: {', '.join(left_out)}")
     load_strictly(network, used, weights.name)
 

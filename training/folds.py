@@ -100,14 +100,17 @@ def deal_out(args: argparse.Namespace) -> list[Path]:
 
 def train(args: argparse.Namespace, run: Path, of_fit: Sequence[str]) -> None:
     """Run training.fit on what a fold does not keep out, or go on with it."""
+    seed = args.seed if args.training_seed is None else args.training_seed
     if (run / "done").exists():
+        known = load_weights(run / "best.safetensors")[1].spec.recipe["seed"]
+        if known != seed:
+            raise CaseError(f"{run} was trained with seed {known}: choose another --output")
         return
     print(f"{run.name}: training", flush=True)
     places = {"--data": run / "cases.csv", "--images": args.images, "--output": run}
     places |= {"--masks": args.masks} if args.masks else {}
     flags = [str(part) for pair in places.items() for part in pair]
     flags += ["--resume"] if (run / "checkpoint.pt").exists() else []
-    seed = args.seed if args.training_seed is None else args.training_seed
     if fit.main([*flags, "--all", "--seed", str(seed), *of_fit]):
         raise CaseError(f"training.fit failed in {run}, for the reason above")
     (run / "done").touch()

@@ -16,7 +16,13 @@ from pathlib import Path
 
 from model.network import TransUNetConfig, build_network
 from training.cases import CaseError, read_cases
-from training.checkpoint import CheckpointError, load_strictly, load_weights, save_weights
+from training.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    load_strictly,
+    load_weights,
+    save_weights,
+)
 from training.folds import finished
 
 
@@ -48,25 +54,26 @@ def join_folds(folds: Sequence[Path], output: Path) -> None:
     """Join each fold's networks, which kept the same cases out.
 
     Raises:
-        CaseError: a fold is not done, or others keep out other cases.
+        CaseError: a fold is not done, or keeps out other cases.
         CheckpointError, ValueError: as `join`.
     """
-    for runs in zip(*map(finished, folds), strict=True):
-        tables = [read_cases(run / "cases.csv") for run in runs]
-        dealt = [[(case.file, case.split) for case in cases] for cases in tables]
-        if any(one != dealt[0] for one in dealt):
-            raise CaseError(
-                f"{', '.join(map(str, runs))} keep out different cases: deal with one --seed"
-            )
-        joined = output / runs[0].name
-        joined.mkdir(parents=True)
-        join([run / "best.safetensors" for run in runs], joined / "best.safetensors")
-        shutil.copy(runs[0] / "cases.csv", joined)
+    runs = [finished(one) for one in folds]
+    dealt = [
+        [[(c.file, c.split) for c in read_cases(r / "cases.csv")] for r in one] for one in runs
+    ]
+    for one, cases in zip(folds, dealt, strict=True):
+        if cases != dealt[0]:
+            raise CaseError(f"{folds[0]} and {one} keep out different cases: deal with one --seed")
+    for same in zip(*runs, strict=True):
+        joined = output / same[0].name
+        joined.mkdir(parents=True, exist_ok=True)
+        join([run / "best.safetensors" for run in same], joined / "best.safetensors")
+        shutil.copy(same[0] / "cases.csv", joined)
         (joined / "done").touch()
 
 
 def join(files: Sequence[Path], output: Path) -> None:
-    """Write all of them, without view heads, which calibrate trains anew.
+    """Write all of them, and their members, as one, without view heads: calibrate adds one anew.
 
     Raises:
         CheckpointError: a file cannot be read.
@@ -74,28 +81,36 @@ def join(files: Sequence[Path], output: Path) -> None:
     """
     loaded = [load_weights(file) for file in files]
     described = [checkpoint for _, checkpoint in loaded]
-    ways = {(one.spec.mean, one.spec.std, one.masks) for one in described}
+    ways = {(one.spec.mean, one.spec.std, one.spec.sigma_cells, one.masks) for one in described}
     if len(ways) > 1 or not all(isinstance(one.network, TransUNetConfig) for one in described):
         raise CheckpointError(
             f"{', '.join(file.name for file in files)} are not transunets that take grey values "
-            "alike and give the same masks"
+            "alike, aim at heatmaps of one width and give the same masks"
         )
-    first, *others = (one.network.model_copy(update={"view_channels": 0}) for one in described)
+    networks = [part for network, _ in loaded for part in (network, *network.members)]
+    configs = [part for one in described for part in (one.network, *one.network.members)]
+    first, *others = (one.model_copy(update={"view_channels": 0, "members": ()}) for one in configs)
     config = first.model_copy(update={"members": tuple(others)})
     tensors = {
         f"members.{k - 1}.{name}" if k else name: tensor
-        for k, (network, _) in enumerate(loaded)
+        for k, network in enumerate(networks)
         for name, tensor in network.state_dict().items()
-        if not name.startswith("view.")
+        if not name.startswith(("view.", "members."))
     }
     network = build_network(config, described[0].masks)
     load_strictly(network, tensors, " with ".join(file.name for file in files))
-    known = any(one.spec.val_trained for one in described)
-    plain = {"calibration": None, "metrics": {}, "val_trained": known}
-    spec = described[0].spec.model_copy(update=plain)
-    joined = described[0].model_copy(update={"network": config, "spec": spec})
+    spec = described[0].spec
+    changes = {
+        "calibration": None,
+        "metrics": {},
+        "val_trained": any(one.spec.val_trained for one in described),
+        "recipe": spec.recipe | {"network": config.model_dump(mode="json")},
+    }
+    joined = Checkpoint(
+        network=config, masks=described[0].masks, spec=spec.model_copy(update=changes)
+    )
     save_weights(output, network.state_dict(), joined)
-    print(f"{len(files)} networks: {output}")
+    print(f"{len(networks)} networks: {output}")
 
 
 if __name__ == "__main__":

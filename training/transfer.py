@@ -35,6 +35,8 @@ def start_pretrained(
     reports = []
     if (pretrained or encoder_weights) and not isinstance(network, TransUNet):
         raise CheckpointError("pretrained weights are for a transunet, this network is none")
+    if (pretrained or encoder_weights) and network.members:
+        raise CheckpointError("pretrained weights are for one network: train each, then join them")
     if pretrained:
         fill = usfm_into_bottleneck if pretrained.startswith("usfm:") else mae_into_bottleneck
         reports.append(fill(Path(pretrained.removeprefix("usfm:")), network.bottleneck))

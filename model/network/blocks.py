@@ -79,22 +79,13 @@ class HeatmapHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor | Raw:
         """(n, inputs, h, w) -> (n, 3 + masks, h, w) heatmaps, then shares; in training `Raw`."""
-        if self.training:
-            return Raw(self.heatmaps(x), None if self.masks is None else self.masks(x))
-        heatmaps = self.heights(x)
-        return heatmaps if self.masks is None else torch.cat([heatmaps, self.shares(x)], dim=1)
-
-    def heights(self, x: Tensor) -> Tensor:
-        """(n, inputs, h, w) -> (n, 3, h, w) heatmaps."""
         heatmaps: Tensor = self.heatmaps(x)
-        if self.mass is None:
-            return heatmaps
-        return heatmaps.float().flatten(2).softmax(-1).view_as(heatmaps) * self.mass
-
-    def shares(self, x: Tensor) -> Tensor:
-        """(n, inputs, h, w) -> (n, masks, h, w) what share of each cell a class covers."""
-        assert self.masks is not None
-        return torch.sigmoid(self.masks(x))
+        masks = None if self.masks is None else self.masks(x)
+        if self.training:
+            return Raw(heatmaps, masks)
+        if self.mass is not None:
+            heatmaps = heatmaps.float().flatten(2).softmax(-1).view_as(heatmaps) * self.mass
+        return heatmaps if masks is None else torch.cat([heatmaps, torch.sigmoid(masks)], dim=1)
 
 
 class ViewHead(nn.Module):

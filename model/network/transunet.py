@@ -99,7 +99,8 @@ class TransUNet(nn.Module):
             y = step(y, skip)
         maps = self.head(y)
         if self.members:
-            maps = _together([maps, *(member(x) for member in self.members)])
+            every = [maps, *(member(x) for member in self.members)]
+            maps = _in_a_row(every) if self.training else torch.stack(every).mean(0)
         if self.view is None or self.training:
             return maps
         return maps, self.view(torch.cat([features[-1], tokens], dim=1))
@@ -116,23 +117,16 @@ class TransUNet(nn.Module):
 
 
 def _member(config: TransUNetConfig, first: TransUNetConfig, masks: int) -> TransUNet:
-    grids = [(one.input_size, one.stride, one.channels) for one in (first, config)]
-    heads = [one.softmax_sigma_cells for one in (first, config)]
-    if grids[0] != grids[1] or heads[0] != heads[1] or config.view_channels or config.members:
-        raise ValueError(
-            f"the maps of {(*grids[0], heads[0])} (input_size, stride, channels, "
-            f"softmax_sigma_cells) and {(*grids[1], heads[1])} have no mean, or a member has a "
-            "view head or members"
-        )
+    if config.view_channels or config.members:
+        raise ValueError("a member is a plain network: it has no view head and no members")
+    for name in ("input_size", "stride", "channels", "softmax_sigma_cells"):
+        values = getattr(first, name), getattr(config, name)
+        if values[0] != values[1]:
+            raise ValueError(f"maps of different kinds have no mean: {name} is {values}")
     return TransUNet(config, masks)
 
 
-def _together(maps: Sequence[Tensor | Raw]) -> Tensor | Raw:
-    """The mean of several networks' maps; of raw ones, which losses want apart, all in a row."""
-    raw = [one for one in maps if isinstance(one, Raw)]
-    if raw:
-        masks = [one.masks for one in raw if one.masks is not None]
-        return Raw(
-            torch.cat([one.heatmaps for one in raw], 1), torch.cat(masks, 1) if masks else None
-        )
-    return torch.stack([one for one in maps if isinstance(one, Tensor)]).mean(0)
+def _in_a_row(raw: Sequence[Raw]) -> Raw:
+    """Several networks' maps, one after the other."""
+    masks = [one.masks for one in raw if one.masks is not None]
+    return Raw(torch.cat([one.heatmaps for one in raw], 1), torch.cat(masks, 1) if masks else None)
