@@ -15,10 +15,10 @@ accuracy; --peer NAME=PATH adds a trained one.
 
 In every round each model gets the same one image, in an order that rotates, so that a machine which
 drifts is fair to all, and after a rest, so that the threads of the model before are asleep; models
-quicker than 100 ms then go on among themselves. The ratios of times
-are of the shared rounds. Start and memory are measured in a process of its own for each model.
-Other programs disturb times: the report says what the machine's load was before. Where the session
-runs on CUDA, IO binding, CUDA graphs, fp16 and the convolution searches are measured as well.
+quicker than 100 ms then go on among themselves. The ratios of times are of the shared rounds. Start
+and memory are measured in a process of its own for each model. Other programs disturb times: the
+report says what the machine's load was before. Where the session runs on CUDA, IO binding, CUDA
+graphs, fp16 and the convolution searches are measured as well.
 
 DIR gets benchmark.json and benchmark.png. Exit status: 0 measured, 1 a gate failed, 2 nothing could
 be measured; the last line of stderr then says why. --cache keeps the exported peers for other runs.

@@ -52,6 +52,17 @@ def test_resnet50_has_torchvisions_keys():
     assert len(keys) == 318
 
 
+def test_members_leave_the_view_score_alone():
+    config = SMALL.model_copy(update={"view_channels": 4})
+    network = build_network(config.model_copy(update={"members": (SMALL,)}), masks=2).eval()
+    alone = build_network(config, masks=2).eval()
+    alone.load_state_dict({k: network.state_dict()[k] for k in alone.state_dict()})
+    image = torch.randn(2, 1, 64, 64)
+    (maps, score), (own, own_score) = network(image), alone(image)
+    assert torch.equal(score, own_score) and not torch.equal(maps, own)
+    torch.testing.assert_close(maps, (own + network.members[0](image)) / 2)
+
+
 def test_training_returns_raw_values_and_evaluation_heatmaps_and_shares():
     network = build_network(SMALL, masks=2)
     image = torch.randn(2, 1, 64, 64)
