@@ -3,9 +3,9 @@
     python -m training.join FIRST.safetensors SECOND.safetensors [...] --output ALL.safetensors
     python -m training.join FOLDS SECOND_FOLDS [...] --output ALL_FOLDS  # of training.folds
 
-Networks that differ by their seeds alone err in part by chance, each in its own way, and their mean
-less than either; export/BENCHMARK.md tells by how much, and what it costs in time. The description
-is the first file's; its calibration and figures are not, so calibrate anew.
+Networks that differ by their seeds alone err in part by chance, each in its own way: their mean
+finds landmarks a little nearer. export/BENCHMARK.md tells by how much, and what it costs in time.
+The description is the first file's; its calibration and figures are not, so calibrate anew.
 """
 
 import argparse
