@@ -1,6 +1,6 @@
 """How far a prediction may be off: what speaks of an error, and the calibration that weighs it.
 
-Two things speak: how far the two answers of one network lie apart (heatmaps and masks), and how
+Two things speak: how far the two answers of one model lie apart (heatmaps and masks), and how
 widely the heatmaps spread. For each landmark, and for the angle, the expected error is
 exp(b0 + b1 log(1 + disagreement) + b2 log(spread)), fitted by training.calibrate on images that
 did not train the network. The interval of the angle is the prediction +- a factor times the

@@ -73,6 +73,12 @@ def test_the_shipped_one_is_of_the_shipped_model() -> None:
     )
     assert after.spec.calibration == before.spec.calibration
     assert after.spec.recipe == before.spec.recipe
+    nodes = onnx.load(process.SHIPPED_FOR_CPU).graph.node
+    in_float = [n.input[1] for n in nodes if n.op_type in ("Conv", "FusedConv")]
+    kept = ("encoder.stem.0.weight", "head.heatmaps.weight", "head.masks.weight")
+    assert sorted(in_float) == sorted(
+        ["view.narrow.weight", *kept, *(f"members.0.{name}" for name in kept)]
+    )
     for seed in range(4):
         image = phantom(seed).image
         one, other = (predictor.predict(image).landmarks_px for predictor in (before, after))

@@ -17,7 +17,6 @@ are chosen already; how it does on images that it has not seen, training.folds t
 import argparse
 import csv
 import dataclasses
-import re
 import sys
 import time
 from collections.abc import Sequence
@@ -27,18 +26,15 @@ import cv2
 import numpy as np
 import torch
 from pydantic import ValidationError
-from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
 from model.image import is_supported_name
 from model.masks import CLASSES
-from model.network import TransUNetConfig, build_network
+from model.network import build_network
 from training.cases import Case, CaseError, read_cases, write_cases
 from training.checkpoint import (
     Checkpoint,
     CheckpointError,
-    load_strictly,
-    load_weights,
     save_weights,
 )
 from training.data import LandmarkDataset, chances, further_cases, read_grey, train_loader
@@ -48,10 +44,9 @@ from training.metrics import mean_errors
 from training.pictures import sample_sheet
 from training.predict import predict_cases, torch_predictor
 from training.recipes import Recipe, add_recipe_arguments, recipe_from_arguments
-from training.transfer import start_pretrained
+from training.transfer import start_from, start_pretrained, with_members
 
 FRACTIONS = (0.8, 0.2, 0.0)  # the paper's 4:1
-PART = r"(members\.\d+\.)?[^.]+\.[^.]+"  # of a tensor's name: which part of which network
 SAMPLES_EVERY = 8  # epochs between two sample sheets
 
 
@@ -71,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def fit(args: argparse.Namespace, recipe: Recipe, place: Processes) -> None:
     """Train until the recipe's epochs or --max-minutes are over."""
     checkpoint = _checkpoint(args)
-    recipe = with_members(args, recipe)
+    recipe = with_members(args.output / "best.safetensors" if args.resume else args.init, recipe)
     args.output.mkdir(parents=True, exist_ok=True)
     more = further_cases(args.more, args.data, args.images)
     cases = split_cases(args, recipe, place)
@@ -84,7 +79,9 @@ def fit(args: argparse.Namespace, recipe: Recipe, place: Processes) -> None:
     masks = len(CLASSES) if args.masks else 0
     network = build_network(recipe.network, masks)
     if args.init and not args.resume:
-        start_from(args.init, network, bool(masks), place)
+        left_out = start_from(args.init, network, bool(masks))
+        if left_out and place.leads:
+            print(f"of {args.init.name} these are left out: {', '.join(left_out)}")
     if not args.resume:
         for report in start_pretrained(network, args.pretrained, args.encoder_weights):
             if place.leads:
@@ -123,16 +120,6 @@ def _checkpoint(args: argparse.Namespace) -> Path:
     return path
 
 
-def with_members(args: argparse.Namespace, recipe: Recipe) -> Recipe:
-    """The recipe with the members of the weights to start from: all are trained on."""
-    weights = args.output / "best.safetensors" if args.resume else args.init
-    if not (weights and weights.exists() and isinstance(recipe.network, TransUNetConfig)):
-        return recipe
-    members = getattr(load_weights(weights)[1].network, "members", ())
-    network = recipe.network.model_copy(update={"members": recipe.network.members or members})
-    return recipe.model_copy(update={"network": network})
-
-
 def style_images(folder: Path | None) -> list[Path]:
     """Every image below a folder."""
     if folder is None:
@@ -141,21 +128,6 @@ def style_images(folder: Path | None) -> list[Path]:
     if not found:
         raise CaseError(f"--styles: no image below {folder}")
     return found
-
-
-def start_from(weights: Path, network: nn.Module, masks: bool, place: Processes) -> None:
-    """Load weights into a network; left out, and said to be, is what it has no use for.
-
-    These are a view head, which calibrate trains anew, and what gives masks where it gives none.
-    """
-    tensors = load_weights(weights)[0].state_dict()
-    unused = [*([] if masks else ["head.masks."]), "view."]
-    used = {name: t for name, t in tensors.items() if not any(part in name for part in unused)}
-    if place.leads and len(used) < len(tensors):
-        parts = [re.match(PART, name) for name in tensors if name not in used]
-        left_out = sorted({part.group() for part in parts if part})
-        print(f"of {weights.name} these are left out: {', '.join(left_out)}")
-    load_strictly(network, used, weights.name)
 
 
 def keep(

@@ -1,4 +1,4 @@
-"""Pretrained weights into a network: a bottleneck's blocks, and an encoder from ImageNet.
+"""Weights that a training starts from: all of a network, or its pretrained bottleneck or encoder.
 
 Every tensor of the file and of the part that it fills is accounted for: used, resized, knowingly
 left out, or an error that lists what did not fit. Nothing that is said to be used stays random.
@@ -9,15 +9,39 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from model.network import TransUNet
+from model.network import TransUNet, TransUNetConfig
 from model.network.resnet import ResNet50
 from model.network.vit import ViTBottleneck
 from training.beit import EXTRA, read_beit
-from training.checkpoint import CheckpointError, load_strictly
+from training.checkpoint import CheckpointError, load_strictly, load_weights
 from training.mae import FILE, load_mae, resize_positions
+from training.recipes import Recipe
 from training.weights import Report, read_tensors
 
 CHANNELS = 3  # of ImageNet's files
+PART = r"(members\.\d+\.)?[^.]+\.[^.]+"  # of a tensor's name: which part of which network
+
+
+def with_members(weights: Path | None, recipe: Recipe) -> Recipe:
+    """The recipe with the members of the weights to start from: all are trained on."""
+    if not (weights and weights.exists() and isinstance(recipe.network, TransUNetConfig)):
+        return recipe
+    members = getattr(load_weights(weights)[1].network, "members", ())
+    network = recipe.network.model_copy(update={"members": recipe.network.members or members})
+    return recipe.model_copy(update={"network": network})
+
+
+def start_from(weights: Path, network: nn.Module, masks: bool) -> list[str]:
+    """Load weights into a network; returns the parts left out, for which it has no use.
+
+    These are a view head, which calibrate trains anew, and what gives masks where it gives none.
+    """
+    tensors = load_weights(weights)[0].state_dict()
+    unused = [*([] if masks else ["head.masks."]), "view."]
+    used = {name: t for name, t in tensors.items() if not any(part in name for part in unused)}
+    load_strictly(network, used, weights.name)
+    left_out = [re.match(PART, name) for name in tensors if name not in used]
+    return sorted({part.group() for part in left_out if part})
 
 
 def start_pretrained(
