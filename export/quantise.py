@@ -23,7 +23,6 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnxruntime as ort
-from onnx import helper, numpy_helper
 from onnxruntime.quantization import (
     CalibrationDataReader,
     QuantFormat,
@@ -31,8 +30,9 @@ from onnxruntime.quantization import (
     quantize_static,
 )
 
-from export.half import widened, with_content
+from export.half import widened
 from export.to_onnx import network_input, save
+from export.transposed import without_transposed
 from model.heatmap import Heatmaps
 from model.predictor import ModelError, load_predictor
 from model.spec import ModelSpec
@@ -40,7 +40,7 @@ from training.cases import Case, CaseError, read_cases
 from training.metrics import mean_errors
 from training.predict import CasePrediction, predict_cases
 
-INT8_OPS = ("Conv", "MatMul", "Gemm", "Add", "Concat", "Relu", "DepthToSpace")
+INT8_OPS = ("Conv", "MatMul", "Gemm", "Add", "Concat", "Relu", "Transpose", "Reshape")
 IN_FLOAT = ("encoder.stem.", "head.", "view.")  # by the name of the weights
 
 
@@ -124,41 +124,6 @@ def in_int8(model: Path, output: Path, inputs: Sequence[Heatmaps], spec: ModelSp
     options.optimized_model_filepath = str(output)
     ort.InferenceSession(output, options, providers=["CPUExecutionProvider"])
     save(onnx.load(output), spec, output)
-
-
-def without_transposed(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The model with each transposed convolution as a 1x1 one and a rearrangement of its channels.
-
-    One of size and stride 2 lets no two inputs meet in an output, so that each of the four places
-    under an input is a 1x1 convolution of its own (Shi et al. 2016, sub-pixel convolution).
-    """
-    tensors = {tensor.name: tensor for tensor in model.graph.initializer}
-    nodes, made = [], []
-    for node in model.graph.node:
-        if node.op_type != "ConvTranspose":
-            nodes.append(node)
-            continue
-        source, kernel, *bias = node.input
-        weights = numpy_helper.to_array(tensors[kernel])  # (inputs, outputs, rows, columns)
-        inputs, outputs, *size = weights.shape
-        given = {one.name: helper.get_attribute_value(one) for one in node.attribute}
-        padded = any((*given.get("pads", ()), *given.get("output_padding", ())))
-        if not size == [2, 2] == given.get("strides") or padded or given.get("group", 1) != 1:
-            raise ModelError(f"{node.name}: expected size and stride 2 and no padding; got {given}")
-        names = [f"{node.name}_{part}" for part in ("kernel", "bias", "1x1", "places")]
-        apart = weights.transpose(2, 3, 1, 0).reshape(4 * outputs, inputs, 1, 1)
-        made.append(numpy_helper.from_array(apart.copy(), names[0]))
-        for name in bias:
-            repeated = np.tile(numpy_helper.to_array(tensors[name]), 4)
-            made.append(numpy_helper.from_array(repeated, names[1]))
-        given_to = [source, *names[: 1 + len(bias)]]
-        nodes.append(helper.make_node("Conv", given_to, [names[2]], names[2]))
-        nodes.append(
-            helper.make_node("DepthToSpace", [names[2]], node.output, names[3], blocksize=2)
-        )
-    used = {name for node in nodes for name in node.input}
-    kept = [tensor for tensor in model.graph.initializer if tensor.name in used]
-    return with_content(model, kept + made, nodes)
 
 
 def compare(
