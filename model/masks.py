@@ -66,9 +66,21 @@ def largest_component(mask: npt.NDArray[np.uint8], label: int) -> npt.NDArray[np
 
 def outer_contour(mask: npt.NDArray[np.uint8], label: int) -> npt.NDArray[np.int32]:
     """(n, 1, 2) every point of the outer contour of one class's largest component."""
-    component = largest_component(mask, label)
-    contours, _ = cv2.findContours(component, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
-    return np.asarray(max(contours, key=len), np.int32)
+    contours = _outer_contours((mask == label).astype(np.uint8))
+    if len(contours) != 1:  # to tell which is the largest takes longer than all the rest
+        contours = _outer_contours(largest_component(mask, label))
+    return contours[0]
+
+
+def _outer_contours(mask: npt.NDArray[np.uint8]) -> list[npt.NDArray[np.int32]]:
+    """Each component's outer contour, those within holes of others too."""
+    contours, links = cv2.findContours(mask, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
+    parents = () if links is None else links[0, :, 3]
+    return [
+        np.asarray(contour, np.int32)
+        for contour, parent in zip(contours, parents, strict=True)
+        if parent < 0
+    ]
 
 
 def fit_ellipse(mask: npt.NDArray[np.uint8], label: int) -> Ellipse:
@@ -112,8 +124,8 @@ def landmarks_from_mask(mask: npt.NDArray[np.uint8]) -> Floats:
     """
     if mask.ndim != 2:
         raise MaskError(f"expected a mask of (height, width), got {mask.shape}")
-    unknown = np.setdiff1d(mask, [0, SYMPHYSIS, HEAD])
-    if unknown.size:
+    if mask.max() > HEAD:
+        unknown = np.setdiff1d(mask, [0, SYMPHYSIS, HEAD])
         raise MaskError(
             f"the mask holds the values {unknown[:5].tolist()}; expected 0 background, "
             "1 pubic symphysis and 2 fetal head only"

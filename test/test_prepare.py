@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from model.anatomy import angle_of_progression
-from model.masks import Ellipse, MaskError, fit_ellipse, landmarks_from_mask
+from model.masks import Ellipse, MaskError, fit_ellipse, landmarks_from_mask, outer_contour
 from test.phantom import main as phantom_main
 from test.phantom import phantom
 from training import prepare
@@ -82,6 +82,15 @@ def test_only_the_largest_component_counts() -> None:
     clean = ellipse_mask(SYMPHYSIS, HEAD)
     speckled = ellipse_mask(SYMPHYSIS, HEAD, (1, (180, 10), (6, 6), 0.0), (2, (10, 140), (7, 7), 0))
     np.testing.assert_array_equal(landmarks_from_mask(speckled), landmarks_from_mask(clean))
+
+
+def test_a_component_within_a_thin_ring_may_be_the_largest() -> None:
+    mask = np.zeros((60, 60), np.uint8)
+    cv2.circle(mask, (30, 30), 25, 2)
+    ring = mask.copy()
+    cv2.circle(mask, (30, 30), 15, 2, -1)
+    assert np.ptp(outer_contour(mask, 2), axis=0).tolist() == [[30, 30]]
+    assert np.ptp(outer_contour(ring, 2), axis=0).tolist() == [[50, 50]]
 
 
 @pytest.mark.parametrize("angle", [0.0, 30.0, 90.0, 135.0, 179.0])
