@@ -14,7 +14,6 @@ nothing is written.
 
 import argparse
 import logging
-import re
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -31,8 +30,8 @@ from onnxruntime.quantization import (
 )
 
 from export.half import widened
+from export.rewrites import Graph, rewritten
 from export.to_onnx import network_input, save
-from export.transposed import without_transposed
 from model.heatmap import Heatmaps
 from model.predictor import ModelError, load_predictor
 from model.spec import ModelSpec
@@ -41,7 +40,6 @@ from training.metrics import mean_errors
 from training.predict import CasePrediction, predict_cases
 
 INT8_OPS = ("Conv", "MatMul", "Gemm", "Add", "Concat", "Relu", "Transpose", "Reshape")
-IN_FLOAT = ("encoder.stem.", "head.", "view.")  # by the name of the weights
 
 
 class AccuracyError(ValueError):
@@ -98,32 +96,38 @@ def in_int8(model: Path, output: Path, inputs: Sequence[Heatmaps], spec: ModelSp
     Args:
         inputs: network inputs (channels, size, size) that the ranges are taken from.
     """
-    original = without_transposed(widened(onnx.load(model)))
-    graph = original.graph
-    known = {tensor.name for tensor in graph.initializer}
+    original = rewritten(widened(onnx.load(model)))
+    graph = Graph(original)
     kept = [
         node.name
-        for node in graph.node
-        if any(re.sub(r"^members\.\d+\.", "", name).startswith(IN_FLOAT) for name in node.input)
-        or (node.op_type == "MatMul" and not known & {*node.input})  # attention's products
+        for node in original.graph.node
+        if any(name.startswith("view.") for name in node.input)
+        or (node.op_type == "MatMul" and not {*node.input} & {*graph.weights})
+        or (node.op_type == "Add" and not of_maps(node, graph))
     ]
     logging.getLogger().setLevel(logging.ERROR)  # it advises a step that changes nothing here
     quantize_static(
         original,
         output,
-        _Inputs(graph.input[0].name, inputs),
+        _Inputs(original.graph.input[0].name, inputs),
         quant_format=QuantFormat.QDQ,
         op_types_to_quantize=list(INT8_OPS),
         per_channel=True,
         activation_type=QuantType.QUInt8,
         weight_type=QuantType.QInt8,
         nodes_to_exclude=kept,
+        extra_options={"OpTypesToExcludeOutputQuantization": ["MatMul"]},
     )
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     options.optimized_model_filepath = str(output)
     ort.InferenceSession(output, options, providers=["CPUExecutionProvider"])
     save(onnx.load(output), spec, output)
+
+
+def of_maps(node: onnx.NodeProto, graph: Graph) -> bool:
+    """Whether a node works on feature maps (n, channels, rows, columns) alone."""
+    return all(len(graph.shapes.get(name, ())) == 4 for name in node.input)
 
 
 def compare(

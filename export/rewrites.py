@@ -1,0 +1,198 @@
+"""The same network written so that the engine's int8 kernels take most of it, and quickly.
+
+No rewrite changes a value. Each takes a model in float32 and leaves alone what it does not know.
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from onnx import helper, numpy_helper
+
+from export.half import with_content
+
+Values = dict[str, npt.NDArray[Any]]
+Step = tuple[str, Sequence[str], dict[str, Any]]  # kind, inputs besides the one before, attributes
+TO_LAST: Step = ("Transpose", (), {"perm": [0, 2, 3, 1]})
+TO_FIRST: Step = ("Transpose", (), {"perm": [0, 3, 1, 2]})
+SWAPPED: Step = ("Transpose", (), {"perm": [0, 2, 1, 3]})
+
+
+class Graph:
+    """A model's nodes, to be replaced, with its weights and shapes by name."""
+
+    def __init__(self, model: onnx.ModelProto) -> None:
+        self.model = model
+        self.weights = {one.name: numpy_helper.to_array(one) for one in model.graph.initializer}
+        known = onnx.shape_inference.infer_shapes(model).graph
+        self.shapes = {
+            one.name: [size.dim_value for size in one.type.tensor_type.shape.dim]
+            for one in (*known.input, *known.value_info, *known.output)
+        }
+        self.made: Values = {}
+        self.replaced: dict[str, list[onnx.NodeProto]] = {}
+
+    def maker(self, name: str) -> onnx.NodeProto | None:
+        """The node that makes a tensor; None for weights and the graph's input."""
+        return next((node for node in self.model.graph.node if name in node.output), None)
+
+    def users(self, name: str) -> list[onnx.NodeProto]:
+        """The nodes that take a tensor."""
+        return [node for node in self.model.graph.node if name in node.input]
+
+    def replace(
+        self, last: onnx.NodeProto, source: str, steps: Iterable[Step], made: Values
+    ) -> None:
+        """Put steps, one after the other, in the place of the node whose output they make.
+
+        Args:
+            source: what the first step takes.
+            made: the steps' own weights; in a step's inputs `:part` stands for made[part].
+        """
+        self.made |= {f"{last.name}:{part}": array for part, array in made.items()}
+        nodes: list[onnx.NodeProto] = []
+        for k, (kind, others, attributes) in enumerate(steps):
+            inputs = [f"{last.name}{one}" if one.startswith(":") else one for one in others]
+            domain = "com.microsoft" if kind == "MultiHeadAttention" else ""
+            name = f"{last.name}_{k}_{kind}"
+            outputs = [f"{name}_{j}" for j in range(3)] if kind == "Split" else [name]
+            taken = [*nodes[-1].output] if nodes else [source]
+            node = helper.make_node(kind, [*taken, *inputs], outputs, name, domain=domain)
+            node.attribute.extend(helper.make_attribute(*one) for one in attributes.items())
+            nodes.append(node)
+        nodes[-1].output[:] = last.output
+        self.replaced[last.name] = nodes
+
+    def done(self) -> onnx.ModelProto:
+        """The model with the replacements, without what nothing needs any more."""
+        nodes = [n for node in self.model.graph.node for n in self.replaced.get(node.name, [node])]
+        wanted, kept = {one.name for one in self.model.graph.output}, []
+        for node in reversed(nodes):
+            if wanted & {*node.output}:
+                wanted |= {*node.input}
+                kept.append(node)
+        weights = [one for one in self.model.graph.initializer if one.name in wanted]
+        weights += [numpy_helper.from_array(array, name) for name, array in self.made.items()]
+        changed = with_content(self.model, weights, kept[::-1])
+        if any(node.domain for node in kept):
+            changed.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+        return changed
+
+
+def rewritten(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model with all rewrites."""
+    for rewrite in (stem_in_blocks, without_transposed, heads_as_products, fused_attention):
+        graph = Graph(model)
+        rewrite(graph)
+        model = graph.done()
+    return model
+
+
+def _spread(rows: int, columns: int, channels: int) -> tuple[list[Step], Values]:
+    """Steps from (n, 4 channels, rows, columns) to (n, channels, 2 rows, 2 columns).
+
+    The channels hold the four places under a cell, row by row. Whole pixels move, channels last,
+    as the engine keeps them for int8.
+    """
+    apart = np.array([-1, columns, 2, 2 * channels])  # (n rows, columns, down, right and channel)
+    whole = np.array([-1, 2 * rows, 2 * columns, channels])
+    reshapes: list[Step] = [("Reshape", [":apart"], {}), ("Reshape", [":whole"], {})]
+    return [TO_LAST, reshapes[0], SWAPPED, reshapes[1], TO_FIRST], {"apart": apart, "whole": whole}
+
+
+def stem_in_blocks(graph: Graph) -> None:
+    """A first convolution of 3x3, stride 2 on one channel, as 2x2 on blocks of 4x4 pixels.
+
+    The engine reads one channel byte by byte; 16 it reads at once.
+    """
+    image = graph.model.graph.input[0].name
+    for node in graph.users(image):
+        weights = graph.weights.get(node.input[1]) if node.op_type == "Conv" else None
+        relu = graph.users(node.output[0])
+        given = {one.name: helper.get_attribute_value(one) for one in node.attribute}
+        known = given.get("strides") == [2, 2] and given.get("pads") == [1] * 4
+        if weights is None or weights.shape[1:] != (1, 3, 3) or not known:
+            continue
+        if [one.op_type for one in relu] != ["Relu"]:
+            continue
+        rows, columns = (side // 4 for side in graph.shapes[image][2:])
+        outputs = len(weights)
+        kernel = np.zeros((2, 2, outputs, 4, 4, 2, 2), np.float32)
+        for a, b, y, x in np.ndindex(2, 2, 3, 3):  # place of the output in its block; of the weight
+            row, column = 2 * a + y - 1, 2 * b + x - 1
+            kernel[a, b, :, row % 4, column % 4, 1 + row // 4, 1 + column // 4] = weights[
+                :, 0, y, x
+            ]
+        steps, made = _spread(rows, columns, outputs)
+        made |= {
+            "lines": np.array([-1, 4, columns, 4]),
+            "blocks": np.array([-1, rows, columns, 16]),
+            "kernel": kernel.reshape(4 * outputs, 16, 2, 2),
+            "bias": np.tile(graph.weights[node.input[2]], 4),
+        }
+        gathered: list[Step] = [
+            ("Reshape", [":lines"], {}),
+            SWAPPED,
+            ("Reshape", [":blocks"], {}),
+            TO_FIRST,
+            ("Conv", [":kernel", ":bias"], {"pads": [1, 1, 0, 0]}),
+            ("Relu", (), {}),
+        ]
+        graph.replace(relu[0], image, [*gathered, *steps], made)
+
+
+def without_transposed(graph: Graph) -> None:
+    """Transposed convolutions, which have no int8 kernel, as 1x1 ones whose channels are spread.
+
+    One of size and stride 2 lets no two inputs meet in an output, so that each of the four places
+    under an input is a 1x1 convolution of its own (Shi et al. 2016, sub-pixel convolution).
+    """
+    for node in graph.model.graph.node:
+        given = {one.name: helper.get_attribute_value(one) for one in node.attribute}
+        odd = any((*given.get("pads", ()), *given.get("output_padding", ())))
+        if node.op_type != "ConvTranspose" or given.get("strides") != [2, 2] or odd:
+            continue
+        source, name, *bias = node.input
+        kernel = graph.weights[name]  # (inputs, outputs, rows, columns)
+        inputs, outputs, *size = kernel.shape
+        if size != [2, 2] or not bias or given.get("group", 1) != 1:
+            continue
+        rows, columns = graph.shapes[source][2:]
+        steps, made = _spread(rows, columns, outputs)
+        made |= {
+            "kernel": kernel.transpose(2, 3, 1, 0).reshape(4 * outputs, inputs, 1, 1).copy(),
+            "bias": np.tile(graph.weights[bias[0]], 4),
+        }
+        graph.replace(node, source, [("Conv", [":kernel", ":bias"], {}), *steps], made)
+
+
+def heads_as_products(graph: Graph) -> None:
+    """The heads' 1x1 convolutions as matrix products: of int8 weights, but not of int8 results."""
+    for node in graph.model.graph.node:
+        if node.op_type == "Conv" and re.match(r"(members\.\d+\.)?head\.", node.input[1]):
+            made = {"weights": graph.weights[node.input[1]][:, :, 0, 0].T.copy()}
+            product: list[Step] = [("MatMul", [":weights"], {}), ("Add", [node.input[2]], {})]
+            graph.replace(node, node.input[0], [TO_LAST, *product, TO_FIRST], made)
+
+
+def fused_attention(graph: Graph) -> None:
+    """Plain self-attention, a score's softmax and what is about it, as the engine's one node."""
+    for node in graph.model.graph.node:
+        scores = graph.maker(node.input[0]) if node.op_type == "Softmax" else None
+        if scores is None or scores.op_type != "MatMul":
+            continue
+        first, last = scores, node  # from query, key and value beside each other to the answer
+        while first.op_type != "Reshape" and (before := graph.maker(first.input[0])):
+            first = before
+        while last.op_type != "Reshape":
+            last = graph.users(last.output[0])[0]
+        _, _, three, heads, width = graph.shapes[first.output[0]]
+        made = {"widths": np.full(three, heads * width)}
+        steps: list[Step] = [
+            ("Split", [":widths"], {"axis": 2}),
+            ("MultiHeadAttention", (), {"num_heads": heads}),
+        ]
+        graph.replace(last, first.input[0], steps, made)
