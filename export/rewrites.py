@@ -43,6 +43,10 @@ class Graph:
         """The nodes that take a tensor."""
         return [node for node in self.model.graph.node if name in node.input]
 
+    def bias(self, node: onnx.NodeProto, outputs: int) -> npt.NDArray[Any]:
+        """(outputs,) the bias of a convolution, which an exporter leaves out where it is zero."""
+        return self.weights[node.input[2]] if len(node.input) > 2 else np.zeros(outputs, np.float32)
+
     def replace(
         self, last: onnx.NodeProto, source: str, steps: Iterable[Step], made: Values
     ) -> None:
@@ -131,7 +135,7 @@ def stem_in_blocks(graph: Graph) -> None:
             "lines": np.array([-1, 4, columns, 4]),
             "blocks": np.array([-1, rows, columns, 16]),
             "kernel": kernel.reshape(4 * outputs, 16, 2, 2),
-            "bias": np.tile(graph.weights[node.input[2]], 4),
+            "bias": np.tile(graph.bias(node, outputs), 4),
         }
         gathered: list[Step] = [
             ("Reshape", [":lines"], {}),
@@ -155,16 +159,16 @@ def without_transposed(graph: Graph) -> None:
         odd = any((*given.get("pads", ()), *given.get("output_padding", ())))
         if node.op_type != "ConvTranspose" or given.get("strides") != [2, 2] or odd:
             continue
-        source, name, *bias = node.input
+        source, name = node.input[:2]
         kernel = graph.weights[name]  # (inputs, outputs, rows, columns)
         inputs, outputs, *size = kernel.shape
-        if size != [2, 2] or not bias or given.get("group", 1) != 1:
+        if size != [2, 2] or given.get("group", 1) != 1:
             continue
         rows, columns = graph.shapes[source][2:]
         steps, made = _spread(rows, columns, outputs)
         made |= {
             "kernel": kernel.transpose(2, 3, 1, 0).reshape(4 * outputs, inputs, 1, 1).copy(),
-            "bias": np.tile(graph.weights[bias[0]], 4),
+            "bias": np.tile(graph.bias(node, outputs), 4),
         }
         graph.replace(node, source, [("Conv", [":kernel", ":bias"], {}), *steps], made)
 
@@ -173,8 +177,9 @@ def heads_as_products(graph: Graph) -> None:
     """The heads' 1x1 convolutions as matrix products: of int8 weights, but not of int8 results."""
     for node in graph.model.graph.node:
         if node.op_type == "Conv" and re.match(r"(members\.\d+\.)?head\.", node.input[1]):
-            made = {"weights": graph.weights[node.input[1]][:, :, 0, 0].T.copy()}
-            product: list[Step] = [("MatMul", [":weights"], {}), ("Add", [node.input[2]], {})]
+            weights = graph.weights[node.input[1]][:, :, 0, 0].T.copy()
+            made = {"weights": weights, "bias": graph.bias(node, weights.shape[1])}
+            product: list[Step] = [("MatMul", [":weights"], {}), ("Add", [":bias"], {})]
             graph.replace(node, node.input[0], [TO_LAST, *product, TO_FIRST], made)
 
 

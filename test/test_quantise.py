@@ -6,14 +6,18 @@ from pathlib import Path
 import cv2
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 
 import process
 from export import quantise, rewrites
 from export.half import widened
+from export.to_onnx import converted
+from model.network import UNetConfig, build_network
 from model.predictor import load_predictor
 from test.phantom import phantom
 from training.cases import Case, write_cases
+from training.recipes import UNET
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +75,18 @@ def test_rewrites_change_no_value(
         for path in (process.SHIPPED_MODEL, tmp_path / "after.onnx")
     ]
     np.testing.assert_allclose(found[0].heatmaps, found[1].heatmaps, atol=1e-4)
+
+
+def test_other_networks_and_several_images_are_rewritten_too() -> None:
+    small = UNET.model_copy(update={"network": UNetConfig(input_size=64, widths=(4, 8, 16))})
+    before = converted(build_network(small.network).eval(), small.spec())
+    images = np.random.default_rng(0).normal(size=(3, 3, 64, 64)).astype(np.float32)
+    found = [
+        ort.InferenceSession(model.SerializeToString()).run(None, {"image": images})[0]
+        for model in (before, rewrites.rewritten(before))
+    ]
+    assert found[0].shape == (3, 3, 8, 8) and np.ptp(found[0]) > 0.01
+    np.testing.assert_allclose(found[0], found[1], atol=1e-6)
 
 
 def test_nothing_is_written_where_it_errs_more(
