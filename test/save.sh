@@ -32,7 +32,7 @@ docker rmi "$tag" >/dev/null
 docker load <"$image"
 mkdir -p "$work/model" "$work/in/images/ultrasound"; mkdir -m 777 "$work/out"
 tar -xzf "$folder/model.tar.gz" -C "$work/model"
-cp test/cases/input/phantom-50.png "$work/in/images/ultrasound"
+cp test/cases/input/phantom-61.png "$work/in/images/ultrasound"
 echo '[{"socket": {"slug": "ultrasound", "relative_path": "images/ultrasound",
   "super_kind": "Image"}}]' >"$work/in/inputs.json"
 chmod -R a+rX "$work"
