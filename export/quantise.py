@@ -4,10 +4,10 @@
         --images PSFHS/images --output model/weights/aop.int8.onnx
 
 Static quantisation (QDQ, unsigned activations, signed weights, a scale per channel), its ranges
-from the images of split val. The heads compute in floating point, and what is as fast so: the first
-convolution, attention's products and the layer norms. Transposed convolutions, which have no int8
-kernel, are written as plain ones. The graph is stored as ONNX Runtime optimises it for any CPU,
-which more than halves the start of a session.
+from the images of split val. The heads' results, attention, the layer norms, the sums of tokens and
+the view head stay in floating point; export/rewrites.py first writes the network so that int8
+kernels take the rest. The graph is stored as ONNX Runtime optimises it for any CPU, which more than
+halves the start of a session.
 Both models are measured on val first: where the error grows by more than --most-px or --most-deg,
 nothing is written.
 """

@@ -1,6 +1,7 @@
 """The same network written so that the engine's int8 kernels take most of it, and quickly.
 
-No rewrite changes a value. Each takes a model in float32 and leaves alone what it does not know.
+No rewrite changes a value. Each takes a model in float32 as export.to_onnx writes this project's
+networks, of whichever kind and size.
 """
 
 import re

@@ -55,32 +55,20 @@ class Ellipse:
         return np.asarray(self.centre + (circle * self.semi_axes) @ self.rotation.T)
 
 
-def largest_component(mask: npt.NDArray[np.uint8], label: int) -> npt.NDArray[np.uint8]:
-    """(H, W) 0/1: the largest 8-connected component of one class."""
-    _, labels, stats, _ = cv2.connectedComponentsWithStats((mask == label).astype(np.uint8))
-    if len(stats) < 2:
-        raise MaskError(f"the mask has no pixel of {CLASSES[label]}")
-    largest = 1 + int(np.argmax(stats[1:, cv2.CC_STAT_AREA]))
-    return np.asarray(labels == largest, np.uint8)
-
-
 def outer_contour(mask: npt.NDArray[np.uint8], label: int) -> npt.NDArray[np.int32]:
-    """(n, 1, 2) every point of the outer contour of one class's largest component."""
-    contours = _outer_contours((mask == label).astype(np.uint8))
-    if len(contours) != 1:  # to tell which is the largest takes longer than all the rest
-        contours = _outer_contours(largest_component(mask, label))
-    return contours[0]
-
-
-def _outer_contours(mask: npt.NDArray[np.uint8]) -> list[npt.NDArray[np.int32]]:
-    """Each component's outer contour, those within holes of others too."""
-    contours, links = cv2.findContours(mask, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
-    parents = () if links is None else links[0, :, 3]
-    return [
-        np.asarray(contour, np.int32)
-        for contour, parent in zip(contours, parents, strict=True)
-        if parent < 0
-    ]
+    """(n, 1, 2) every point of the outer contour of one class's largest 8-connected component."""
+    chosen = mask == label
+    rows, columns = (np.flatnonzero(chosen.any(axis)) for axis in (1, 0))
+    if not len(rows):
+        raise MaskError(f"the mask has no pixel of {CLASSES[label]}")
+    box = chosen[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]  # a whole image takes longer
+    _, labels, stats, _ = cv2.connectedComponentsWithStats(box.astype(np.uint8))
+    component = labels == 1 + int(np.argmax(stats[1:, cv2.CC_STAT_AREA]))
+    contours, _ = cv2.findContours(
+        component.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE
+    )
+    corner = np.array([columns[0], rows[0]])
+    return np.asarray(max(contours, key=len) + corner, np.int32)
 
 
 def fit_ellipse(mask: npt.NDArray[np.uint8], label: int) -> Ellipse:
