@@ -128,9 +128,8 @@ def stem_in_blocks(graph: Graph) -> None:
         kernel = np.zeros((2, 2, outputs, 4, 4, 2, 2), np.float32)
         for a, b, y, x in np.ndindex(2, 2, 3, 3):  # place of the output in its block; of the weight
             row, column = 2 * a + y - 1, 2 * b + x - 1
-            kernel[a, b, :, row % 4, column % 4, 1 + row // 4, 1 + column // 4] = weights[
-                :, 0, y, x
-            ]
+            place = (row % 4, column % 4, 1 + row // 4, 1 + column // 4)
+            kernel[(a, b, slice(None), *place)] = weights[:, 0, y, x]
         steps, made = _spread(rows, columns, outputs)
         made |= {
             "lines": np.array([-1, 4, columns, 4]),
