@@ -61,13 +61,10 @@ class Graph:
         nodes: list[onnx.NodeProto] = []
         for k, (kind, others, attributes) in enumerate(steps):
             inputs = [f"{last.name}{one}" if one.startswith(":") else one for one in others]
-            domain = "com.microsoft" if kind == "MultiHeadAttention" else ""
             name = f"{last.name}_{k}_{kind}"
             outputs = [f"{name}_{j}" for j in range(3)] if kind == "Split" else [name]
             taken = [*nodes[-1].output] if nodes else [source]
-            node = helper.make_node(kind, [*taken, *inputs], outputs, name, domain=domain)
-            node.attribute.extend(helper.make_attribute(*one) for one in attributes.items())
-            nodes.append(node)
+            nodes.append(helper.make_node(kind, [*taken, *inputs], outputs, name, **attributes))
         nodes[-1].output[:] = last.output
         self.replaced[last.name] = nodes
 
@@ -198,6 +195,6 @@ def fused_attention(graph: Graph) -> None:
         made = {"widths": np.full(three, heads * width)}
         steps: list[Step] = [
             ("Split", [":widths"], {"axis": 2}),
-            ("MultiHeadAttention", (), {"num_heads": heads}),
+            ("MultiHeadAttention", (), {"num_heads": heads, "domain": "com.microsoft"}),
         ]
         graph.replace(last, first.input[0], steps, made)

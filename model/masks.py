@@ -112,7 +112,7 @@ def landmarks_from_mask(mask: npt.NDArray[np.uint8]) -> Floats:
     """
     if mask.ndim != 2:
         raise MaskError(f"expected a mask of (height, width), got {mask.shape}")
-    if mask.max() > HEAD:
+    if (mask > HEAD).any():
         unknown = np.setdiff1d(mask, [0, SYMPHYSIS, HEAD])
         raise MaskError(
             f"the mask holds the values {unknown[:5].tolist()}; expected 0 background, "
