@@ -106,6 +106,7 @@ def test_what_is_done_is_not_trained_again_and_only_shares_the_work(
     assert run(data, tmp_path, "--only", "1", *flags) == 0
     assert trained == ["fold-1"] and "fold-0 remain" in capsys.readouterr().out
     assert not (tmp_path / "landmarks.csv").exists()
+    assert len([*folds.kept_out(tmp_path)]) == 1  # calibrate can do with some parts
     assert run(data, tmp_path, *flags) == 0
     assert trained == ["fold-1", "fold-0"] and (tmp_path / "landmarks.csv").exists()
     assert run(data, tmp_path, "--folds", "3", *ONE_EPOCH) == 2

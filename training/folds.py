@@ -15,7 +15,8 @@ cases.csv. FOLDS/landmarks.csv holds the answers to all parts, to be looked at w
     python -m training.evaluate --data cases.csv --predictions FOLDS/landmarks.csv --report FILE
 
 What is done is not done again: the same command goes on where it stopped, and --only lets several
-share the work. Then train on all cases (training.fit --all), and calibrate with --folds FOLDS.
+share the work, or is content with some parts for want of time. Then train on all cases
+(training.fit --all), and calibrate with --folds FOLDS.
 """
 
 import argparse
@@ -51,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--only: expected numbers from 0 to {args.folds - 1}, got {args.only}")
     try:
         runs = deal_out(args)
-        for k in range(args.folds) if args.only is None else args.only:
+        for k in asked_for(args):
             train(args, runs[k], of_fit)
         unfinished = [run.name for run in runs if not (run / "done").exists()]
         if unfinished:
@@ -72,8 +73,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def asked_for(args: argparse.Namespace) -> Sequence[int]:
+    """The numbers of the parts to train."""
+    return range(args.folds) if args.only is None else args.only
+
+
 def deal_out(args: argparse.Namespace) -> list[Path]:
-    """Write each fold's case table; returns the folders of the trainings."""
+    """Write the case table of each fold asked for; returns the folders of all trainings."""
     cases = [case for case in read_cases(args.data) if case.split in ("train", "val")]
     groups = [case.group for case in cases]
     if not cases or None in groups:
@@ -83,7 +89,8 @@ def deal_out(args: argparse.Namespace) -> list[Path]:
         )
     parts = deal(groups, [1 / args.folds] * args.folds, args.seed)
     runs = [args.output / f"fold-{k}" for k in range(args.folds)]
-    for k, run in enumerate(runs):
+    for k in asked_for(args):
+        run = runs[k]
         run.mkdir(parents=True, exist_ok=True)
         table = [
             replace(case, split=KEPT_OUT if part == k else "train")
