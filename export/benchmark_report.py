@@ -141,7 +141,7 @@ def _notes(report: Report) -> str:
         f"network / {report.models[0].name}'s: ratio of the median inference times in the shared "
         "rounds,\n  with a 95 % bootstrap interval over rounds, both times of a round together.",
         "start: from the file to a session that answers; memory: peak of a process of its own.",
-        "images/s: of the network alone, at the best of several batch sizes, which stands in brackets.",
+        "images/s: of the network alone, at the best of several batch sizes (in brackets).",
     ]
     if any(not one.trained for one in report.models):
         lines.append("random weights: time does not depend on their values; there is no accuracy.")
