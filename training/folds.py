@@ -48,11 +48,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = {flag.split("=")[0] for flag in of_fit}
     if refused := given & {"--init", "--max-minutes"}:
         parser.error(f"{min(refused)} is not for cross-validation")
-    if not {*(args.only or [])} <= {*range(args.folds)}:
+    args.only = range(args.folds) if args.only is None else args.only
+    if not {*args.only} <= {*range(args.folds)}:
         parser.error(f"--only: expected numbers from 0 to {args.folds - 1}, got {args.only}")
     try:
         runs = deal_out(args)
-        for k in asked_for(args):
+        for k in args.only:
             train(args, runs[k], of_fit)
         unfinished = [run.name for run in runs if not (run / "done").exists()]
         if unfinished:
@@ -73,11 +74,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def asked_for(args: argparse.Namespace) -> Sequence[int]:
-    """The numbers of the parts to train."""
-    return range(args.folds) if args.only is None else args.only
-
-
 def deal_out(args: argparse.Namespace) -> list[Path]:
     """Write the case table of each fold asked for; returns the folders of all trainings."""
     cases = [case for case in read_cases(args.data) if case.split in ("train", "val")]
@@ -89,7 +85,7 @@ def deal_out(args: argparse.Namespace) -> list[Path]:
         )
     parts = deal(groups, [1 / args.folds] * args.folds, args.seed)
     runs = [args.output / f"fold-{k}" for k in range(args.folds)]
-    for k in asked_for(args):
+    for k in args.only:
         run = runs[k]
         run.mkdir(parents=True, exist_ok=True)
         table = [
