@@ -62,13 +62,14 @@ def weights(output: Path) -> dict[str, torch.Tensor]:
     return torch.load(output / "checkpoint.pt", weights_only=True)["network"]
 
 
-def test_resume_continues_exactly(folder, tmp_path):
-    assert run_fit(folder, tmp_path / "whole") == 0
-    assert run_fit(folder, tmp_path / "parts", "--max-minutes", "0") == 0
+@pytest.mark.parametrize("more", [(), ("--optimiser", "muon", "--augmentation.blend", "0.5")])
+def test_resume_continues_exactly(folder, tmp_path, more):
+    assert run_fit(folder, tmp_path / "whole", *more) == 0
+    assert run_fit(folder, tmp_path / "parts", "--max-minutes", "0", *more) == 0
     first = list(csv.DictReader((tmp_path / "parts" / "log.csv").open()))
     assert len(first) == 1
-    assert run_fit(folder, tmp_path / "parts", "--resume", "--max-minutes", "0") == 0
-    assert run_fit(folder, tmp_path / "parts", "--resume") == 0
+    assert run_fit(folder, tmp_path / "parts", "--resume", "--max-minutes", "0", *more) == 0
+    assert run_fit(folder, tmp_path / "parts", "--resume", *more) == 0
     logs = [list(csv.DictReader((tmp_path / n / "log.csv").open())) for n in ("whole", "parts")]
     for a, b in zip(*logs, strict=True):
         assert (a["loss"], a["val_mre_px"]) == (b["loss"], b["val_mre_px"])

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from training.losses import total_loss
+from training.optimisers import optimiser
 from training.recipes import Recipe
 
 
@@ -83,10 +84,7 @@ class Trainer:
             self.wrapped = DistributedDataParallel(self.network)
         ema = running_average(recipe.ema_decay)
         self.average = AveragedModel(self.network, multi_avg_fn=ema, use_buffers=True)
-        kind = torch.optim.AdamW if recipe.optimiser == "adamw" else torch.optim.Adam
-        trained = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
-        settings = {"weight_decay": recipe.weight_decay, "fused": True}
-        self.optimiser = kind(trained, recipe.learning_rate, **settings)
+        self.optimiser = optimiser(self.network, recipe)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimiser, self._factor)
         half = torch.float16 if _needs_fp16(place.device) else torch.bfloat16
         self.autocast = torch.autocast(place.device.type, half)

@@ -29,6 +29,9 @@ class Augmentation(BaseModel):
     elastic: float = Field(
         0.0, description="smooth bending, standard deviation of its 4 x 4 nodes' displacements"
     )
+    blend: float = Field(
+        0.0, description="share of images blended with another, anatomy on anatomy, with --masks"
+    )
     gamma: Range = Field((0.8, 1.2), description="range of the grey values' exponent")
     contrast: Range = Field((0.8, 1.2), description="range of the factor about the mean grey")
     gain: float = Field(
@@ -66,7 +69,9 @@ class Recipe(BaseModel):
     landmark_noise_px: float = Field(
         2.0, description="label perturbation: sigma of the noise on landmarks, px at 512"
     )
-    optimiser: Literal["adam", "adamw"] = Field("adam", description="adam: L2; adamw: decoupled")
+    optimiser: Literal["adam", "adamw", "muon"] = Field(
+        "adam", description="adam: L2; adamw: decoupled; muon: the matrices by Muon, the rest adamw"
+    )
     learning_rate: float = Field(3e-5, description="the (highest) learning rate")
     weight_decay: float = Field(1e-4, description="weight decay")
     schedule: Literal["step", "one_cycle"] = Field(
