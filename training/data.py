@@ -20,7 +20,6 @@ from model.frame import Letterbox, Pair, input_to_cells
 from model.image import BadFrame, ImageError, open_image
 from model.masks import CLASSES
 from training.augment import augment
-from training.blend import Labelled, blend
 from training.cases import Case, CaseError, read_cases
 from training.masks import read_mask
 from training.recipes import Recipe
@@ -61,17 +60,18 @@ class LandmarkDataset(Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Tensor]:
         epoch, index = key
-        image, points, mask = self._square(index)
+        case = self.cases[index]
+        grey, spacing = read_grey(self.folders[index] / case.file, case.frame)
+        box = Letterbox(grey.shape[1], grey.shape[0], self.spec.input_size, spacing)
+        image, points, mask = box.apply(grey), box.to_input(case.landmarks_px), None
+        if self.masks is not None and index < self.with_mask:
+            mask = box.apply(read_mask(self.masks[Path(case.file).stem]), nearest=True)
         if self.train:
             rng = np.random.default_rng((self.recipe.seed, epoch, index))
-            settings = self.recipe.augmentation
-            if mask is not None and rng.random() < settings.blend:
-                image = blend(
-                    (image, points, mask), self._square(rng.integers(self.with_mask)), rng
-                )
             noise_px = self.recipe.landmark_noise_px * self.spec.input_size / 512
             points = points + rng.normal(0.0, 1.0, points.shape) * noise_px
             style = self._style(rng) if self.styles else None
+            settings = self.recipe.augmentation
             image, mask, points = augment(image, mask, points, settings, rng, style)
         inside = ((points >= -0.5) & (points <= self.spec.input_size - 0.5)).all(axis=1)
         heatmaps = self.spec.codec.encode(input_to_cells(points, self.spec.stride))
@@ -85,16 +85,6 @@ class LandmarkDataset(Dataset[dict[str, Tensor]]):
             sample["masks"] = torch.from_numpy(self._mask_shares(mask))
             sample["has_mask"] = torch.tensor(float(mask is not None))
         return sample
-
-    def _square(self, index: int) -> Labelled:
-        """A letterboxed image, its landmarks and its mask, as they are."""
-        case = self.cases[index]
-        grey, spacing = read_grey(self.folders[index] / case.file, case.frame)
-        box = Letterbox(grey.shape[1], grey.shape[0], self.spec.input_size, spacing)
-        mask = None
-        if self.masks is not None and index < self.with_mask:
-            mask = box.apply(read_mask(self.masks[Path(case.file).stem]), nearest=True)
-        return box.apply(grey), box.to_input(case.landmarks_px), mask
 
     def _style(self, rng: np.random.Generator) -> np.ndarray:
         grey, spacing = read_grey(self.styles[rng.integers(len(self.styles))])

@@ -29,9 +29,6 @@ class Augmentation(BaseModel):
     elastic: float = Field(
         0.0, description="smooth bending, standard deviation of its 4 x 4 nodes' displacements"
     )
-    blend: float = Field(
-        0.0, description="share of images blended with another, anatomy on anatomy, with --masks"
-    )
     gamma: Range = Field((0.8, 1.2), description="range of the grey values' exponent")
     contrast: Range = Field((0.8, 1.2), description="range of the factor about the mean grey")
     gain: float = Field(
@@ -126,14 +123,14 @@ COMPACT = Recipe(
     sigma_cells=2.0,
     loss="cross_entropy",
     landmark_noise_px=0.0,
-    optimiser="adamw",
+    optimiser="muon",
     learning_rate=1e-3,
     weight_decay=0.1,
     schedule="one_cycle",
     clip_norm=1.0,
     mask_weight=1.0,
     mask_share=(0.25, 0.25, 0.75),
-    epochs=92,
+    epochs=52,
     batch=8,
     ema_decay=0.998,
     augmentation=Augmentation(
