@@ -39,6 +39,7 @@ from training.predict import predict_cases, torch_predictor
 
 OPSET, IR_VERSION = 20, 10
 TOLERANCE_PX = 0.05  # network input px
+TOLERANCE_VIEW = 0.005  # of a score 0..1; weights in 16 bits were seen to move it by 0.0015
 RANDOM_IMAGES = 16
 
 
@@ -135,8 +136,12 @@ def parity(network: nn.Module, onnx_file: Path, inputs: Sequence[Heatmaps]) -> f
         runs = (torch_predictor(network, spec, torch.device("cpu")).run, predictor.run)
         outputs = [run(image[None]) for run in runs]
         views = [output.view for output in outputs if output.view is not None]
-        if views and not np.allclose(views[0], views[-1], atol=1e-3):
-            raise ParityError("torch and ONNX give different view scores; not written")
+        moved = float(np.abs(views[0] - views[-1]).max()) if views else 0.0
+        if moved > TOLERANCE_VIEW:
+            raise ParityError(
+                f"torch's and ONNX's view scores differ by {moved:.4f}, allowed are "
+                f"{TOLERANCE_VIEW}; not written"
+            )
         landmarks = [decode_output(spec, output.maps[0]).landmarks_px for output in outputs]
         worst = max(worst, float(np.linalg.norm(landmarks[0] - landmarks[1], axis=-1).max()))
     return worst

@@ -64,6 +64,18 @@ def test_parity_sees_another_networks_weights(weights, tmp_path):
     assert to_onnx.parity(other, output, inputs) > 1
 
 
+def test_parity_sees_another_view_score(weights, tmp_path):
+    config = SMALL.model_copy(update={"view_channels": 2})
+    network, spec = build_network(config, masks=2).eval(), load_weights(weights)[1].spec
+    inputs = [to_onnx.random_image(spec, seed) for seed in range(2)]
+    to_onnx.save(to_onnx.converted(network, spec), spec, tmp_path / "aop.onnx")
+    assert to_onnx.parity(network, tmp_path / "aop.onnx", inputs) < 0.01
+    with torch.no_grad():
+        network.view.judge[4].bias += 0.1
+    with pytest.raises(to_onnx.ParityError, match=r"view scores differ by 0\.02"):
+        to_onnx.parity(network, tmp_path / "aop.onnx", inputs)
+
+
 def test_missing_weights_are_named(tmp_path, capsys):
     missing, output = str(tmp_path / "no.safetensors"), str(tmp_path / "a.onnx")
     assert to_onnx.main(["--weights", missing, "--output", output]) == 2
