@@ -39,7 +39,7 @@ from training.predict import predict_cases, torch_predictor
 
 OPSET, IR_VERSION = 20, 10
 TOLERANCE_PX = 0.05  # network input px
-TOLERANCE_VIEW = 0.005  # of a score 0..1; weights in 16 bits were seen to move it by 0.0015
+TOLERANCE_VIEW = 0.001  # of a score 0..1
 RANDOM_IMAGES = 16
 
 
@@ -137,7 +137,7 @@ def parity(network: nn.Module, onnx_file: Path, inputs: Sequence[Heatmaps]) -> f
         outputs = [run(image[None]) for run in runs]
         views = [output.view for output in outputs if output.view is not None]
         moved = float(np.abs(views[0] - views[-1]).max()) if views else 0.0
-        if moved > TOLERANCE_VIEW:
+        if not moved <= TOLERANCE_VIEW:  # NaN too
             raise ParityError(
                 f"torch's and ONNX's view scores differ by {moved:.4f}, allowed are "
                 f"{TOLERANCE_VIEW}; not written"

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from training.recipes import Recipe
 
-BY_ADAMW = ("encoder.stem.", "encoder.conv1.", "head.", "view.")  # first and last layers
+BY_ADAMW = ("encoder.stem.", "encoder.conv1.", "head.", "view.")  # a TransUNet's ends
 
 
 class Muon(torch.optim.Optimizer):
@@ -30,7 +30,7 @@ class Muon(torch.optim.Optimizer):
         chosen = {id(parameter) for parameter in inner}
         rest = [p for _, p in named if id(p) not in chosen]
         groups = [{"params": inner}, {"params": rest}]
-        super().__init__(groups, {"lr": lr, "weight_decay": weight_decay})
+        super().__init__(groups, {"lr": lr})
         self._views = [_as_matrix(parameter.detach()) for parameter in inner]
         if any(v.data_ptr() != p.data_ptr() for v, p in zip(self._views, inner, strict=True)):
             raise ValueError("Muon needs network.to(memory_format=torch.channels_last)")
