@@ -76,6 +76,22 @@ def test_other_networks_of_the_same_parts_can_be_joined(finished, data, tmp_path
     assert "was trained with seed 2" in capsys.readouterr().err
 
 
+def test_each_fold_trains_on_from_the_network_that_kept_out_the_same_cases(
+    finished, data, tmp_path, capsys
+):
+    flags = ("--folds", "2", "--start", str(finished), *ONE_EPOCH, "--learning_rate", "0")
+    assert run(data, tmp_path / "on", *flags) == 0
+    before, after = (
+        [network.head.heatmaps.weight for network, _, _ in folds.kept_out(place)]
+        for place in (finished, tmp_path / "on")
+    )
+    torch.testing.assert_close(after, before)
+    assert not torch.equal(*after)
+    other = ("--folds", "3", "--start", str(finished), *ONE_EPOCH)
+    assert run(data, tmp_path / "other", *other) == 2
+    assert "keeps out other cases" in capsys.readouterr().err
+
+
 def test_the_answers_are_of_networks_that_have_not_seen_the_case(finished, data, capsys):
     answers = {case.file: case for case in read_cases(finished / "landmarks.csv")}
     assert len(answers) == 10

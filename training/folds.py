@@ -7,7 +7,9 @@ The cases of train and val, never those of test, are dealt by group into --folds
 part training.fit trains a network on all the others, to the last epoch, and it answers the part:
 each answer is of a network that neither was trained on the case's group nor chosen by it. Flags
 that are not listed below go to training.fit, but for --init (its weights would know the cases) and
---max-minutes (it would leave a fold half trained).
+--max-minutes (it would leave a fold half trained). --start is the --init of each fold:
+
+    python -m training.folds --recipe finish --start FOLDS ... --output FINISHED
 
 FOLDS/fold-0 and so on are the trainings; the part that one keeps out has split `test` in its
 cases.csv. FOLDS/landmarks.csv holds the answers to all parts, to be looked at with
@@ -93,12 +95,15 @@ def deal_out(args: argparse.Namespace) -> list[Path]:
             for case, part in zip(cases, parts, strict=True)
         ]
         path = run / "cases.csv"
-        if path.exists() and [(c.file, c.split) for c in read_cases(path)] != [
-            (c.file, c.split) for c in table
-        ]:
+        if path.exists() and dealt(run) != [(case.file, case.split) for case in table]:
             raise CaseError(f"{path} deals the cases in another way: choose another --output")
         write_cases(path, table)
     return runs
+
+
+def dealt(run: Path) -> list[tuple[str, str | None]]:
+    """Each case's file and split in a fold's folder."""
+    return [(case.file, case.split) for case in read_cases(run / "cases.csv")]
 
 
 def train(args: argparse.Namespace, run: Path, of_fit: Sequence[str]) -> None:
@@ -113,10 +118,20 @@ def train(args: argparse.Namespace, run: Path, of_fit: Sequence[str]) -> None:
     places = {"--data": run / "cases.csv", "--images": args.images, "--output": run}
     places |= {"--masks": args.masks} if args.masks else {}
     flags = [str(part) for pair in places.items() for part in pair]
-    flags += ["--resume"] if (run / "checkpoint.pt").exists() else []
+    if (run / "checkpoint.pt").exists():
+        flags += ["--resume"]
+    elif args.start:
+        flags += ["--init", str(_start(args.start / run.name, run))]
     if fit.main([*flags, "--all", "--seed", str(seed), *of_fit]):
         raise CaseError(f"training.fit failed in {run}, for the reason above")
     (run / "done").touch()
+
+
+def _start(other: Path, run: Path) -> Path:
+    """The weights of a fold of another cross-validation, which must keep out the same cases."""
+    if not (other / "done").exists() or dealt(other) != dealt(run):
+        raise CaseError(f"{other} is not done, or keeps out other cases than {run}")
+    return other / "best.safetensors"
 
 
 def finished(folds: Path) -> list[Path]:
@@ -191,6 +206,8 @@ def _parser() -> argparse.ArgumentParser:
         "of the trainings alone: other networks for the same parts, to be joined (training.join)"
     )
     add("--training-seed", type=int, metavar="SEED", help=other)
+    start = "of an earlier cross-validation with the same parts: each fold trains on from there"
+    add("--start", type=Path, metavar="FOLDS", help=start)
     only = "train these folds alone (0 is the first), while others train elsewhere"
     shares = "shares of the masks in the answer to compare, such as 0 0.5 0.3,0.1,0.6"
     add("--mask-shares", type=mask_shares, nargs="+", default=[], metavar="SHARE", help=shares)

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from model.network import TransUNetConfig, build_network
-from training.cases import CaseError, read_cases
+from training.cases import CaseError
 from training.checkpoint import (
     Checkpoint,
     CheckpointError,
@@ -23,7 +23,7 @@ from training.checkpoint import (
     load_weights,
     save_weights,
 )
-from training.folds import finished
+from training.folds import dealt, finished
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -58,11 +58,9 @@ def join_folds(folds: Sequence[Path], output: Path) -> None:
         CheckpointError, ValueError: as `join`.
     """
     runs = [finished(one) for one in folds]
-    dealt = [
-        [[(c.file, c.split) for c in read_cases(r / "cases.csv")] for r in one] for one in runs
-    ]
-    for one, cases in zip(folds, dealt, strict=True):
-        if cases != dealt[0]:
+    parts = [[dealt(run) for run in one] for one in runs]
+    for one, cases in zip(folds, parts, strict=True):
+        if cases != parts[0]:
             raise CaseError(f"{folds[0]} and {one} keep out different cases: deal with one --seed")
     for same in zip(*runs, strict=True):
         joined = output / same[0].name
