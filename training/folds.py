@@ -109,6 +109,7 @@ def dealt(run: Path) -> list[tuple[str, str | None]]:
 def train(args: argparse.Namespace, run: Path, of_fit: Sequence[str]) -> None:
     """Run training.fit on what a fold does not keep out, or go on with it."""
     seed = args.seed if args.training_seed is None else args.training_seed
+    start = _start(args.start / run.name, run) if args.start else None
     if (run / "done").exists():
         known = load_weights(run / "best.safetensors")[1].spec.recipe["seed"]
         if known != seed:
@@ -120,8 +121,8 @@ def train(args: argparse.Namespace, run: Path, of_fit: Sequence[str]) -> None:
     flags = [str(part) for pair in places.items() for part in pair]
     if (run / "checkpoint.pt").exists():
         flags += ["--resume"]
-    elif args.start:
-        flags += ["--init", str(_start(args.start / run.name, run))]
+    elif start:
+        flags += ["--init", str(start)]
     if fit.main([*flags, "--all", "--seed", str(seed), *of_fit]):
         raise CaseError(f"training.fit failed in {run}, for the reason above")
     (run / "done").touch()

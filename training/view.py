@@ -28,7 +28,14 @@ RIGHT_DRAWS, OTHER_DRAWS = 5, 3  # of every image
 LEARNING_RATE, WEIGHT_DECAY, EPOCHS, BATCH = 1e-3, 0.05, 30, 64
 MARKS = 0.08  # share of the height at the top in which machines put their orientation mark
 CHANGES = COMPACT.augmentation.model_copy(
-    update={"rotation_deg": 25, "scale": (0.8, 1.25), "shift": 0.08, "stretch": 0.1, "erase": 0.2}
+    update={
+        "rotation_deg": 25,
+        "scale": (0.8, 1.25),
+        "shift": 0.08,
+        "stretch": 0.1,
+        "elastic": 0.0,
+        "erase": 0.2,
+    }
 )
 Sample = tuple[Grey, bool]
 
