@@ -135,6 +135,8 @@ def parity(network: nn.Module, onnx_file: Path, inputs: Sequence[Heatmaps]) -> f
     for image in inputs:
         runs = (torch_predictor(network, spec, torch.device("cpu")).run, predictor.run)
         outputs = [run(image[None]) for run in runs]
+        if not all(np.isfinite(output.maps).all() for output in outputs):
+            raise ParityError("the network returns maps that are not finite; not written")
         views = [output.view for output in outputs if output.view is not None]
         moved = float(np.abs(views[0] - views[-1]).max()) if views else 0.0
         if not moved <= TOLERANCE_VIEW:  # NaN too

@@ -64,6 +64,17 @@ def test_parity_sees_another_networks_weights(weights, tmp_path):
     assert to_onnx.parity(other, output, inputs) > 1
 
 
+def test_weights_that_are_not_numbers_are_not_written(weights, tmp_path, capsys):
+    network, checkpoint = load_weights(weights)
+    network.head.heatmaps.weight.data[:] = torch.nan
+    save_weights(tmp_path / "nan.safetensors", network.state_dict(), checkpoint)
+    output = tmp_path / "aop.onnx"
+    flags = ["--weights", str(tmp_path / "nan.safetensors"), "--output", str(output)]
+    assert to_onnx.main(flags) == 2
+    assert "not finite" in capsys.readouterr().err
+    assert not output.exists()
+
+
 def test_parity_sees_another_view_score(weights, tmp_path):
     config = SMALL.model_copy(update={"view_channels": 2})
     network, spec = build_network(config, masks=2).eval(), load_weights(weights)[1].spec

@@ -87,6 +87,8 @@ def test_each_fold_trains_on_from_the_network_that_kept_out_the_same_cases(
     )
     torch.testing.assert_close(after, before)
     assert not torch.equal(*after)
+    assert run(data, tmp_path / "on", "--folds", "2", *ONE_EPOCH) == 2
+    assert "started from other weights" in capsys.readouterr().err
     other = ("--folds", "3", "--start", str(finished), *ONE_EPOCH)
     assert run(data, tmp_path / "other", *other) == 2
     assert "keeps out other cases" in capsys.readouterr().err

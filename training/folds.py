@@ -22,6 +22,7 @@ share the work, or is content with some parts for want of time. Then train on al
 """
 
 import argparse
+import hashlib
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -110,6 +111,12 @@ def train(args: argparse.Namespace, run: Path, of_fit: Sequence[str]) -> None:
     """Run training.fit on what a fold does not keep out, or go on with it."""
     seed = args.seed if args.training_seed is None else args.training_seed
     start = _start(args.start / run.name, run) if args.start else None
+    origin = hashlib.sha256(start.read_bytes()).hexdigest() if start else "random weights"
+    note = run / "start.txt"
+    if note.exists() and note.read_text(encoding="ascii") != origin:
+        raise CaseError(f"{run} started from other weights: give the --start of then, or --output")
+    if not (run / "checkpoint.pt").exists():
+        note.write_text(origin, encoding="ascii")
     if (run / "done").exists():
         known = load_weights(run / "best.safetensors")[1].spec.recipe["seed"]
         if known != seed:
