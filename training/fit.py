@@ -38,6 +38,7 @@ from training.checkpoint import (
     save_weights,
 )
 from training.data import LandmarkDataset, chances, further_cases, read_grey, train_loader
+from training.ensemble import Ensemble
 from training.groups import near_duplicate_groups, split_by_group
 from training.loop import Processes, Trainer, processes
 from training.metrics import mean_errors
@@ -86,7 +87,8 @@ def fit(args: argparse.Namespace, recipe: Recipe, place: Processes) -> None:
         for report in start_pretrained(network, args.pretrained, args.encoder_weights):
             if place.leads:
                 print(report)
-    trainer = Trainer(network, recipe, len(loader), place)
+    teachers = Ensemble(args.teachers, recipe, masks) if args.teachers else None
+    trainer = Trainer(network, recipe, len(loader), place, teachers)
     spent = trainer.resume(checkpoint) if args.resume else 0.0
     if place.leads:
         count = sum(parameter.numel() for parameter in network.parameters()) / 1e6
@@ -238,6 +240,10 @@ def _parser() -> argparse.ArgumentParser:
         "of pseudo_label; may be given several times",
     )  # fmt: skip
     parser.add_argument("--init", type=Path, help="start from these weights (.safetensors)")
+    parser.add_argument(
+        "--teachers", type=Path, nargs="+", default=[], metavar="ONNX",
+        help="trained models whose maps are part of the targets: see --teacher_share",
+    )  # fmt: skip
     parser.add_argument(
         "--pretrained", metavar="RUN", help="bottleneck from a run of training.pretrain, or "
         "usfm:FILE; its width, depth and heads must be the network's",

@@ -11,6 +11,9 @@ that are not listed below go to training.fit, but for --init (its weights would 
 
     python -m training.folds --recipe finish --start FOLDS ... --output FINISHED
 
+Groups are near-duplicates of one another. With --alike 0.85 groups that look alike are dealt
+together, so that each part is stranger to the network that answers it.
+
 FOLDS/fold-0 and so on are the trainings; the part that one keeps out has split `test` in its
 cases.csv. FOLDS/landmarks.csv holds the answers to all parts, to be looked at with
 
@@ -36,12 +39,14 @@ from model.spec import MaskShares
 from training import fit
 from training.cases import Case, CaseError, read_cases, write_cases
 from training.checkpoint import Checkpoint, CheckpointError, load_weights
+from training.data import read_grey
 from training.evaluate import as_text, evaluate
-from training.groups import deal
+from training.groups import clusters, deal
 from training.metrics import mean_errors
 from training.predict import CasePrediction, predict_cases, torch_predictor
 
 KEPT_OUT = "test"  # the split that training.fit never reads
+TEACHER = "aop.onnx"  # of a fold, as export.to_onnx makes it
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -86,6 +91,9 @@ def deal_out(args: argparse.Namespace) -> list[Path]:
             f"{args.data}: expected cases of split train or val, each with a group; "
             "training.prepare --splits writes both"
         )
+    if args.alike is not None:
+        images = (read_grey(args.images / case.file, case.frame)[0] for case in cases)
+        groups = clusters(images, groups, args.alike)
     parts = deal(groups, [1 / args.folds] * args.folds, args.seed)
     runs = [args.output / f"fold-{k}" for k in range(args.folds)]
     for k in args.only:
@@ -110,7 +118,7 @@ def dealt(run: Path) -> list[tuple[str, str | None]]:
 def train(args: argparse.Namespace, run: Path, of_fit: Sequence[str]) -> None:
     """Run training.fit on what a fold does not keep out, or go on with it."""
     seed = args.seed if args.training_seed is None else args.training_seed
-    start = _start(args.start / run.name, run) if args.start else None
+    start = _same(args.start, run) / "best.safetensors" if args.start else None
     origin = hashlib.sha256(start.read_bytes()).hexdigest() if start else "random weights"
     note = run / "start.txt"
     if note.exists() and note.read_text(encoding="ascii") != origin:
@@ -126,6 +134,8 @@ def train(args: argparse.Namespace, run: Path, of_fit: Sequence[str]) -> None:
     places = {"--data": run / "cases.csv", "--images": args.images, "--output": run}
     places |= {"--masks": args.masks} if args.masks else {}
     flags = [str(part) for pair in places.items() for part in pair]
+    if args.teachers:
+        flags += ["--teachers", *(str(_same(one, run) / TEACHER) for one in args.teachers)]
     if (run / "checkpoint.pt").exists():
         flags += ["--resume"]
     elif start:
@@ -135,11 +145,12 @@ def train(args: argparse.Namespace, run: Path, of_fit: Sequence[str]) -> None:
     (run / "done").touch()
 
 
-def _start(other: Path, run: Path) -> Path:
-    """The weights of a fold of another cross-validation, which must keep out the same cases."""
+def _same(folds: Path, run: Path) -> Path:
+    """This fold of another cross-validation, which must keep out the same cases."""
+    other = folds / run.name
     if not (other / "done").exists() or dealt(other) != dealt(run):
         raise CaseError(f"{other} is not done, or keeps out other cases than {run}")
-    return other / "best.safetensors"
+    return other
 
 
 def finished(folds: Path) -> list[Path]:
@@ -210,12 +221,18 @@ def _parser() -> argparse.ArgumentParser:
     add("--output", type=Path, required=True, metavar="FOLDS", help="folder of the folds' runs")
     add("--folds", type=_several, default=4, metavar="N", help="parts (%(default)s)")
     add("--seed", type=int, default=1, help="of the dealing, and of the trainings (%(default)s)")
+    alike = "deal groups together whose images correlate so much or more: stranger scans"
+    add("--alike", type=float, metavar="R", help=alike)
     other = (
         "of the trainings alone: other networks for the same parts, to be joined (training.join)"
     )
     add("--training-seed", type=int, metavar="SEED", help=other)
     start = "of an earlier cross-validation with the same parts: each fold trains on from there"
     add("--start", type=Path, metavar="FOLDS", help=start)
+    teachers = (
+        f"of earlier ones: in each fold, the {TEACHER} that export.to_onnx made there teaches"
+    )
+    add("--teachers", type=Path, nargs="+", default=[], metavar="FOLDS", help=teachers)
     only = "train these folds alone (0 is the first), while others train elsewhere"
     shares = "shares of the masks in the answer to compare, such as 0 0.5 0.3,0.1,0.6"
     add("--mask-shares", type=mask_shares, nargs="+", default=[], metavar="SHARE", help=shares)

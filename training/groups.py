@@ -51,6 +51,40 @@ def near_duplicate_groups(
     return [int(group) for group in np.unique(first, return_inverse=True)[1]]
 
 
+def clusters(
+    images: Iterable[npt.NDArray[Any]], groups: Sequence[Hashable], threshold: float
+) -> list[int]:
+    """A number for each (H, W) image, the same for all images of groups that look alike.
+
+    Average linkage: the two most alike are joined until none are by the threshold. How alike two
+    groups are lies halfway between the mean and the highest correlation of their images, reduced
+    to 64 x 64 px and blurred. Other scans than these may still be of one patient or machine.
+    """
+    flat = np.array([_blurred(image) for image in images])
+    names = list(dict.fromkeys(groups))
+    number = np.array([names.index(group) for group in groups])
+    every = [flat[number == k] for k in range(len(names))]
+    sizes = np.array([float(len(one)) for one in every])
+    alike = np.array([[(s.mean() + s.max()) / 2 for b in every for s in [a @ b.T]] for a in every])
+    np.fill_diagonal(alike, -np.inf)
+    while alike.max() >= threshold:
+        i, j = np.unravel_index(alike.argmax(), alike.shape)
+        joined = (sizes[i] * alike[i] + sizes[j] * alike[j]) / (sizes[i] + sizes[j])
+        alike[i] = alike[:, i] = joined  # of itself and of what is gone: minus infinity
+        alike[j] = alike[:, j] = -np.inf
+        sizes[i] += sizes[j]
+        number[number == j] = i
+    return [int(one) for one in np.unique(number, return_inverse=True)[1]]
+
+
+def _blurred(image: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+    """(H, W) -> (4096,) grey values of mean 0 and length 1."""
+    small = cv2.resize(image, (64, 64), interpolation=cv2.INTER_AREA)
+    flat = cv2.GaussianBlur(small, (0, 0), 1.0).astype(np.float32).ravel()
+    flat -= flat.mean()
+    return np.asarray(flat / max(float(np.linalg.norm(flat)), 1e-6), np.float32)
+
+
 def split_by_group(
     groups: Sequence[Hashable], fractions: Sequence[float], seed: int = 0
 ) -> list[str]:

@@ -64,7 +64,6 @@ def join_folds(folds: Sequence[Path], output: Path) -> None:
             raise CaseError(f"{folds[0]} and {one} keep out different cases: deal with one --seed")
     for same in zip(*runs, strict=True):
         joined = output / same[0].name
-        joined.mkdir(parents=True, exist_ok=True)
         join([run / "best.safetensors" for run in same], joined / "best.safetensors")
         shutil.copy(same[0] / "cases.csv", joined)
         (joined / "done").touch()
@@ -95,6 +94,7 @@ def join(files: Sequence[Path], output: Path) -> None:
         for name, tensor in network.state_dict().items()
         if not name.startswith(("view.", "members."))
     }
+    output.parent.mkdir(parents=True, exist_ok=True)
     network = build_network(config, described[0].masks)
     load_strictly(network, tensors, " with ".join(file.name for file in files))
     spec = described[0].spec

@@ -17,6 +17,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from training.ensemble import Ensemble
 from training.losses import total_loss
 from training.optimisers import optimiser
 from training.recipes import Recipe
@@ -74,8 +75,16 @@ def processes(device: str = "auto") -> Iterator[Processes]:
 class Trainer:
     """Network, optimiser, schedule and averaged weights of one recipe."""
 
-    def __init__(self, network: nn.Module, recipe: Recipe, steps: int, place: Processes) -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        recipe: Recipe,
+        steps: int,
+        place: Processes,
+        teachers: Ensemble | None = None,
+    ) -> None:
         self.recipe, self.place, self.steps_an_epoch = recipe, place, steps
+        self.teachers = teachers
         self.network = network.to(place.device, memory_format=torch.channels_last)
         if place.world > 1 and place.device.type == "cuda":
             self.network = nn.SyncBatchNorm.convert_sync_batchnorm(self.network)
@@ -124,6 +133,7 @@ class Trainer:
         return float(np.mean(losses))
 
     def _step(self, batch: dict[str, Tensor]) -> float:
+        batch = self.teachers.teach(batch) if self.teachers else batch
         image = batch["image"].contiguous(memory_format=torch.channels_last)
         with self.autocast:
             raw = self.wrapped(image)

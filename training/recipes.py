@@ -64,6 +64,9 @@ class Recipe(BaseModel):
         description="share of the masks' own landmarks in the answer, for all or each of PS1, PS2 "
         "and FH1; 0: heatmaps alone",
     )
+    teacher_share: float = Field(
+        0.0, ge=0, le=1, description="share of the --teachers' maps in the targets"
+    )
     landmark_noise_px: float = Field(
         2.0, description="label perturbation: sigma of the noise on landmarks, px at 512"
     )

@@ -1,0 +1,52 @@
+"""Distillation of an ensemble into one network of the same size.
+
+The network's targets are partly what trained models say of the very image that it sees, with all
+its random changes (Hinton et al. 2015; Beyer et al. 2022, "function matching"). A label is one
+reader's judgement of one frame; the mean of several models is a steadier one.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from model.predictor import Predictor, load_predictor
+from training.recipes import Recipe
+
+ALIKE = ("input_size", "channels", "mean", "std", "stride", "sigma_cells", "masks")  # in ModelSpec
+
+
+class Ensemble:
+    """Trained models that teach.
+
+    Args:
+        files: ONNX files; each model counts alike.
+        recipe: the training's; its `teacher_share` is theirs in the targets.
+        masks: how many masks the network gives.
+
+    Raises:
+        ValueError: (ModelError) a file that cannot be used, or one whose input or maps are not
+            like the network's.
+    """
+
+    def __init__(self, files: Sequence[Path], recipe: Recipe, masks: int) -> None:
+        self.share = recipe.teacher_share
+        self.models: list[Predictor] = [load_predictor(file, threads=1) for file in files]
+        own = recipe.spec(masks)
+        for file, model in zip(files, self.models, strict=True):
+            for name in ALIKE:
+                theirs, ours = getattr(model.spec, name), getattr(own, name)
+                if theirs != ours:
+                    raise ValueError(f"{file} cannot teach: its {name} is {theirs}, here {ours}")
+
+    def teach(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A batch of training.data with the teachers' share in its `heatmaps` and `masks`."""
+        images = batch["image"].float().cpu().numpy()
+        maps = np.mean([model.run(images).maps for model in self.models], axis=0)
+        taught = torch.from_numpy(maps).to(batch["image"].device)
+        count = batch["heatmaps"].shape[1]
+        found = {"heatmaps": taught[:, :count], "masks": taught[:, count:]}
+        mixed = {k: torch.lerp(batch[k], v, self.share) for k, v in found.items() if k in batch}
+        return batch | mixed
