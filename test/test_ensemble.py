@@ -41,22 +41,25 @@ def test_teachers_have_their_share_of_the_targets(taught, share):
     assert found.keys() == batch.keys() and found["image"] is batch["image"]
 
 
-def test_the_training_aims_at_what_teachers_say(folder, taught, tmp_path):  # noqa: F811
+def test_the_training_aims_at_what_teachers_say(folder, taught, tmp_path, capsys):  # noqa: F811
     still = ["--seed", "5", "--epochs", "1", "--learning_rate", "0"]
-    share = {"none": [], "0": ["--teacher_share", "0"], "1": ["--teacher_share", "1"]}
-    losses = {}
-    for name, flags in share.items():
-        teachers = ["--teachers", str(taught[0])] if flags else []
-        assert run_fit(folder, tmp_path / name, *still, *flags, *teachers) == 0
-        losses[name] = (tmp_path / name / "log.csv").read_text().splitlines()[1].split(",")[1]
-    assert losses["none"] == losses["0"] != losses["1"]
+    taught_by = ["--teachers", str(taught[0])]
+    losses = []
+    for name, flags in (("alone", []), ("taught", [*taught_by, "--teacher_share", "1"])):
+        assert run_fit(folder, tmp_path / name, *still, *flags) == 0
+        losses.append((tmp_path / name / "log.csv").read_text().splitlines()[1].split(",")[1])
+    assert losses[0] != losses[1]
+    assert run_fit(folder, tmp_path / "no share", *taught_by) == 2
+    assert run_fit(folder, tmp_path / "no teacher", "--teacher_share", "1") == 2
+    assert "given together" in capsys.readouterr().err
 
 
 def test_a_teacher_of_another_kind_is_refused(folder, taught, tmp_path, capsys):  # noqa: F811
-    flags = ["--teachers", str(taught[0]), "--mean", "31"]
+    share = ["--teacher_share", "0.5"]
+    flags = ["--teachers", str(taught[0]), *share, "--mean", "31"]
     assert run_fit(folder, tmp_path / "run", *flags) == 2
     assert "its mean is 30.0, here 31.0" in capsys.readouterr().err
-    assert run_fit(folder, tmp_path / "run", "--teachers", str(tmp_path / "no.onnx")) == 2
+    assert run_fit(folder, tmp_path / "run", *share, "--teachers", str(tmp_path / "no.onnx")) == 2
     assert "no model file" in capsys.readouterr().err
 
 

@@ -33,7 +33,8 @@ class Ensemble:
 
     def __init__(self, files: Sequence[Path], recipe: Recipe, masks: int) -> None:
         self.share = recipe.teacher_share
-        self.models: list[Predictor] = [load_predictor(file, threads=1) for file in files]
+        threads = torch.get_num_threads()
+        self.models: list[Predictor] = [load_predictor(file, threads=threads) for file in files]
         own = recipe.spec(masks)
         for file, model in zip(files, self.models, strict=True):
             for name in ALIKE:

@@ -133,7 +133,7 @@ COMPACT = Recipe(
     schedule="one_cycle",
     clip_norm=1.0,
     mask_weight=1.0,
-    mask_share=(0.25, 0.25, 0.75),
+    mask_share=(0.5, 0.5, 0.75),
     epochs=30,
     batch=8,
     ema_decay=0.998,
@@ -156,6 +156,7 @@ FINISH = COMPACT.model_copy(
     update={
         "learning_rate": 2e-3,
         "epochs": 12,
+        "mask_weight": 3.0,
         "augmentation": Augmentation(
             rotation_deg=8,
             scale=(0.92, 1.09),
