@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from export import to_onnx
 from model.uncertainty import QUANTITIES
 from test.test_fit import TINY, folder, run_fit  # noqa: F401
-from training import calibrate, error_model, evaluate, fit, folds, join, loop
+from training import calibrate, ensemble, error_model, evaluate, fit, folds, join, loop
 from training.cases import read_cases, write_cases
 from training.checkpoint import load_weights
 from training.predict import predict_cases, torch_predictor
@@ -91,6 +92,22 @@ def test_each_fold_trains_on_from_the_network_that_kept_out_the_same_cases(
     assert "started from other weights" in capsys.readouterr().err
     other = ("--folds", "3", "--start", str(finished), *ONE_EPOCH)
     assert run(data, tmp_path / "other", *other) == 2
+    assert "keeps out other cases" in capsys.readouterr().err
+
+
+def test_each_fold_is_taught_by_networks_that_kept_out_the_same_cases(
+    finished, data, tmp_path, monkeypatch, capsys
+):
+    for fold in folds.finished(finished):
+        assert to_onnx.main(["--run", str(fold), "--output", str(fold / folds.TEACHER)]) == 0
+    taught, original = [], ensemble.Ensemble
+    monkeypatch.setattr(
+        fit, "Ensemble", lambda files, *rest: taught.append(files) or original(files, *rest)
+    )
+    flags = ("--teachers", str(finished), *ONE_EPOCH, "--teacher_share", "0.5")
+    assert run(data, tmp_path / "on", "--folds", "2", "--only", "1", *flags) == 0
+    assert taught == [[finished / "fold-1" / "aop.onnx"]]
+    assert run(data, tmp_path / "other", "--folds", "3", *flags) == 2
     assert "keeps out other cases" in capsys.readouterr().err
 
 
