@@ -16,25 +16,28 @@ from training.recipes import Recipe
 
 @pytest.fixture(scope="module")
 def taught(folder, tmp_path_factory):  # noqa: F811
-    """An ONNX file, the recipe it was trained by, and a batch."""
-    run = tmp_path_factory.mktemp("teacher")
-    assert run_fit(folder, run / "run", "--epochs", "1") == 0
-    onnx = run / "aop.onnx"
-    assert to_onnx.main(["--run", str(run / "run"), "--output", str(onnx)]) == 0
-    recipe = Recipe.model_validate(load_weights(run / "run" / "best.safetensors")[1].spec.recipe)
+    """Two ONNX files, the recipe of their training, and a batch."""
+    root = tmp_path_factory.mktemp("teachers")
+    for seed in ("1", "2"):
+        assert run_fit(folder, root / seed, "--epochs", "1", "--seed", seed) == 0
+        flags = ["--run", str(root / seed), "--output", str(root / f"{seed}.onnx")]
+        assert to_onnx.main(flags) == 0
+    recipe = Recipe.model_validate(load_weights(root / "1" / "best.safetensors")[1].spec.recipe)
     cases = read_cases(folder / "cases.csv")
     data = LandmarkDataset(cases, folder / "images", folder / "masks", recipe, train=True)
     batch = torch.utils.data.default_collate([data[0, k] for k in range(4)])
-    return onnx, recipe, batch
+    return root / "1.onnx", root / "2.onnx", recipe, batch
 
 
 @pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
 def test_teachers_have_their_share_of_the_targets(taught, share):
-    onnx, recipe, batch = taught
+    onnx, other, recipe, batch = taught
     recipe = recipe.model_copy(update={"teacher_share": share})
-    ensemble = Ensemble([onnx, onnx], recipe, masks=2)
+    ensemble = Ensemble([onnx, other], recipe, masks=2, cuda=False)
     found = ensemble.teach(batch)
-    said = ensemble.models[0].run(batch["image"].numpy()).maps
+    first, second = (model.run(batch["image"].numpy()).maps for model in ensemble.models)
+    assert np.abs(first - second).max() > 0.01
+    said = (first + second) / 2
     for name, theirs in (("heatmaps", said[:, :3]), ("masks", said[:, 3:])):
         expected = (1 - share) * batch[name].numpy() + share * theirs
         np.testing.assert_allclose(found[name], expected, atol=1e-6)
@@ -42,14 +45,20 @@ def test_teachers_have_their_share_of_the_targets(taught, share):
 
 
 def test_the_training_aims_at_what_teachers_say(folder, taught, tmp_path, capsys):  # noqa: F811
-    still = ["--seed", "5", "--epochs", "1", "--learning_rate", "0"]
-    taught_by = ["--teachers", str(taught[0])]
+    """Two trainings that differ by their teacher alone have different losses."""
+    own, other = taught[:2]
+    start = str(own.parent / "1" / "best.safetensors")
+    flags = ["--init", start, "--teacher_share", "1", "--epochs", "1", "--learning_rate", "0"]
     losses = []
-    for name, flags in (("alone", []), ("taught", [*taught_by, "--teacher_share", "1"])):
-        assert run_fit(folder, tmp_path / name, *still, *flags) == 0
-        losses.append((tmp_path / name / "log.csv").read_text().splitlines()[1].split(",")[1])
+    for teacher in (own, other):
+        output = tmp_path / teacher.stem
+        assert run_fit(folder, output, *flags, "--teachers", str(teacher)) == 0
+        losses.append(float((output / "log.csv").read_text().splitlines()[1].split(",")[1]))
     assert losses[0] != losses[1]
-    assert run_fit(folder, tmp_path / "no share", *taught_by) == 2
+    resumed = ["--resume", *flags, "--teachers", str(own)]
+    assert run_fit(folder, tmp_path / "2", *resumed) == 2
+    assert "other --teachers" in capsys.readouterr().err
+    assert run_fit(folder, tmp_path / "no share", "--teachers", str(own)) == 2
     assert run_fit(folder, tmp_path / "no teacher", "--teacher_share", "1") == 2
     assert "given together" in capsys.readouterr().err
 

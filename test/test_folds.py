@@ -89,7 +89,7 @@ def test_each_fold_trains_on_from_the_network_that_kept_out_the_same_cases(
     torch.testing.assert_close(after, before)
     assert not torch.equal(*after)
     assert run(data, tmp_path / "on", "--folds", "2", *ONE_EPOCH) == 2
-    assert "started from other weights" in capsys.readouterr().err
+    assert "other --start or --teachers" in capsys.readouterr().err
     other = ("--folds", "3", "--start", str(finished), *ONE_EPOCH)
     assert run(data, tmp_path / "other", *other) == 2
     assert "keeps out other cases" in capsys.readouterr().err
@@ -109,6 +109,20 @@ def test_each_fold_is_taught_by_networks_that_kept_out_the_same_cases(
     assert taught == [[finished / "fold-1" / "aop.onnx"]]
     assert run(data, tmp_path / "other", "--folds", "3", *flags) == 2
     assert "keeps out other cases" in capsys.readouterr().err
+    (finished / "fold-1" / "aop.onnx").unlink()
+    assert run(data, tmp_path / "third", "--folds", "2", *flags) == 2
+    assert "export.to_onnx" in capsys.readouterr().err
+
+
+def test_groups_that_look_alike_are_dealt_together(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(folds, "train", lambda *_: None)
+    assert run(data, tmp_path, "--folds", "2", "--alike", "-1") == 0  # all are alike
+    first, second = (read_cases(tmp_path / f"fold-{k}" / "cases.csv") for k in (0, 1))
+    assert {case.split for case in first} != {case.split for case in second}
+    assert all(len({case.split for case in table}) == 1 for table in (first, second))
+    known = {case.file: case.group for case in read_cases(data / "cases.csv")}
+    assert all(known[case.file] == case.group for case in first)
+    assert run(data, tmp_path, "--folds", "2") == 2 and "another way" in capsys.readouterr().err
 
 
 def test_the_answers_are_of_networks_that_have_not_seen_the_case(finished, data, capsys):

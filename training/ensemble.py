@@ -5,6 +5,7 @@ its random changes (Hinton et al. 2015; Beyer et al. 2022, "function matching").
 reader's judgement of one frame; the mean of several models is a steadier one.
 """
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.predictor import Predictor, load_predictor
+from model.predictor import Provider, load_predictor
 from training.recipes import Recipe
 
 ALIKE = ("input_size", "channels", "mean", "std", "stride", "sigma_cells", "masks")  # in ModelSpec
@@ -25,16 +26,19 @@ class Ensemble:
         files: ONNX files; each model counts alike.
         recipe: the training's; its `teacher_share` is theirs in the targets.
         masks: how many masks the network gives.
+        cuda: the training runs on CUDA; the teachers then do where ONNX Runtime can.
 
     Raises:
         ValueError: (ModelError) a file that cannot be used, or one whose input or maps are not
             like the network's.
     """
 
-    def __init__(self, files: Sequence[Path], recipe: Recipe, masks: int) -> None:
+    def __init__(self, files: Sequence[Path], recipe: Recipe, masks: int, cuda: bool) -> None:
         self.share = recipe.teacher_share
+        provider: Provider = "auto" if cuda else "cpu"
         threads = torch.get_num_threads()
-        self.models: list[Predictor] = [load_predictor(file, threads=threads) for file in files]
+        self.models = [load_predictor(file, provider, threads) for file in files]
+        self.digests = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
         own = recipe.spec(masks)
         for file, model in zip(files, self.models, strict=True):
             for name in ALIKE:

@@ -89,7 +89,8 @@ def fit(args: argparse.Namespace, recipe: Recipe, place: Processes) -> None:
                 print(report)
     if bool(args.teachers) != bool(recipe.teacher_share):
         raise ValueError("--teachers and a --teacher_share above 0 are given together")
-    teachers = Ensemble(args.teachers, recipe, masks) if args.teachers else None
+    cuda = place.device.type == "cuda"
+    teachers = Ensemble(args.teachers, recipe, masks, cuda) if args.teachers else None
     trainer = Trainer(network, recipe, len(loader), place, teachers)
     spent = trainer.resume(checkpoint) if args.resume else 0.0
     if place.leads:

@@ -35,10 +35,11 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
+from model.image import ImageError
 from model.spec import MaskShares
 from training import fit
 from training.cases import Case, CaseError, read_cases, write_cases
-from training.checkpoint import Checkpoint, CheckpointError, load_weights
+from training.checkpoint import Checkpoint, CheckpointError, load_weights, write_text
 from training.data import read_grey
 from training.evaluate import as_text, evaluate
 from training.groups import clusters, deal
@@ -62,6 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         runs = deal_out(args)
         for k in args.only:
+            given_to(args, runs[k])  # raises before hours of training, not between them
+        for k in args.only:
             train(args, runs[k], of_fit)
         unfinished = [run.name for run in runs if not (run / "done").exists()]
         if unfinished:
@@ -76,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             mre_px, aop_deg = mean_errors(answer(args, share)[1], cases)
             shown = ",".join(f"{part:g}" for part in (share if len({*share}) > 1 else share[:1]))
             print(f"masks' share {shown}: MRE {mre_px:.2f} px, AoP error {aop_deg:.2f} deg")
-    except (CaseError, CheckpointError, OSError) as error:
+    except (CaseError, CheckpointError, ImageError, OSError) as error:
         print(f"training.folds: {error}", file=sys.stderr)
         return 2
     return 0
@@ -118,13 +121,14 @@ def dealt(run: Path) -> list[tuple[str, str | None]]:
 def train(args: argparse.Namespace, run: Path, of_fit: Sequence[str]) -> None:
     """Run training.fit on what a fold does not keep out, or go on with it."""
     seed = args.seed if args.training_seed is None else args.training_seed
-    start = _same(args.start, run) / "best.safetensors" if args.start else None
-    origin = hashlib.sha256(start.read_bytes()).hexdigest() if start else "random weights"
-    note = run / "start.txt"
-    if note.exists() and note.read_text(encoding="ascii") != origin:
-        raise CaseError(f"{run} started from other weights: give the --start of then, or --output")
-    if not (run / "checkpoint.pt").exists():
-        note.write_text(origin, encoding="ascii")
+    start, teachers = given_to(args, run)
+    of = [*([start] if start else []), *teachers]
+    origin = "".join(hashlib.sha256(file.read_bytes()).hexdigest() + "\n" for file in of)
+    note = run / "origin.txt"  # what it starts from, and who teaches
+    if not ((run / "done").exists() or (run / "checkpoint.pt").exists()):
+        write_text(note, origin)
+    elif note.exists() and note.read_text(encoding="utf-8") != origin:
+        raise CaseError(f"{run} has other --start or --teachers: give those, or another --output")
     if (run / "done").exists():
         known = load_weights(run / "best.safetensors")[1].spec.recipe["seed"]
         if known != seed:
@@ -134,8 +138,8 @@ def train(args: argparse.Namespace, run: Path, of_fit: Sequence[str]) -> None:
     places = {"--data": run / "cases.csv", "--images": args.images, "--output": run}
     places |= {"--masks": args.masks} if args.masks else {}
     flags = [str(part) for pair in places.items() for part in pair]
-    if args.teachers:
-        flags += ["--teachers", *(str(_same(one, run) / TEACHER) for one in args.teachers)]
+    if teachers:
+        flags += ["--teachers", *map(str, teachers)]
     if (run / "checkpoint.pt").exists():
         flags += ["--resume"]
     elif start:
@@ -143,6 +147,16 @@ def train(args: argparse.Namespace, run: Path, of_fit: Sequence[str]) -> None:
     if fit.main([*flags, "--all", "--seed", str(seed), *of_fit]):
         raise CaseError(f"training.fit failed in {run}, for the reason above")
     (run / "done").touch()
+
+
+def given_to(args: argparse.Namespace, run: Path) -> tuple[Path | None, list[Path]]:
+    """The weights that a fold's training starts from, and its teachers, where there are any."""
+    start = _same(args.start, run) / "best.safetensors" if args.start else None
+    teachers = [_same(one, run) / TEACHER for one in args.teachers]
+    for file in teachers:
+        if not file.is_file():
+            raise CaseError(f"there is no {file}: make it with python -m export.to_onnx")
+    return start, teachers
 
 
 def _same(folds: Path, run: Path) -> Path:

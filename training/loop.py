@@ -159,6 +159,9 @@ class Trainer:
         self.average.update_parameters(self.network)
         return float(loss.item())
 
+    def _taught_by(self) -> list[str]:
+        return self.teachers.digests if self.teachers else []
+
     def save(self, path: Path, seconds: float) -> None:
         """Everything that resuming needs, whole or not at all."""
         state = {
@@ -171,6 +174,7 @@ class Trainer:
             "best_px": self.best_px,
             "seconds": seconds,
             "recipe": self.recipe.model_dump_json(),
+            "teachers": self._taught_by(),
         }
         partial = path.with_suffix(".partial")
         torch.save(state, partial)
@@ -180,16 +184,19 @@ class Trainer:
         """Take up a training that `save` wrote; returns the seconds it had run.
 
         Raises:
-            ValueError: the file is of another recipe.
+            ValueError: the file is of another recipe or other teachers.
         """
         state = torch.load(path, map_location=self.place.device, weights_only=True)
-        earlier, asked = json.loads(state["recipe"]), self.recipe.model_dump(mode="json")
+        asked = self.recipe.model_dump(mode="json")
+        earlier = type(self.recipe)().model_dump(mode="json") | json.loads(state["recipe"])
         changed = [name for name in asked if asked[name] != earlier.get(name)]
         if changed:
             raise ValueError(
                 f"{path} was written by another recipe (differs in {', '.join(changed)}); resume "
                 "with the same settings, or start anew from its weights with --init"
             )
+        if state.get("teachers", []) != self._taught_by():
+            raise ValueError(f"{path} is of other --teachers; resume with the same files")
         self.network.load_state_dict(state["network"])
         self.average.load_state_dict(state["average"])
         self.optimiser.load_state_dict(state["optimiser"])
