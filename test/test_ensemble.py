@@ -33,7 +33,7 @@ def taught(folder, tmp_path_factory):  # noqa: F811
 def test_teachers_have_their_share_of_the_targets(taught, share):
     onnx, other, recipe, batch = taught
     recipe = recipe.model_copy(update={"teacher_share": share})
-    ensemble = Ensemble([onnx, other], recipe, masks=2, cuda=False)
+    ensemble = Ensemble([onnx, other], recipe, masks=2, device=torch.device("cpu"))
     found = ensemble.teach(batch)
     first, second = (model.run(batch["image"].numpy()).maps for model in ensemble.models)
     assert np.abs(first - second).max() > 0.01

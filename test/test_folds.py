@@ -100,9 +100,9 @@ def test_each_fold_is_taught_by_networks_that_kept_out_the_same_cases(
 ):
     for fold in folds.finished(finished):
         assert to_onnx.main(["--run", str(fold), "--output", str(fold / folds.TEACHER)]) == 0
-    taught, original = [], ensemble.Ensemble
+    taught, original = [], ensemble.teachers_of
     monkeypatch.setattr(
-        fit, "Ensemble", lambda files, *rest: taught.append(files) or original(files, *rest)
+        fit, "teachers_of", lambda files, *rest: taught.append(files) or original(files, *rest)
     )
     flags = ("--teachers", str(finished), *ONE_EPOCH, "--teacher_share", "0.5")
     assert run(data, tmp_path / "on", "--folds", "2", "--only", "1", *flags) == 0

@@ -26,16 +26,18 @@ class Ensemble:
         files: ONNX files; each model counts alike.
         recipe: the training's; its `teacher_share` is theirs in the targets.
         masks: how many masks the network gives.
-        cuda: the training runs on CUDA; the teachers then do where ONNX Runtime can.
+        device: the training's; on CUDA the teachers run there too, where ONNX Runtime can.
 
     Raises:
         ValueError: (ModelError) a file that cannot be used, or one whose input or maps are not
             like the network's.
     """
 
-    def __init__(self, files: Sequence[Path], recipe: Recipe, masks: int, cuda: bool) -> None:
+    def __init__(
+        self, files: Sequence[Path], recipe: Recipe, masks: int, device: torch.device
+    ) -> None:
         self.share = recipe.teacher_share
-        provider: Provider = "auto" if cuda else "cpu"
+        provider: Provider = "auto" if device.type == "cuda" else "cpu"
         threads = torch.get_num_threads()
         self.models = [load_predictor(file, provider, threads) for file in files]
         self.digests = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
@@ -55,3 +57,12 @@ class Ensemble:
         found = {"heatmaps": taught[:, :count], "masks": taught[:, count:]}
         mixed = {k: torch.lerp(batch[k], v, self.share) for k, v in found.items() if k in batch}
         return batch | mixed
+
+
+def teachers_of(
+    files: Sequence[Path], recipe: Recipe, masks: int, device: torch.device
+) -> Ensemble | None:
+    """The ensemble, or None where there are no files; ValueError as `Ensemble`, or by half."""
+    if bool(files) != bool(recipe.teacher_share):
+        raise ValueError("--teachers and a --teacher_share above 0 are given together")
+    return Ensemble(files, recipe, masks, device) if files else None

@@ -38,7 +38,7 @@ from training.checkpoint import (
     save_weights,
 )
 from training.data import LandmarkDataset, chances, further_cases, read_grey, train_loader
-from training.ensemble import Ensemble
+from training.ensemble import teachers_of
 from training.groups import near_duplicate_groups, split_by_group
 from training.loop import Processes, Trainer, processes
 from training.metrics import mean_errors
@@ -87,10 +87,7 @@ def fit(args: argparse.Namespace, recipe: Recipe, place: Processes) -> None:
         for report in start_pretrained(network, args.pretrained, args.encoder_weights):
             if place.leads:
                 print(report)
-    if bool(args.teachers) != bool(recipe.teacher_share):
-        raise ValueError("--teachers and a --teacher_share above 0 are given together")
-    cuda = place.device.type == "cuda"
-    teachers = Ensemble(args.teachers, recipe, masks, cuda) if args.teachers else None
+    teachers = teachers_of(args.teachers, recipe, masks, place.device)
     trainer = Trainer(network, recipe, len(loader), place, teachers)
     spent = trainer.resume(checkpoint) if args.resume else 0.0
     if place.leads:

@@ -62,10 +62,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--only: expected numbers from 0 to {args.folds - 1}, got {args.only}")
     try:
         runs = deal_out(args)
-        for k in args.only:
-            given_to(args, runs[k])  # raises before hours of training, not between them
-        for k in args.only:
-            train(args, runs[k], of_fit)
+        given = [given_to(args, runs[k]) for k in args.only]  # raises before hours of training
+        for k, (start, teachers) in zip(args.only, given, strict=True):
+            train(args, runs[k], of_fit, start, teachers)
         unfinished = [run.name for run in runs if not (run / "done").exists()]
         if unfinished:
             print(f"{', '.join(unfinished)} remain; the figures come with the last")
@@ -118,10 +117,15 @@ def dealt(run: Path) -> list[tuple[str, str | None]]:
     return [(case.file, case.split) for case in read_cases(run / "cases.csv")]
 
 
-def train(args: argparse.Namespace, run: Path, of_fit: Sequence[str]) -> None:
+def train(
+    args: argparse.Namespace,
+    run: Path,
+    of_fit: Sequence[str],
+    start: Path | None,
+    teachers: Sequence[Path],
+) -> None:
     """Run training.fit on what a fold does not keep out, or go on with it."""
     seed = args.seed if args.training_seed is None else args.training_seed
-    start, teachers = given_to(args, run)
     of = [*([start] if start else []), *teachers]
     origin = "".join(hashlib.sha256(file.read_bytes()).hexdigest() + "\n" for file in of)
     note = run / "origin.txt"  # what it starts from, and who teaches

@@ -38,9 +38,7 @@ def near_duplicate_groups(
     """
     flat = np.array([thumbnail(image).ravel() for image in images], np.float32)
     count = len(flat)
-    flat = flat.reshape(count, SIDE**2)
-    flat -= flat.mean(axis=1, keepdims=True)
-    flat /= np.maximum(np.linalg.norm(flat, axis=1, keepdims=True), 1e-6)
+    flat = _standardised(flat.reshape(count, SIDE**2))
     first = np.arange(count)  # of each image: the lowest index known to be in its group
     for start in range(0, count, BLOCK):
         similar = flat[start : start + BLOCK] @ flat[start:].T >= threshold
@@ -60,7 +58,7 @@ def clusters(
     groups are lies halfway between the mean and the highest correlation of their images, reduced
     to 64 x 64 px and blurred. Other scans than these may still be of one patient or machine.
     """
-    flat = np.array([_blurred(image) for image in images])
+    flat = _standardised(np.array([_blurred(image) for image in images], np.float32))
     names = list(dict.fromkeys(groups))
     number = np.array([names.index(group) for group in groups])
     every = [flat[number == k] for k in range(len(names))]
@@ -77,12 +75,16 @@ def clusters(
     return [int(one) for one in np.unique(number, return_inverse=True)[1]]
 
 
-def _blurred(image: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
-    """(H, W) -> (4096,) grey values of mean 0 and length 1."""
+def _blurred(image: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """(H, W) -> (4096,) grey values."""
     small = cv2.resize(image, (64, 64), interpolation=cv2.INTER_AREA)
-    flat = cv2.GaussianBlur(small, (0, 0), 1.0).astype(np.float32).ravel()
-    flat -= flat.mean()
-    return np.asarray(flat / max(float(np.linalg.norm(flat)), 1e-6), np.float32)
+    return np.asarray(cv2.GaussianBlur(small, (0, 0), 1.0)).ravel()
+
+
+def _standardised(flat: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Rows of mean 0 and length 1, whose products are correlations."""
+    flat = flat - flat.mean(axis=1, keepdims=True)
+    return np.asarray(flat / np.maximum(np.linalg.norm(flat, axis=1, keepdims=True), 1e-6))
 
 
 def split_by_group(
