@@ -20,7 +20,7 @@ from training.augment import augment
 from training.cases import Case, read_cases, write_cases
 from training.checkpoint import CheckpointError, load_weights
 from training.data import EpochSampler, LandmarkDataset, chances
-from training.loop import running_average
+from training.loop import number_format, running_average
 from training.losses import heatmap_cross_entropy, heatmap_mse, mask_loss
 from training.recipes import COMPACT, PAPER, Augmentation, Recipe
 
@@ -119,6 +119,21 @@ def test_averaged_weights_start_as_the_mean_and_then_decay():
         average.update_parameters(network)
     assert average.module.weight.tolist() == [4.5, 4.5]  # of 1, 2 and 7
     assert int(average.module.num_batches_tracked) == 3
+
+
+@pytest.mark.parametrize(
+    ("capability", "expected"),
+    [("AVX512", torch.bfloat16), ("AVX2", torch.float32), ("DEFAULT", torch.float32)],
+)
+def test_processors_that_are_slow_in_bfloat16_train_in_float32(capability, expected, monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert number_format(torch.device("cpu")) is expected
+
+
+@pytest.mark.parametrize(("quick", "expected"), [(True, torch.bfloat16), (False, torch.float16)])
+def test_gpus_without_bfloat16_train_in_fp16(quick, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: quick)
+    assert number_format(torch.device("cuda")) is expected
 
 
 def test_init_takes_the_members_along(folder, tmp_path, capsys):

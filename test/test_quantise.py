@@ -8,6 +8,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+from onnx import numpy_helper
 
 import process
 from export import quantise, rewrites
@@ -104,9 +105,12 @@ def test_the_shipped_one_is_of_the_shipped_model() -> None:
     )
     assert after.spec.calibration == before.spec.calibration
     assert after.spec.recipe == before.spec.recipe
-    nodes = onnx.load(process.SHIPPED_FOR_CPU).graph.node
-    in_float = [n.input[1] for n in nodes if n.op_type in ("Conv", "FusedConv")]
+    graph = onnx.load(process.SHIPPED_FOR_CPU).graph
+    in_float = [n.input[1] for n in graph.node if n.op_type in ("Conv", "FusedConv")]
     assert in_float == ["view.narrow.weight"]
+    weights = [one for one in graph.initializer if one.data_type == onnx.TensorProto.INT8]
+    largest = max(np.abs(numpy_helper.to_array(one).astype(int)).max() for one in weights)
+    assert 2 * 255 * largest < 2**15  # two products of a byte and a weight fit 16 bits: no VNNI
     for seed in range(4):
         image = phantom(seed).image
         one, other = (predictor.predict(image).landmarks_px for predictor in (before, after))

@@ -95,9 +95,9 @@ class Trainer:
         self.average = AveragedModel(self.network, multi_avg_fn=ema, use_buffers=True)
         self.optimiser = optimiser(self.network, recipe)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimiser, self._factor)
-        half = torch.float16 if _needs_fp16(place.device) else torch.bfloat16
-        self.autocast = torch.autocast(place.device.type, half)
-        self.scaler = torch.amp.GradScaler(place.device.type, enabled=half is torch.float16)
+        kind, number = place.device.type, number_format(place.device)
+        self.autocast = torch.autocast(kind, number, enabled=number is not torch.float32)
+        self.scaler = torch.amp.GradScaler(kind, enabled=number is torch.float16)
         self.epoch = 0
         self.best_px = math.inf
 
@@ -219,6 +219,14 @@ def running_average(decay: float) -> Callable[[list[Tensor], list[Tensor], Tenso
     return update
 
 
-def _needs_fp16(device: torch.device) -> bool:
-    """True for a GPU without bfloat16, which then trains in fp16 with a scaled loss."""
-    return device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
+def number_format(device: torch.device) -> torch.dtype:
+    """What a training's products are in: bfloat16 where the device is quick at it.
+
+    Else a GPU takes fp16, with a scaled loss, and a CPU float32: one without AVX-512 takes 11 times
+    as long in bfloat16 (a step of recipe compact, one core of an AMD EPYC of 2021).
+    """
+    if device.type == "cuda":
+        quick = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if quick else torch.float16
+    quick = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+    return torch.bfloat16 if quick else torch.float32
