@@ -183,9 +183,9 @@ def test_imagenet_weights_that_do_not_fit_are_refused(resnet, tmp_path):
 
 
 def run_fit(folder: Path, output: Path, *more: str) -> int:
-    small = ["--network.input_size", "64", "--network.encoder_widths", "4,6,8,10,12"]
+    small = ["--network.input_size", "64", "--network.encoder_widths", "8,8,12,16,16"]
     small += ["--network.vit_width", "16", "--network.vit_depth", "2", "--network.vit_heads", "2"]
-    small += ["--network.up_widths", "10,8,6", "--workers", "0", "--batch", "2", "--epochs", "1"]
+    small += ["--network.up_widths", "16,12,8", "--workers", "0", "--batch", "2", "--epochs", "1"]
     data = ["--data", str(folder / "cases.csv"), "--images", str(folder / "images")]
     return fit.main([*data, "--output", str(output), "--device", "cpu", *small, *more])
 
