@@ -156,9 +156,9 @@ def test_a_calibrated_model_is_calibrated_anew_and_trained_further(
     old, new = (load_weights(path)[1].spec.calibration for path in
                 (calibrated, folder / "again.safetensors"))  # fmt: skip
     assert new.errors["AoP"].weights == pytest.approx(old.errors["AoP"].weights)
-    small = ["--network.input_size", "64", "--network.encoder_widths", "4,6,8,10,12"]
+    small = ["--network.input_size", "64", "--network.encoder_widths", "8,10,12,14,16"]
     small += ["--network.vit_width", "16", "--network.vit_depth", "2", "--network.vit_heads", "2"]
-    small += ["--network.up_widths", "10,8,6", "--network.softmax_sigma_cells", "1.5"]
+    small += ["--network.up_widths", "14,12,10", "--network.softmax_sigma_cells", "1.5"]
     data = ["--data", str(folder / "cases.csv"), "--images", str(folder / "images")]
     data += ["--output", str(folder / "fit"), "--init", str(calibrated), "--device", "cpu"]
     assert fit.main([*data, *small, "--workers", "0", "--batch", "4", "--epochs", "1"]) == 0

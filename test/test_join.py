@@ -16,7 +16,7 @@ from training.folds import kept_out
 from training.losses import heatmap_cross_entropy, mask_loss, total_loss
 from training.recipes import COMPACT
 
-OTHER = SMALL.model_copy(update={"encoder_widths": (2, 4, 6, 8, 10), "up_widths": (8, 6, 4)})
+OTHER = SMALL.model_copy(update={"encoder_widths": (8, 8, 10, 12, 14), "up_widths": (12, 10, 8)})
 ALL = SMALL.model_copy(update={"members": (OTHER, SMALL)})
 
 

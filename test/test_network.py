@@ -11,8 +11,8 @@ from model.network.vit import sincos_positions
 from training.recipes import COMPACT, PAPER
 
 SMALL = TransUNetConfig(
-    input_size=64, channels=1, encoder="compact", encoder_widths=(4, 6, 8, 10, 12), vit_width=16,
-    vit_depth=2, vit_heads=2, up_widths=(10, 8, 6), softmax_sigma_cells=1.5,
+    input_size=64, channels=1, encoder="compact", encoder_widths=(8, 10, 12, 14, 16), vit_width=16,
+    vit_depth=2, vit_heads=2, up_widths=(14, 12, 10), softmax_sigma_cells=1.5,
 )  # fmt: skip
 
 
