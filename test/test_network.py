@@ -10,6 +10,7 @@ from model.network.resnet import ResNet50
 from model.network.vit import sincos_positions
 from training.recipes import COMPACT, PAPER
 
+# at least 8 channels: see TINY in test_fit
 SMALL = TransUNetConfig(
     input_size=64, channels=1, encoder="compact", encoder_widths=(8, 10, 12, 14, 16), vit_width=16,
     vit_depth=2, vit_heads=2, up_widths=(14, 12, 10), softmax_sigma_cells=1.5,

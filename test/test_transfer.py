@@ -14,6 +14,7 @@ from model.network.resnet import ResNet50
 from model.network.vit import Block, ViTBottleneck
 from test.beit_file import beit_tensors
 from test.phantom import phantom
+from test.test_fit import TINY
 from training import fit, pretrain
 from training.beit import read_beit
 from training.cases import Case, write_cases
@@ -183,9 +184,7 @@ def test_imagenet_weights_that_do_not_fit_are_refused(resnet, tmp_path):
 
 
 def run_fit(folder: Path, output: Path, *more: str) -> int:
-    small = ["--network.input_size", "64", "--network.encoder_widths", "8,8,12,16,16"]
-    small += ["--network.vit_width", "16", "--network.vit_depth", "2", "--network.vit_heads", "2"]
-    small += ["--network.up_widths", "16,12,8", "--workers", "0", "--batch", "2", "--epochs", "1"]
+    small = [*TINY, "--network.vit_depth", "2", "--batch", "2", "--epochs", "1"]
     data = ["--data", str(folder / "cases.csv"), "--images", str(folder / "images")]
     return fit.main([*data, "--output", str(output), "--device", "cpu", *small, *more])
 
