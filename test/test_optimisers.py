@@ -1,12 +1,14 @@
 """Muon: which parameters it moves, how far, and what it leaves to AdamW."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 from torch import nn
 
 from model.network import build_network
 from test.test_network import SMALL
-from training.optimisers import BY_ADAMW, optimiser
+from training.optimisers import BY_ADAMW, Muon, optimiser, orthogonal
 from training.recipes import COMPACT
 
 RATE = 0.01
@@ -67,6 +69,51 @@ def test_its_rate_follows_the_schedule() -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True))
 
 
-def test_kernels_that_are_no_matrices_in_memory_are_refused() -> None:
-    with pytest.raises(ValueError, match="channels_last"):
-        optimiser(build_network(SMALL, 2), RECIPE)
+@pytest.mark.parametrize("shape", [(24, 120), (120, 24), (40, 40)])
+def test_orthogonal_keeps_directions_and_evens_out_their_sizes(shape: tuple[int, int]) -> None:
+    torch.manual_seed(1)
+    left, _, right = torch.linalg.svd(torch.randn(shape), full_matrices=False)
+    matrix = left * torch.logspace(0, -2, min(shape)) @ right
+    sizes = left.T @ orthogonal(matrix) @ right.T
+    even = sizes.diagonal()
+    assert even.min() > 0.6 and even.max() < 1.3
+    torch.testing.assert_close(sizes, even.diag(), atol=1e-3, rtol=0)
+
+
+def test_orthogonal_of_nothing_is_nothing() -> None:
+    assert not orthogonal(torch.zeros(3, 5)).any()
+
+
+def test_muon_moves_as_torchs_own_does() -> None:
+    torch.manual_seed(1)
+    start = torch.randn(16, 40)
+    ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+    steps = [
+        Muon([("inner", ours), ("bias", nn.Parameter(torch.zeros(1)))], RATE, 0.1),
+        torch.optim.Muon([theirs], RATE, 0.1, adjust_lr_fn="match_rms_adamw"),
+    ]
+    for _ in range(5):
+        grad = torch.randn(16, 40)
+        for one, step in zip((ours, theirs), steps, strict=True):
+            one.grad = grad.clone()
+            step.step()
+    torch.testing.assert_close(ours - start, theirs - start, atol=0.05 * RATE, rtol=0.05)
+
+
+def test_muon_goes_on_from_its_state() -> None:
+    first, second = network(), network()
+    moving, resumed = optimiser(first, RECIPE), optimiser(second, RECIPE)
+    descend(first, moving, seed=1)
+    second.load_state_dict(first.state_dict())
+    resumed.load_state_dict(deepcopy(moving.state_dict()))
+    descend(first, moving, seed=2)
+    descend(second, resumed, seed=2)
+    for one, other in zip(first.parameters(), second.parameters(), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def descend(net: nn.Module, moving: torch.optim.Optimizer, seed: int) -> None:
+    torch.manual_seed(seed)
+    for parameter in net.parameters():
+        parameter.grad = torch.randn(parameter.shape)
+    moving.step()

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from training.recipes import Recipe
 
 BY_ADAMW = ("encoder.stem.", "encoder.conv1.", "head.", "view.")  # a TransUNet's ends
+MOMENTUM = 0.95
 
 
 class Muon(torch.optim.Optimizer):
@@ -16,48 +17,68 @@ class Muon(torch.optim.Optimizer):
 
     Muon's step is the momentum with all its singular values set to about 1, scaled so that AdamW's
     rate and decay fit it (Liu et al. 2025, Eq. 4). A convolution's kernel is a matrix with a row
-    for each of its first dimension. torch's own Muon does it; this class shows it such matrices.
+    for each of its first dimension. torch's own Muon works in bfloat16 alone, which many CPUs
+    are slow at.
 
     Args:
         named: name and parameter of each that is trained.
-
-    Raises:
-        ValueError: a kernel does not lie in memory with the channels last.
     """
 
     def __init__(self, named: list[tuple[str, Tensor]], lr: float, weight_decay: float) -> None:
         inner = [p for n, p in named if p.ndim in (2, 4) and not any(x in n for x in BY_ADAMW)]
         chosen = {id(parameter) for parameter in inner}
         rest = [p for _, p in named if id(p) not in chosen]
-        groups = [{"params": inner}, {"params": rest}]
-        super().__init__(groups, {"lr": lr})
-        self._views = [_as_matrix(parameter.detach()) for parameter in inner]
-        if any(v.data_ptr() != p.data_ptr() for v, p in zip(self._views, inner, strict=True)):
-            raise ValueError("Muon needs network.to(memory_format=torch.channels_last)")
-        settings: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay}
-        self._parts = [
-            torch.optim.Muon(self._views, adjust_lr_fn="match_rms_adamw", **settings),
-            torch.optim.AdamW(rest, fused=True, **settings),
-        ]
+        super().__init__([{"params": inner}, {"params": rest}], {"lr": lr})
+        self.weight_decay = weight_decay
+        self._adamw = torch.optim.AdamW(rest, lr, weight_decay=weight_decay, fused=True)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """Move every parameter that has a gradient."""
-        for view, parameter in zip(self._views, self.param_groups[0]["params"], strict=True):
-            view.grad = None if parameter.grad is None else _as_matrix(parameter.grad)
-        for part, group in zip(self._parts, self.param_groups, strict=True):
-            part.param_groups[0]["lr"] = group["lr"]
-            part.step()
+        inner, rest = self.param_groups
+        for parameter in inner["params"]:
+            if parameter.grad is not None:
+                self._move(parameter, parameter.grad, inner["lr"])
+        self._adamw.param_groups[0]["lr"] = rest["lr"]
+        self._adamw.step()
+
+    def _move(self, kernel: Tensor, grad: Tensor, rate: float) -> None:
+        state = self.state[kernel]
+        if not state:
+            state["momentum"] = torch.zeros_like(kernel)
+        momentum = state["momentum"].lerp_(grad, 1 - MOMENTUM)
+        ahead = grad.lerp(momentum, MOMENTUM).flatten(1)  # Nesterov's
+        factor = 0.2 * max(ahead.shape) ** 0.5
+        kernel.mul_(1 - rate * self.weight_decay)
+        kernel.sub_(orthogonal(ahead).reshape_as(kernel), alpha=rate * factor)
 
     def state_dict(self) -> dict[str, Any]:
         """The states of both."""
-        return super().state_dict() | {"parts": [part.state_dict() for part in self._parts]}
+        return super().state_dict() | {"adamw": self._adamw.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up what `state_dict` gave."""
-        super().load_state_dict({k: v for k, v in state_dict.items() if k != "parts"})
-        for part, state in zip(self._parts, state_dict["parts"], strict=True):
-            part.load_state_dict(state)
+        super().load_state_dict({k: v for k, v in state_dict.items() if k != "adamw"})
+        self._adamw.load_state_dict(state_dict["adamw"])
+
+
+def orthogonal(matrix: Tensor) -> Tensor:
+    """(a, b) -> (a, b): its singular values set to about 1, by five steps of Newton-Schulz.
+
+    Jordan et al. 2024 with their coefficients, but on the matrix times its transpose, which is
+    small: the steps are polynomials in it and commute.
+    """
+    if len(matrix) > matrix.shape[1]:
+        return orthogonal(matrix.T).T
+    matrix = matrix / matrix.norm().clamp(min=1e-7)
+    gram, product = matrix @ matrix.T, torch.eye(len(matrix), device=matrix.device)
+    a, b, c = 3.4445, -4.7750, 2.0315
+    for _ in range(5):
+        factor = torch.addmm(gram, gram, gram, beta=b, alpha=c)
+        factor.diagonal().add_(a)
+        product = factor @ product
+        gram = factor @ gram @ factor
+    return product @ matrix
 
 
 def optimiser(network: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
@@ -68,8 +89,3 @@ def optimiser(network: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     kind = torch.optim.AdamW if recipe.optimiser == "adamw" else torch.optim.Adam
     settings: dict[str, Any] = {"weight_decay": recipe.weight_decay, "fused": True}
     return kind([parameter for _, parameter in named], recipe.learning_rate, **settings)
-
-
-def _as_matrix(kernel: Tensor) -> Tensor:
-    """(a, b), or (a, b, h, w) as (a, h w b): a view where the channels are last in memory."""
-    return kernel if kernel.ndim == 2 else kernel.permute(0, 2, 3, 1).flatten(1)
