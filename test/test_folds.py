@@ -1,5 +1,6 @@
 """Cross-validation: who trains, who answers, and the calibration that it gives."""
 
+import os
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -109,6 +110,9 @@ def test_each_fold_is_taught_by_networks_that_kept_out_the_same_cases(
     assert taught == [[finished / "fold-1" / "aop.onnx"]]
     assert run(data, tmp_path / "other", "--folds", "3", *flags) == 2
     assert "keeps out other cases" in capsys.readouterr().err
+    os.utime(finished / "fold-1" / "aop.onnx", (0, 0))
+    assert run(data, tmp_path / "third", "--folds", "2", *flags) == 2
+    assert "older than best.safetensors: make it" in capsys.readouterr().err
     (finished / "fold-1" / "aop.onnx").unlink()
     assert run(data, tmp_path / "third", "--folds", "2", *flags) == 2
     assert "export.to_onnx" in capsys.readouterr().err

@@ -158,8 +158,10 @@ def given_to(args: argparse.Namespace, run: Path) -> tuple[Path | None, list[Pat
     start = _same(args.start, run) / "best.safetensors" if args.start else None
     teachers = [_same(one, run) / TEACHER for one in args.teachers]
     for file in teachers:
-        if not file.is_file():
-            raise CaseError(f"there is no {file}: make it with python -m export.to_onnx")
+        weights = file.with_name("best.safetensors")
+        if not file.is_file() or file.stat().st_mtime < weights.stat().st_mtime:
+            made = "make it with python -m export.to_onnx"
+            raise CaseError(f"there is no {file}, or it is older than {weights.name}: {made}")
     return start, teachers
 
 
