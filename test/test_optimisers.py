@@ -112,6 +112,11 @@ def test_muon_goes_on_from_its_state() -> None:
         torch.testing.assert_close(one, other)
 
 
+def test_a_state_of_torchs_muon_is_refused() -> None:
+    with pytest.raises(ValueError, match="--init"):
+        optimiser(network(), RECIPE).load_state_dict({"parts": []})
+
+
 def descend(net: nn.Module, moving: torch.optim.Optimizer, seed: int) -> None:
     torch.manual_seed(seed)
     for parameter in net.parameters():

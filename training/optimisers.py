@@ -57,7 +57,9 @@ class Muon(torch.optim.Optimizer):
         return super().state_dict() | {"adamw": self._adamw.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up what `state_dict` gave."""
+        """Take up what `state_dict` gave; ValueError for what torch's Muon gave."""
+        if "adamw" not in state_dict:
+            raise ValueError("a checkpoint of an earlier Muon; start from its weights with --init")
         super().load_state_dict({k: v for k, v in state_dict.items() if k != "adamw"})
         self._adamw.load_state_dict(state_dict["adamw"])
 
