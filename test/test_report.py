@@ -143,12 +143,12 @@ def press(browser: Any, key: str, shift: bool = False) -> None:
 
 
 def saved(browser: Any, name: str = "landmarks-corrected.csv") -> Path:
-    """The table that the browser saves."""
+    """The table that the browser saves, which claims the name with an empty file first."""
     path: Path = browser.downloads / name
     path.unlink(missing_ok=True)
     click(browser, "#save")
     until = time.monotonic() + 10
-    while not path.exists():
+    while not (path.exists() and path.stat().st_size):
         assert time.monotonic() < until, "nothing was saved"
         time.sleep(0.05)
     return path
