@@ -153,4 +153,4 @@ if __name__ == "__main__":
         sys.stdout.reconfigure(errors="backslashreplace")
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _stop)
-    raise SystemExit(main())
+    os._exit(main())  # all is written; taking the interpreter down would last another 0.1 s

@@ -42,6 +42,10 @@ def test_int8_is_smaller_and_finds_the_same(arguments: list[str], tmp_path: Path
         == 0
     )
     assert output.stat().st_size < 0.6 * process.SHIPPED_MODEL.stat().st_size
+    for path in (output, process.SHIPPED_FOR_CPU):  # stored as optimised, but not for one CPU alone
+        kinds = {(node.domain, node.op_type) for node in onnx.load(path).graph.node}
+        assert ("com.microsoft", "QLinearConv") in kinds and ("", "Conv") in kinds
+        assert "com.microsoft.nchwc" not in {domain for domain, _ in kinds}
     before, after = (load_predictor(p, "cpu") for p in (process.SHIPPED_MODEL, output))
     assert after.spec.name == f"{before.spec.name}-int8"
     assert before.spec.val_trained  # so that its figures there say nothing
