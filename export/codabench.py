@@ -3,8 +3,9 @@
     python -m export.codabench --weights model/weights/aop.safetensors --output submission.zip
 
 The zip holds `metadata`, model.py with the class `model` (load, predict, save) that the ingestion
-program drives, the modules of model/ that it needs, the weights, LICENSE and NOTICE. It runs on the
-CPU with Python 3.9, torch 2.0, numpy and Pillow or newer ones; OpenCV is not needed.
+program drives, the modules of model/ that it needs, the weights, their model card, LICENSE and
+NOTICE. It runs on the CPU with Python 3.9, torch 2.0, numpy and Pillow or newer ones; OpenCV is not
+needed.
 
 Before it is written, it is unpacked and driven in a process of its own, without this repository,
 and its landmarks must equal the predictor's within 0.1 px. The same weights give the same bytes.

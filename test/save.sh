@@ -2,13 +2,14 @@
 # Save the two files that grand-challenge takes: the image, and the weights, which it unpacks to
 # /opt/ml/model (they are in the image too: model.tar.gz is for weights that change without it). Then
 # check them: the saved image is loaded and answers the sample images with the weights mounted.
-#   ./test/save.sh [FOLDER] [MODEL.onnx]      default: dist and the shipped model
+#   ./test/save.sh [FOLDER] [MODEL.onnx]      default: dist and the shipped model for CUDA or the CPU
 # RUNTIME=cuda|cpu and API_METHOD=exec|invoke choose the image (default: cuda, exec); LANDMARKS_FILE,
 # ANGLE_FILE, THREE_POINTS_FILE and FRAME_OF_ANSWERS are what a challenge asks for. Needs Docker.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 folder=${1:-dist}
-model=${2:-model/weights/aop.onnx}
+shipped=aop.onnx; [ "${RUNTIME:-cuda}" = cuda ] || shipped=aop.int8.onnx
+model=${2:-model/weights/$shipped}
 [ -f "$model" ] || { echo "no model $model; expected an .onnx file" >&2; exit 2; }
 docker info >/dev/null 2>&1 || { echo "needs a running Docker engine" >&2; exit 2; }
 mkdir -p "$folder"

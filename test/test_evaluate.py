@@ -17,6 +17,7 @@ from model.outputs import CaseEntry, Results, named
 from training import evaluate
 from training.answers import kind_of
 from training.cases import Case, read_cases, write_cases
+from training.data import read_grey
 from training.metrics import radial_errors_px, summarise
 
 POINTS = np.array([[60.0, 20.0], [20.0, 30.0], [90.0, 60.0]])
@@ -337,7 +338,7 @@ def test_images_labelled_twice_show_the_noise_of_the_labels(psfhs):
     """The figures that README and the model card quote: 4.6 px at 512 px and 1.9 deg."""
     by_pixels: dict[bytes, list[Case]] = {}
     for case in read_cases(psfhs / "cases.csv"):
-        pixels = cv2.imread(str(psfhs / "images" / case.file), cv2.IMREAD_GRAYSCALE)
+        pixels = read_grey(psfhs / "images" / case.file)[0]
         by_pixels.setdefault(pixels.tobytes(), []).append(case)
     pairs = [pair for cases in by_pixels.values() for pair in combinations(cases, 2)]
     assert len(pairs) == 3
@@ -353,7 +354,7 @@ def test_near_identical_images_show_the_noise_of_the_labels(psfhs):
     """The figures that BENCHMARK.md quotes: 5.3 px apart, 3.6 deg of deviation in each label."""
     cases = [c for c in read_cases(psfhs / "cases.csv") if c.split in ("train", "val")]
     small = [
-        cv2.resize(cv2.imread(str(psfhs / "images" / case.file), 0), (128, 128), None, 0, 0, 3)
+        cv2.resize(read_grey(psfhs / "images" / case.file)[0], (128, 128), None, 0, 0, 3)
         for case in cases
     ]
     pairs = [
