@@ -11,11 +11,13 @@ folder among several machines.
 """
 
 import argparse
+import contextlib
 import hashlib
 import io
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -99,6 +101,8 @@ def serve_jobs(predictor: Predictor, args: argparse.Namespace) -> int:
 
 def invoke(predictor: Predictor, args: argparse.Namespace) -> str | None:
     """One job of the server; returns what is wrong with it, if anything."""
+    if STOPPED_BY:  # the answers of the job before stay
+        return "the server is stopping"
     try:
         args.files.remove(args.output)  # an earlier job's answers must not pass for this one's
         args.run_files.remove(args.output)
@@ -137,7 +141,8 @@ def sha256(path: Path) -> str:
 def _say(status: int, sentence: str) -> int:
     """The last line of stderr, which grand-challenge shows to the user; returns the status."""
     if sentence:
-        print(" ".join(sentence.split()), file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # nobody may read it, the status stands
+            print(" ".join(sentence.split()), file=sys.stderr, flush=True)
     return status
 
 
@@ -149,8 +154,18 @@ def _stop(number: int, _: object) -> None:
 
 
 if __name__ == "__main__":
+    while (
+        spare := os.open(os.devnull, os.O_RDWR)
+    ) < 3:  # lest a file gets a closed stream's number
+        pass
+    os.close(spare)
     if isinstance(sys.stdout, io.TextIOWrapper):  # a file's strange name must not end the run
         sys.stdout.reconfigure(errors="backslashreplace")
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _stop)
-    os._exit(main())  # all is written; taking the interpreter down would last another 0.1 s
+    try:
+        status = main()
+    except Exception:
+        traceback.print_exc()
+        status = 2  # Python's own 1 would say that all other cases are answered
+    os._exit(status)  # all is written; taking the interpreter down would last another 0.1 s

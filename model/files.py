@@ -68,10 +68,14 @@ class AnswerFiles:
     three_points: str | None = None
 
     @property
+    def answers(self) -> list[str]:
+        """Those that are wanted."""
+        return [name for name in (self.landmarks, self.angle, self.three_points) if name]
+
+    @property
     def names(self) -> list[str]:
         """All of them and the pictures."""
-        named = (self.landmarks, self.angle, self.three_points)
-        return [*(name for name in named if name), OVERLAY, SHEET, PICTURE]
+        return [*self.answers, OVERLAY, SHEET, PICTURE]
 
     def write(self, folder: Path, angles_deg: Sequence[float], points: list[NamedPoint]) -> None:
         """Write one frame's answer, or one for several: all points, and the median angle.

@@ -121,8 +121,8 @@ class Journal:
         )
         write_chunks(self._folder / self._names.results, results)
         write_table(self._folder / self._names.table, self.entries)
+        self._path.unlink()  # while it is ours
         self.close()
-        self._path.unlink()
 
     def close(self) -> None:
         """Leave the journal behind, for --resume, if the run has not finished."""

@@ -55,6 +55,7 @@ def parse_options(
     except (argparse.ArgumentError, ValueError) as error:
         parser.error(f"{where}{error}")
     args.files = AnswerFiles(args.landmarks_file, args.angle_file, args.three_points_file)
+    args.shard = None if args.merge else args.shard  # the merged files are of all parts
     args.run_files = args.shard.run_files if args.shard else RunFiles()
     names = [*args.files.names, RESULTS, TABLE, REPORT]
     if any(f"{b}/".startswith(f"{a}/") for a, b in itertools.permutations(names, 2)):
@@ -185,6 +186,7 @@ def _name_inside(text: str) -> str:
     Hidden names are the run's own.
     """
     path = PurePosixPath(text)
-    if path.is_absolute() or not path.name or any(part.startswith(".") for part in path.parts):
+    hidden = any(part.startswith(".") for part in path.parts)
+    if path.is_absolute() or not path.name or hidden or not text.isprintable():
         raise argparse.ArgumentTypeError(f"expected a name inside the output folder, got {text!r}")
     return str(path)

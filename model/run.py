@@ -7,7 +7,7 @@ import sys
 import time
 from collections import Counter, deque
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -48,7 +48,7 @@ def tell(text: str) -> None:
     """Print a line; whoever reads them may stop listening, the run goes on."""
     try:
         print(text, flush=True)
-    except BrokenPipeError:
+    except OSError:  # as when the disk of the log is full
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -142,8 +142,11 @@ def answer_cases(
         cv2.setNumThreads(1)
     with suppress(Stopped), ThreadPoolExecutor(args.at_once) as pool:
         try:
-            for worker in as_completed([pool.submit(work) for _ in range(args.at_once)]):
-                worker.result()
+            working = {pool.submit(work) for _ in range(args.at_once)}
+            while working:  # a signal that hit another thread is looked at within a second
+                ended, working = wait(working, 1, FIRST_COMPLETED)
+                for worker in ended:
+                    worker.result()
         finally:  # after an error the others stop too
             with turn:
                 deque(waiting, maxlen=0)
@@ -167,7 +170,7 @@ def _holds(case: Case, entry: CaseEntry, args: argparse.Namespace) -> bool:
     top = folder = args.output / case.folder
     if entry.frame is not None:
         folder = top / f"frame-{entry.frame:04d}"
-    answers = [(top if case.is_job else folder) / args.files.landmarks]
+    answers = [(top if case.is_job else folder) / name for name in args.files.answers]
     if args.report:
         answers.append(folder / PICTURE)
     try:

@@ -7,6 +7,8 @@ from threading import Lock
 from types import FrameType
 from typing import Any
 
+from model.run import tell
+
 THREADS = 32  # that many may wait for their job while /health is still answered
 FAILED = "500 Internal Server Error"
 Invoke = Callable[[], str | None]  # runs a job; returns what is wrong in a sentence, or None
@@ -66,10 +68,12 @@ def serve(invoke: Invoke, port: int, stopped_by: list[int]) -> int:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
-    print(f"serving on port {port}: POST /invoke runs the job in the input folder", flush=True)
+    tell(f"serving on port {port}: POST /invoke runs the job in the input folder")
     if not stopped_by:
         server.run()
-    with one_at_a_time:  # a job that still ran when the interpreter ends would abort it
-        server.close()
-    print("stopped", flush=True)
+    with one_at_a_time:  # a job still runs
+        pass
+    server.task_dispatcher.shutdown()  # its answer is still to be sent
+    server.close()
+    tell("stopped")
     return 0

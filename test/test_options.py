@@ -76,6 +76,7 @@ def test_serve_is_the_invoke_method() -> None:
 
 
 def test_names_of_a_shards_files() -> None:
+    assert parse("--merge", AOP_SHARD="2/3").run_files == parse().run_files  # it is of all parts
     assert parse().run_files == RunFiles("results.json", "landmarks.csv")
     assert parse().run_files.report == "report.html"
     expected = RunFiles("results-2-of-3.json", "landmarks-2-of-3.csv")

@@ -172,6 +172,7 @@ def test_decoders_and_the_latency_budget(tmp_path: Path) -> None:
         ["--latency-budget-ms", "-1"],
         ["--latency-budget-ms", "nan"],
         ["--landmarks-file", "../points.json"],
+        ["--landmarks-file", "p\udcff.json"],
         ["--angle-file", "/tmp/angle.json"],
         ["--three-points-file", ""],
         ["--angle-file", "aop-landmarks.json"],
@@ -239,15 +240,18 @@ def test_an_engine_that_fails_on_one_image(tmp_path: Path) -> None:
 
 
 def test_resume_does_anew_what_is_gone_or_changed(tmp_path: Path) -> None:
-    for seed, name in enumerate(("a.png", "b.png", "c.png"), 1):
+    for seed, name in enumerate(("a.png", "b.png", "c.png", "d.png"), 1):
         png(tmp_path / "in" / name, made(seed))
     before = run(tmp_path / "in", tmp_path / "out")
     shutil.rmtree(tmp_path / "out" / "a")
+    (tmp_path / "out" / "d" / ANGLE).unlink()
     time.sleep(0.02)
     png(tmp_path / "in" / "b.png", made(4))
     after = run(tmp_path / "in", tmp_path / "out", "--resume")
-    assert after.status == 0 and "1 of 3 cases are answered already" in after.out
-    assert (tmp_path / "out" / "a" / POINTS).is_file()
+    assert after.status == 0 and "1 of 4 cases are answered already" in after.out
+    assert (tmp_path / "out" / "a" / POINTS).is_file() and (
+        tmp_path / "out" / "d" / ANGLE
+    ).is_file()
     assert after.entry("a.png")["landmarks_px"] == before.entry("a.png")["landmarks_px"]
     assert after.entry("b.png")["landmarks_px"] != before.entry("b.png")["landmarks_px"]
     assert after.entry("c.png") == before.entry("c.png")
@@ -297,6 +301,46 @@ def test_nobody_listens(tmp_path: Path) -> None:
         child.stdout.close()
         assert (child.stderr.read(), child.wait()) == (b"", 0)
     assert load(tmp_path / "o" / "results.json")["answered"] == 5
+
+
+FULL, GONE = ">/dev/full", "<&- >&- 2>&-"
+
+
+@pytest.mark.parametrize(
+    ("streams", "options", "status"),
+    [
+        (FULL, "", 0),
+        ("2" + FULL, "", 0),
+        (GONE, "", 0),
+        ("2" + FULL, "--provider cuda", 2),
+        (GONE, "--input nowhere", 2),
+    ],
+)
+def test_streams_that_take_nothing(tmp_path: Path, streams: str, options: str, status: int) -> None:
+    """A full disk of the log, or a caller that closed them, costs no answer."""
+    (tmp_path / "in").mkdir()
+    for k in range(3):
+        volume(tmp_path / "in" / f"{k}.mha", made(k)[None])
+    command = f"{sys.executable} process.py --input {tmp_path}/in --output {tmp_path}/out {options}"
+    assert (
+        subprocess.run(f"{command} {streams}", cwd=ROOT, shell=True, check=False).returncode
+        == status
+    )
+    if status == 0:
+        assert load(tmp_path / "out" / "results.json")["answered"] == 3
+
+
+def test_an_error_that_nobody_foresaw(tmp_path: Path) -> None:
+    """Python's own exit status would be that of a run that answered all other cases."""
+    png(tmp_path / "in" / "a.png")
+    code = (
+        "import runpy, sys; sys.argv[0] = 'process.py'; import model.run\n"
+        "def run(*_): raise ZeroDivisionError('odd')\n"
+        "model.run.run = run; runpy.run_path('process.py', run_name='__main__')"
+    )
+    command = [sys.executable, "-c", code, "--input", tmp_path / "in", "--output", tmp_path / "out"]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, check=False)
+    assert ran.returncode == 2 and ran.stderr.endswith(b"ZeroDivisionError: odd\n")
 
 
 # ---- Nothing can be done

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,13 +26,15 @@ JOBS = int(os.environ.get("AOP_JOBS", "30"))  # 1000 by hand
 class Server:
     """process.py --serve on a free port."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(
+        self, folder: Path, program: Sequence[str] = (sys.executable, "process.py")
+    ) -> None:
         self.input, self.output = folder / "in", folder / "out"
         self.input.mkdir()
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
-        command = [sys.executable, "process.py", "--serve", "--serve-port", str(self.port)]
+        command = [*program, "--serve", "--serve-port", str(self.port)]
         command += ["--input", str(self.input), "--output", str(self.output)]
         self.log = (folder / "log").open("w+b")
         self.process = subprocess.Popen(
@@ -169,6 +171,30 @@ def test_stop_in_the_middle_of_a_job_leaves_whole_files(server: Server) -> None:
         if name.endswith(".json"):
             load(server.output / name)
     assert not [name for name in tree(server.output) if name.endswith(".partial")]
+
+
+def test_a_job_that_outlasts_the_stop_is_answered(tmp_path: Path) -> None:
+    """The server's own end waits for 5 s; a client that waits in line is told."""
+    code = (
+        "import sys, time, process, model.serve\n"
+        "process.run = lambda *_: (time.sleep(7), (0, ''))[1]; process.cases_of = lambda args: []\n"
+        "process.loaded = lambda *_: None; sys.exit(process.main())"
+    )
+    server = Server(tmp_path, [sys.executable, "-c", code])
+    server.output.mkdir()
+    (server.output / "results.json").write_text("of the job before")
+    answers: list[tuple[int, str]] = []
+    clients = [threading.Thread(target=lambda: answers.append(server.invoke())) for _ in range(2)]
+    for client in clients:
+        client.start()
+        time.sleep(0.5)
+    assert not (server.output / "results.json").exists()
+    (server.output / "results.json").write_text("of this job")
+    assert server.stop() == 0
+    for client in clients:
+        client.join()
+    assert sorted(answers) == [(201, "done\n"), (500, "the server is stopping\n")]
+    assert (server.output / "results.json").exists()
 
 
 def test_a_port_that_is_taken(tmp_path: Path) -> None:
