@@ -154,9 +154,8 @@ def _stop(number: int, _: object) -> None:
 
 
 if __name__ == "__main__":
-    while (
-        spare := os.open(os.devnull, os.O_RDWR)
-    ) < 3:  # lest a file gets a closed stream's number
+    # lest a file gets the number of a standard stream that is closed
+    while (spare := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
     os.close(spare)
     if isinstance(sys.stdout, io.TextIOWrapper):  # a file's strange name must not end the run
