@@ -164,7 +164,8 @@ if __name__ == "__main__":
         signal.signal(number, _stop)
     try:
         status = main()
-    except Exception:
-        traceback.print_exc()
+    except Exception:  # told in full
+        with contextlib.suppress(OSError):
+            traceback.print_exc()
         status = 2  # Python's own 1 would say that all other cases are answered
     os._exit(status)  # all is written; taking the interpreter down would last another 0.1 s

@@ -176,9 +176,9 @@ def test_stop_in_the_middle_of_a_job_leaves_whole_files(server: Server) -> None:
 def test_a_job_that_outlasts_the_stop_is_answered(tmp_path: Path) -> None:
     """The server's own end waits for 5 s; a client that waits in line is told."""
     code = (
-        "import sys, time, process, model.serve\n"
+        "import os, time, process\n"
         "process.run = lambda *_: (time.sleep(7), (0, ''))[1]; process.cases_of = lambda args: []\n"
-        "process.loaded = lambda *_: None; sys.exit(process.main())"
+        "process.loaded = lambda *_: None; os._exit(process.main())"
     )
     server = Server(tmp_path, [sys.executable, "-c", code])
     server.output.mkdir()
