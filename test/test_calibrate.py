@@ -171,7 +171,9 @@ def test_what_cannot_be_calibrated_is_said(
     cases = read_cases(folder / "cases.csv")
     write_cases(tmp_path / "cases.csv", cases[:5])
     assert run(folder, "no.safetensors", "--data", str(tmp_path / "cases.csv")) == 2
-    assert "expected 20 cases of split val, got 5" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "expected at least 20 cases of split val, the table has 5 of val" in told
+    assert "--folds" in told and "export the weights as they are" in told
     assert run(folder, "no.safetensors", "--others", str(tmp_path), "*.gif") == 2
     assert "no image file's name matches '*.gif'" in capsys.readouterr().err
     assert not (folder / "no.safetensors").exists()

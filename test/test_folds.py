@@ -12,7 +12,7 @@ import torch
 from export import to_onnx
 from model.uncertainty import QUANTITIES
 from test.test_fit import TINY, folder, run_fit  # noqa: F401
-from training import calibrate, ensemble, error_model, evaluate, fit, folds, join, loop
+from training import calibrate, ensemble, evaluate, fit, folds, join, loop
 from training.cases import read_cases, write_cases
 from training.checkpoint import load_weights
 from training.predict import predict_cases, torch_predictor
@@ -208,8 +208,7 @@ def test_all_trains_on_val_too_and_keeps_the_last_epoch(data, tmp_path, capsys):
 
 
 def test_errors_are_fitted_on_the_answers_of_the_folds(finished, data, monkeypatch, capsys):
-    for module in (calibrate, error_model):
-        monkeypatch.setattr(module, "PARTS", 2)
+    monkeypatch.setattr(calibrate, "PARTS", 2)
     weights, output = finished / "fold-0" / "best.safetensors", data / "aop.safetensors"
     flags = ["--weights", str(weights), "--data", str(data / "cases.csv")]
     flags += ["--images", str(data / "images"), "--output", str(output)]

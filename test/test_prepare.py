@@ -14,6 +14,7 @@ from test.phantom import main as phantom_main
 from test.phantom import phantom
 from training import prepare
 from training.cases import (
+    SPLITS,
     Case,
     CaseError,
     case_tables,
@@ -21,9 +22,9 @@ from training.cases import (
     read_table,
     write_cases,
 )
-from training.groups import BLOCK, SPLITS, near_duplicate_groups, split_by_group, thumbnail
-from training.masks import read_mask
+from training.groups import BLOCK, near_duplicate_groups, split_by_group, thumbnail
 from training.pictures import SHEET_TILE
+from training.sources import read_mask
 
 SPLITS_OF_PSFHS = Path(prepare.__file__).with_name("psfhs_splits.csv")
 

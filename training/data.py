@@ -21,8 +21,8 @@ from model.image import BadFrame, ImageError, open_image
 from model.masks import CLASSES
 from training.augment import augment
 from training.cases import Case, CaseError, read_cases
-from training.masks import read_mask
 from training.recipes import Recipe
+from training.sources import read_mask
 
 
 class LandmarkDataset(Dataset[dict[str, Tensor]]):

@@ -41,9 +41,8 @@ from training import fit
 from training.cases import Case, CaseError, read_cases, write_cases
 from training.checkpoint import Checkpoint, CheckpointError, load_weights, write_text
 from training.data import read_grey
-from training.evaluate import as_text, evaluate
 from training.groups import clusters, deal
-from training.metrics import mean_errors
+from training.metrics import as_text, evaluate, mean_errors
 from training.predict import CasePrediction, predict_cases, torch_predictor
 
 KEPT_OUT = "test"  # the split that training.fit never reads
