@@ -218,6 +218,12 @@ def test_errors_are_fitted_on_the_answers_of_the_folds(finished, data, monkeypat
     metrics = load_weights(output)[1].spec.metrics
     assert set(metrics) == {"folds_mre_px", "folds_aop_error_deg"}
     assert calibrate.main(flags) == 2 and "split val trained" in capsys.readouterr().err
+    monkeypatch.setattr(calibrate, "PARTS", 5)  # more than val has: train counts too
+    assert calibrate.main([*flags, "--folds", str(finished)]) == 0
+    monkeypatch.setattr(calibrate, "PARTS", 6)
+    assert calibrate.main([*flags, "--folds", str(finished)]) == 2
+    assert "at least 12 cases of split train and val" in capsys.readouterr().err
+    monkeypatch.setattr(calibrate, "PARTS", 2)
     assert found.cases == 10 and [*found.errors] == [*QUANTITIES]
     assert calibrate.main([*flags, "--folds", str(data)]) == 2
     assert "no finished folds" in capsys.readouterr().err

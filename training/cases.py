@@ -194,8 +194,8 @@ def cases_of_split(path: Path, split: str | None) -> list[Case]:
     cases = read_cases(path)
     chosen = [case for case in cases if split in (None, case.split)]
     if not chosen:
-        what = f"no case has split '{split}'" if split else "the table has no case"
-        raise CaseError(f"{path}: {what}; it has {count_splits(cases)}")
+        wanted = f"cases of split '{split}'" if split else "cases"
+        raise CaseError(f"{path}: expected {wanted}, the table has {count_splits(cases)}")
     return chosen
 
 
@@ -220,8 +220,8 @@ def require_images(cases: Sequence[Case], images: Path, table: Path) -> None:
         alike = sorted(first.parent.glob(glob.escape(Path(first.name).stem) + ".*"))
         there = f", which has {alike[0].name}" if alike else ""
         raise CaseError(
-            f"{len(missing)} images of {table} are not in {images}{there}; the first is "
-            f"{missing[0]} (Filename is the path below that folder, suffix included)"
+            f"{len(missing)} of the {len(cases)} images of {table} are not in {images}{there}; the "
+            f"first is {missing[0]} (Filename is the path below that folder, suffix included)"
         )
 
 

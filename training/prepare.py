@@ -34,10 +34,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import cv2
-import numpy as np
 from tqdm import tqdm
 
-from model.anatomy import angle_of_progression
+from model.anatomy import LANDMARKS, angle_of_progression
 from model.image import ImageError
 from model.masks import MaskError, landmarks_from_mask
 from training.cases import SPLITS, Case, read_table, write_cases, write_rows
@@ -160,9 +159,12 @@ def derive(source: Source) -> tuple[Case, Thumbnail]:
     height, width = frame.pixels.shape
     if source.labelled is not None:
         case = source.labelled
-        outside = (case.landmarks_px < -0.5) | (case.landmarks_px > np.array([width, height]) - 0.5)
-        if outside.any():
-            raise Unusable(f"a landmark of the table lies outside the image of {width}x{height} px")
+        for name, (x, y) in zip(LANDMARKS, case.landmarks_px.tolist(), strict=True):
+            if not (-0.5 <= x <= width - 0.5 and -0.5 <= y <= height - 0.5):
+                raise Unusable(
+                    f"{name} of the table, ({x:g}, {y:g}), lies outside the image of "
+                    f"{width}x{height} px"
+                )
     else:
         assert source.mask is not None
         mask = read_mask(source.mask)

@@ -60,6 +60,7 @@ def iugc_sources(folder: Path, skipped: Skipped) -> Iterator[Source]:
     if not tables:
         raise CaseError(
             f"no CSV below {folder} has the columns Filename, PS1, PS2 and FH1 (or AOP Tangency)"
+            f"{_first_objection(folder)}"
         )
     found = by_stem(folder, is_supported_name)
     for table in tables:
@@ -75,6 +76,16 @@ def iugc_sources(folder: Path, skipped: Skipped) -> Iterator[Source]:
             yield Source(
                 file, images[0], labelled=replace(case, file=file, split=case.split or named)
             )
+
+
+def _first_objection(folder: Path) -> str:
+    """Why the first CSV below a folder is no table of landmarks, to end a sentence with."""
+    for path in sorted(folder.rglob("*.csv")):
+        try:
+            read_cases(path)
+        except CaseError as error:
+            return f"; the first: {error}"
+    return ""
 
 
 def by_stem(folder: Path, wanted: Callable[[Path], bool]) -> dict[str, list[Path]]:
