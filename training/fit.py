@@ -31,7 +31,14 @@ from torch.utils.tensorboard import SummaryWriter
 from model.image import is_supported_name
 from model.masks import CLASSES
 from model.network import build_network
-from training.cases import Case, CaseError, read_cases, write_cases
+from training.cases import (
+    Case,
+    CaseError,
+    count_splits,
+    read_cases,
+    require_images,
+    write_cases,
+)
 from training.checkpoint import (
     Checkpoint,
     CheckpointError,
@@ -195,6 +202,7 @@ def split_cases(
 ) -> dict[str, list[Case]]:
     """The cases by split; where the table has none it is drawn by group and written down."""
     cases = read_cases(args.data)
+    require_images(cases, args.images, args.data)
     if not any(case.split for case in cases):
         groups = [case.group for case in cases]
         if not all(groups):
@@ -215,11 +223,13 @@ def split_cases(
         chosen = {"train": chosen["train"] + chosen["val"], "val": []}
     for name, found in chosen.items():
         if not found and not (args.all and name == "val"):
-            raise CaseError(f"{args.data}: no case has split '{name}'; expected train and val")
-    missing = [case.file for case in cases if not (args.images / case.file).is_file()]
-    if missing:
-        raise CaseError(f"{len(missing)} images not in {args.images}, the first is {missing[0]}")
+            raise CaseError(
+                f"{args.data}: expected cases of split train and val, the table has "
+                f"{count_splits(cases)}"
+            )
     if args.masks:
+        if not args.masks.is_dir():
+            raise CaseError(f"{args.masks} is not a folder; expected the folder of the masks")
         stems = {path.stem for path in args.masks.iterdir()}
         bare = [case.file for case in chosen["train"] if Path(case.file).stem not in stems]
         if bare:
