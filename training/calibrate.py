@@ -288,9 +288,10 @@ def fit_error_model(terms: Floats, errors: Floats) -> ErrorModel:
         used &= slopes > 0
     slopes = np.where(used, slopes / np.where(used, deviation, 1), 0.0)
     offset = float(weights[0] - slopes @ mean)
+    first, second = ((float(low), float(high)) for low, high in limits.T)
     return ErrorModel(
         weights=(offset, float(slopes[0]), float(slopes[1])),
-        limits=tuple(map(tuple, limits.T.tolist())),
+        limits=(first, second),
     )
 
 
