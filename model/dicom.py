@@ -46,7 +46,7 @@ def open_dicom(path: Path, open_one: Callable[[Path], ImageFile]) -> ImageFile:
 
     def read(k: int) -> Raw:
         try:
-            with frames.alone(k) as file:
+            with frames.single_frame(k) as file:
                 frame = open_one(file)
                 if frame.size != whole.size:  # a JPEG of another size than the header's
                     raise damaged("DICOM")

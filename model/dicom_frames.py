@@ -54,8 +54,8 @@ class Frames:
         """A file that tells the same, and has no pixels."""
         return _file(self.native, self.placed + self._element(0))
 
-    def alone(self, k: int) -> AbstractContextManager[Path]:
-        """A file of one frame, which does not tell where it lies: GDCM could refuse it for that.
+    def single_frame(self, k: int) -> AbstractContextManager[Path]:
+        """A file of the k-th frame. It does not say where it lies: GDCM could refuse it for that.
 
         Raises:
             ImageError: the frame is not there to its end, or too large.

@@ -3,10 +3,10 @@
 import math
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from threading import RLock, local
+from threading import RLock
 from typing import Any
 
 import numpy.typing as npt
@@ -20,14 +20,11 @@ if sys.platform == "linux":
 MIN_SIDE = 32  # px
 MAX_FRAMES = 2**14
 MAX_BYTES = 2**29  # of the pixels held at once: a frame's, or a file's that is read whole
-LARGE = 2**25  # bytes of a file, or of a frame's pixels, that is answered alone
-ROOM, COPIES = 2**28, 6  # what reading may take: so many bytes, and the pixels so many times
+LARGE = 2**25  # bytes of a file or of a frame's pixels; one image above this is read at a time
+ROOM, COPIES = 2**28, 6  # memory that reading may take: ROOM bytes + COPIES times the pixels
 
 Raw = npt.NDArray[Any]  # (H, W), or (H, W, channels) in the order RGB
 Reader = Callable[[int], Raw]  # number of the frame in its file -> its pixels
-
-_ONE_AT_A_TIME = RLock()  # the limit is the whole process's
-_CASE = local()  # .locks: what this thread holds until its case is answered
 
 
 class ImageError(ValueError):
@@ -76,45 +73,59 @@ def check_bytes(needed: int, remedy: str = "save them with fewer bytes a pixel")
         raise ImageError(f"the pixels take {limit}: {remedy}")
 
 
-@contextmanager
-def alone(size: int) -> Iterator[None]:
-    """In the block no other thread reads, where so many bytes are large.
+@dataclass(frozen=True)
+class MemoryBudget:
+    """Limits the memory that reading images takes.
 
-    Two large images would take twice the memory, and one the room that the other's reading has.
-    A small file may unpack to a large image: reading it then takes the lock for the block's rest.
+    The limit is the process's, so all threads that read at the same time have to share one budget.
+    A thread enters and leaves a block by itself: the lock belongs to the thread that took it.
     """
-    outer = getattr(_CASE, "locks", None)
-    with ExitStack() as locks:
-        if size > LARGE:
-            locks.enter_context(_ONE_AT_A_TIME)
-        _CASE.locks = locks
-        try:
-            yield
-        finally:
-            _CASE.locks = outer
 
+    _turn: AbstractContextManager[Any] = field(default_factory=RLock)
+    _block: ExitStack | None = None  # of `admit`; what it holds is released when the block ends
 
-@contextmanager
-def bounded_memory(needed: int) -> Iterator[None]:
-    """In the block the process can grow by ROOM bytes and COPIES times the bytes needed only.
+    @contextmanager
+    def admit(self, size: int) -> Iterator["MemoryBudget"]:
+        """Before a block with a large image, wait until no other thread holds one.
 
-    For libraries that make room for what a file claims before they look how long it is: GDCM takes
-    4 GB for a DICOM file of 150 bytes. COPIES are what it reserves for JPEG frames; half of that is
-    used. One block at a time; the limit on Linux only.
-    """
-    locks = getattr(_CASE, "locks", None)
-    if locks is not None and needed > LARGE:
-        locks.enter_context(_ONE_AT_A_TIME)
-    with _ONE_AT_A_TIME:
-        if sys.platform != "linux":
-            yield
-            return
-        before = resource.getrlimit(resource.RLIMIT_DATA)
-        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[5])
-        limit = pages * resource.getpagesize() + ROOM + COPIES * min(needed, MAX_BYTES)
-        if not 0 <= before[0] < limit:  # -1 is no limit
-            resource.setrlimit(resource.RLIMIT_DATA, (limit, before[1]))
-        try:
-            yield
-        finally:
-            resource.setrlimit(resource.RLIMIT_DATA, before)
+        Two large images would take twice the memory, and one of them the room that reading the
+        other needs.
+
+        Args:
+            size: bytes of the image, as far as they are known before it is read.
+
+        Yields:
+            The budget for what is read in the block. A small file may unpack to a large image:
+            reading it then keeps others out until the block ends.
+        """
+        with ExitStack() as block:
+            if size > LARGE:
+                block.enter_context(self._turn)
+            yield MemoryBudget(self._turn, block)
+
+    @contextmanager
+    def limit_growth(self, needed: int) -> Iterator[None]:
+        """In the block the process can grow by ROOM + COPIES * needed bytes only.
+
+        Some libraries allocate what a file claims before they look how long it is: GDCM takes 4 GB
+        for a DICOM file of 150 bytes. GDCM reserves COPIES for JPEG frames and uses half of that.
+        One thread at a time is in such a block. The limit exists on Linux only.
+
+        Args:
+            needed: bytes of the pixels.
+        """
+        if self._block is not None and needed > LARGE:
+            self._block.enter_context(self._turn)
+        with self._turn:
+            if sys.platform != "linux":
+                yield
+                return
+            before = resource.getrlimit(resource.RLIMIT_DATA)
+            pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[5])
+            limit = pages * resource.getpagesize() + ROOM + COPIES * min(needed, MAX_BYTES)
+            if not 0 <= before[0] < limit:  # -1 is no limit
+                resource.setrlimit(resource.RLIMIT_DATA, (limit, before[1]))
+            try:
+                yield
+            finally:
+                resource.setrlimit(resource.RLIMIT_DATA, before)

@@ -236,12 +236,13 @@ def test_small_files_of_large_images_are_answered_one_at_a_time(tmp_path: Path) 
     cv2.imwrite(str(large), np.eye(side, dtype=np.uint8))
     assert large.stat().st_size < reading.LARGE // 100
     small = write(tmp_path / "small.png", GREY)
+    budget = reading.MemoryBudget()
     held, most = [], []
     both = threading.Barrier(2, timeout=30)
 
     def answer(path: Path, wait: bool) -> None:
-        with reading.alone(path.stat().st_size):
-            frame = next(open_image(path).frames())
+        with budget.admit(path.stat().st_size) as admitted:
+            frame = next(open_image(path, admitted).frames())
             held.append(frame)
             most.append(len(held))
             if wait:

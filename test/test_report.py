@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from model.anatomy import LANDMARKS, angle_of_progression
-from model.answer import unmarked
+from model.answer import plain_picture
 from model.files import RunFiles, write_bytes, write_results
 from model.frame import Geometry
 from model.image import GreyFrame
@@ -207,7 +207,7 @@ def test_order_of_doubt() -> None:
 def test_picture_has_square_pixels_and_loses_none() -> None:
     def size(width: int, height: int, spacing: tuple[float, float] | None) -> tuple[int, ...]:
         pixels = np.full((height, width), 300.0, np.float32)
-        picture = unmarked(GreyFrame(pixels, None, 0, Geometry(spacing)))
+        picture = plain_picture(GreyFrame(pixels, None, 0, Geometry(spacing)))
         assert (picture == 255).all()
         return picture.shape
 
