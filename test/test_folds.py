@@ -12,7 +12,7 @@ import torch
 from export import to_onnx
 from model.uncertainty import QUANTITIES
 from test.test_fit import TINY, folder, run_fit  # noqa: F401
-from training import calibrate, ensemble, error_model, evaluate, fit, folds, join, loop
+from training import calibrate, error_model, evaluate, fit, folds, join, loop, teachers
 from training.cases import read_cases, write_cases
 from training.checkpoint import load_weights
 from training.predict import predict_cases, torch_predictor
@@ -101,7 +101,7 @@ def test_each_fold_is_taught_by_networks_that_kept_out_the_same_cases(
 ):
     for fold in folds.finished(finished):
         assert to_onnx.main(["--run", str(fold), "--output", str(fold / folds.TEACHER)]) == 0
-    taught, original = [], ensemble.teachers_of
+    taught, original = [], teachers.teachers_of
     monkeypatch.setattr(
         fit, "teachers_of", lambda files, *rest: taught.append(files) or original(files, *rest)
     )

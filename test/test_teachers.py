@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import save_file
 
 from test.beit_file import USFM, beit_tensors
-from training.beit import read_beit, resize_tables
 from training.checkpoint import CheckpointError
 from training.teachers import Beit, load_teacher
+from training.transfer import read_beit, resize_tables
 
 GRID, PATCH, HEADS, WIDTH = 5, 4, 3, 24
 

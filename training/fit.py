@@ -38,13 +38,13 @@ from training.checkpoint import (
     save_weights,
 )
 from training.data import LandmarkDataset, chances, further_cases, read_grey, train_loader
-from training.ensemble import teachers_of
 from training.groups import near_duplicate_groups, split_by_group
 from training.loop import Processes, Trainer, processes
 from training.metrics import mean_errors
 from training.pictures import sample_sheet
 from training.predict import predict_cases, torch_predictor
 from training.recipes import Recipe, add_recipe_arguments, recipe_from_arguments
+from training.teachers import teachers_of
 from training.transfer import start_from, start_pretrained, with_members
 
 FRACTIONS = (0.8, 0.2, 0.0)  # the paper's 4:1

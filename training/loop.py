@@ -17,10 +17,10 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from training.ensemble import Ensemble
 from training.losses import total_loss
 from training.optimisers import optimiser
 from training.recipes import Recipe
+from training.teachers import Ensemble
 
 
 @dataclass(frozen=True)
