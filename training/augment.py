@@ -35,10 +35,10 @@ def augment(
     matrix = _affine(size, settings, rng)
     bend = _bend(size, settings.elastic, rng) if settings.elastic else np.zeros((size, size, 2))
     sources = _sources(matrix, bend)
-    image = cv2.remap(image, sources, None, cv2.INTER_LINEAR)
+    image = _resample(image, sources, cv2.INTER_LINEAR)
     points = _bent(points @ matrix[:, :2].T + matrix[:, 2], bend)
     if mask is not None:
-        mask = np.asarray(cv2.remap(mask, sources, None, cv2.INTER_NEAREST), np.uint8)
+        mask = np.asarray(_resample(mask, sources, cv2.INTER_NEAREST), np.uint8)
         if settings.elastic:
             points = _fitted_anew(mask, points)
     return _change_grey(image.astype(np.float32), settings, rng), mask, points
@@ -70,7 +70,8 @@ def _affine(size: int, settings: Augmentation, rng: np.random.Generator) -> Floa
     """(2, 3) matrix from old to new input px, about the frame's centre."""
     centre = (size - 1) / 2
     angle = rng.uniform(-settings.rotation_deg, settings.rotation_deg)
-    matrix = cv2.getRotationMatrix2D((centre, centre), angle, rng.uniform(*settings.scale))
+    turn = cv2.getRotationMatrix2D((centre, centre), angle, rng.uniform(*settings.scale))
+    matrix: Floats = np.asarray(turn)
     if settings.stretch:
         axis = rng.uniform(0.0, np.pi)
         along = np.array([np.cos(axis), np.sin(axis)])
@@ -93,7 +94,15 @@ def _sources(matrix: Floats, bend: np.ndarray) -> np.ndarray:
     size = len(bend)
     new = np.stack(np.meshgrid(np.arange(size), np.arange(size)), axis=-1) + bend
     back = cv2.invertAffineTransform(matrix)
-    return (new @ back[:, :2].T + back[:, 2]).astype(np.float32)
+    return np.asarray(new @ back[:, :2].T + back[:, 2], np.float32)
+
+
+def _resample(
+    image: np.ndarray, sources: np.ndarray, way: int, border: int = cv2.BORDER_CONSTANT
+) -> np.ndarray:
+    """An image's values at (rows, columns, 2) positions, float32 (x, y)."""
+    found = cv2.remap(image, sources, None, way, None, border)  # type: ignore[call-overload]
+    return np.asarray(found)
 
 
 def _bent(points: Floats, bend: np.ndarray) -> Floats:
@@ -101,7 +110,7 @@ def _bent(points: Floats, bend: np.ndarray) -> Floats:
     found = points
     for _ in range(20):
         at = found.astype(np.float32)[None]
-        found = points - cv2.remap(bend, at, None, cv2.INTER_LINEAR, None, cv2.BORDER_REPLICATE)[0]
+        found = points - _resample(bend, at, cv2.INTER_LINEAR, cv2.BORDER_REPLICATE)[0]
     return np.asarray(found)
 
 

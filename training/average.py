@@ -56,7 +56,7 @@ def average(files: Sequence[Path], output: Path) -> None:
         if not name.startswith("view.")
     }
     known = any(checkpoint.spec.val_trained for _, checkpoint in loaded)
-    unknown = {"calibration": None, "metrics": {}, "val_trained": known}
+    unknown: dict[str, object] = {"calibration": None, "metrics": {}, "val_trained": known}
     spec = described.spec.model_copy(update=unknown)
     save_weights(output, mean, described.model_copy(update={"network": networks[0], "spec": spec}))
     print(f"the mean of {len(files)} weights: {output}")

@@ -38,13 +38,13 @@ class Checkpoint(BaseModel):
     spec: ModelSpec
 
 
-def save_weights(path: Path, state: Mapping[str, Tensor], checkpoint: Checkpoint) -> None:
-    """Write `path` (.safetensors) and the JSON beside it, each whole or not at all."""
+def save_weights(path: Path, state: Mapping[str, Tensor], described: BaseModel) -> None:
+    """Write `path` (.safetensors) and its description beside it, each whole or not at all."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     partial = path.with_suffix(".partial")
     save_file(tensors, partial)
     partial.replace(path)
-    write_text(path.with_suffix(".json"), checkpoint.model_dump_json(indent=2) + "\n")
+    write_text(path.with_suffix(".json"), described.model_dump_json(indent=2) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:

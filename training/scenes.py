@@ -141,8 +141,8 @@ def shapes(size: int, rng: Draw) -> Grey:
             end = tuple(int(v) for v in rng.integers(0, size, 2))
             cv2.line(image, centre, end, colour, int(rng.integers(1, 12)))
     if rng.random() < 0.5:
-        image = cv2.GaussianBlur(image, (0, 0), rng.uniform(0.5, 4))
-    return np.asarray(image, np.uint8)
+        return np.asarray(cv2.GaussianBlur(image, (0, 0), rng.uniform(0.5, 4)), np.uint8)
+    return image
 
 
 def lettering(size: int, rng: Draw) -> Grey:
@@ -183,4 +183,4 @@ SCENES: dict[str, Callable[[int, Draw], Grey]] = {
 
 
 def _grey(values: npt.NDArray[np.floating]) -> Grey:
-    return np.clip(np.rint(values), 0, 255).astype(np.uint8)
+    return np.asarray(np.clip(np.rint(values), 0, 255), np.uint8)

@@ -32,6 +32,8 @@ class Beit(nn.Module):
     """A BEiT-style ViT for images of `grid` by `grid` patches; grey images become its RGB."""
 
     index: Tensor
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, weights: BeitWeights, grid: int) -> None:
         super().__init__()
@@ -58,7 +60,7 @@ class Beit(nn.Module):
         self, image: Tensor, kept: Tensor | None = None, attention: bool = False
     ) -> Features:
         """Features of all patches, or of those kept; attention maps without the cls token."""
-        image = scaled(image, self.grid * self.patch)
+        image = resize_squares(image, self.grid * self.patch)
         tokens = self.patch_embed((image - self.mean) / self.std).flatten(2).transpose(1, 2)
         index = self.index
         if kept is not None:
@@ -68,6 +70,7 @@ class Beit(nn.Module):
         tokens = torch.cat([self.cls_token.expand(len(tokens), -1, -1).to(tokens.dtype), tokens], 1)
         maps = None
         for k, block in enumerate(self.blocks):
+            assert isinstance(block, Block)
             bias = self.tables[k][index].movedim(-1, -3)  # (heads, ...) or (n, heads, ...)
             if attention and k + 1 == len(self.blocks):
                 maps = block.attn.maps(block.norm1(tokens), bias)[..., 1:, 1:]
@@ -90,10 +93,12 @@ class MaeTeacher(nn.Module):
         self, image: Tensor, kept: Tensor | None = None, attention: bool = False
     ) -> Features:
         """Features of all patches, or of those kept; attention maps where asked for."""
-        return self.encoder(scaled(image, self.grid * self.patch), kept, attention)
+        size = self.grid * self.patch
+        features: Features = self.encoder(resize_squares(image, size), kept, attention)
+        return features
 
 
-def scaled(image: Tensor, side: int) -> Tensor:
+def resize_squares(image: Tensor, side: int) -> Tensor:
     """Square images at another size; unchanged where they have it."""
     if image.shape[-1] == side:
         return image

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from model.network import TransUNet, TransUNetConfig
 from model.network.resnet import ResNet50
-from model.network.vit import ViTBottleneck
+from model.network.vit import Block, ViTBottleneck
 from training.checkpoint import (
     CheckpointError,
     LoadReport,
@@ -75,11 +75,13 @@ def start_pretrained(
     Raises:
         CheckpointError: something does not fit; it is listed, and the network is not to be used.
     """
-    reports = []
-    if (pretrained or encoder_weights) and not isinstance(network, TransUNet):
-        raise CheckpointError("pretrained weights are for a transunet, this network is none")
-    if (pretrained or encoder_weights) and network.members:
+    if not (pretrained or encoder_weights):
+        return []
+    if not isinstance(network, TransUNet):
+        raise CheckpointError("pretrained weights are for a transunet, this network is not one")
+    if network.members:
         raise CheckpointError("pretrained weights are for one network: train each, then join them")
+    reports = []
     if pretrained:
         fill = usfm_into_bottleneck if pretrained.startswith("usfm:") else mae_into_bottleneck
         reports.append(fill(Path(pretrained.removeprefix("usfm:")), network.bottleneck))
@@ -137,9 +139,10 @@ def _fill(
 ) -> None:
     """Load all of a bottleneck, or list what does not fit. Heads do not show in shapes."""
     own = {key: tuple(value.shape) for key, value in bottleneck.state_dict().items()}
-    its_heads = bottleneck.blocks[0].attn.heads
-    if its_heads != heads:
-        report.faults.append(f"{heads} attention heads, the bottleneck has {its_heads}")
+    first = bottleneck.blocks[0]
+    assert isinstance(first, Block)
+    if first.attn.heads != heads:
+        report.faults.append(f"{heads} attention heads, the bottleneck has {first.attn.heads}")
     report.faults += [f"unexpected {key}" for key in state if key not in own]
     report.compare(state, own)
     depth = len({key.split(".")[1] for key in state if key.startswith("blocks.")})

@@ -62,8 +62,9 @@ def train_view_head(
     head = network.view
     assert head is not None  # the caller has made it
     for module in head.modules():
-        if hasattr(module, "reset_parameters"):
-            module.reset_parameters()
+        reset = getattr(module, "reset_parameters", None)
+        if callable(reset):
+            reset()
     learn(head, x, right.float(), weight)
 
 
