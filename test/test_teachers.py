@@ -188,7 +188,7 @@ def test_wrong_files_are_refused_with_what_did_not_fit(tmp_path, tensors, told):
 
 def test_files_that_are_no_weights_are_refused(tmp_path):
     (tmp_path / "text.pth").write_text("weights")
-    with pytest.raises(CheckpointError, match="no file of plain tensors"):
+    with pytest.raises(CheckpointError, match="not a file of plain tensors"):
         load_teacher(f"usfm:{tmp_path / 'text.pth'}", GRID)
     code = saved(tmp_path / "code.pth", {"model": beit_tensors(), "config": Path("run.yaml")})
     with pytest.raises(CheckpointError, match="save its state dict alone"):

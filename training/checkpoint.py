@@ -149,8 +149,8 @@ def read_tensors(path: Path, report: LoadReport) -> dict[str, Tensor]:
         KeyError,
     ) as error:
         raise CheckpointError(
-            f"{path.name} is no file of plain tensors: save its state dict alone, with torch.save "
-            f"or safetensors ({(str(error).splitlines() or ['it is empty'])[0]})"
+            f"{path.name} is not a file of plain tensors: save its state dict alone, with "
+            f"torch.save or safetensors ({(str(error).splitlines() or ['it is empty'])[0]})"
         ) from error
     while isinstance(found, Mapping) and (inner := [w for w in WRAPPERS if _wraps(found, w)]):
         report.left_out += [str(key) for key in found if key != inner[0]]

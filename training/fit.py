@@ -10,8 +10,8 @@ without it a split by its `group` column, else by near-duplicate images, is draw
 RUN/cases.csv. RUN then holds best.safetensors and best.json (the weights of the lowest val error),
 checkpoint.pt (to resume), log.csv, TensorBoard scalars and samples/.
 
-With --all the weights of the last epoch are kept. That is for a last training with settings that
-are chosen already; how it does on images that it has not seen, training.folds tells.
+With --all the weights of the last epoch are kept. That is for a last training, whose settings are
+chosen already. training.folds measures how such a training does on images that it has not seen.
 """
 
 import sys

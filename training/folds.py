@@ -62,7 +62,7 @@ class FoldsOptions:
         data: case table with split and group.
         output: folder of the folds' runs.
         folds: number of parts.
-        seed: of the dealing, and of the trainings where `training_seed` is None.
+        seed: random seed of the dealing, and of the trainings if `training_seed` is None.
         alike: groups whose images correlate so much or more are dealt together; None: none are.
         start: an earlier cross-validation, from whose weights each fold trains on.
         teachers: earlier cross-validations, whose exported models teach.
@@ -217,8 +217,8 @@ def train(
 
 def origin_of(options: FoldsOptions, run: Path) -> tuple[Path | None, list[Path]]:
     """The weights that a fold's training starts from, and its teachers, where there are any."""
-    start = _same(options.start, run) / "best.safetensors" if options.start else None
-    teachers = [_same(one, run) / TEACHER for one in options.teachers]
+    start = _same_fold(options.start, run) / "best.safetensors" if options.start else None
+    teachers = [_same_fold(one, run) / TEACHER for one in options.teachers]
     for file in teachers:
         weights = file.with_name("best.safetensors")
         if not file.is_file() or file.stat().st_mtime < weights.stat().st_mtime:
@@ -227,7 +227,7 @@ def origin_of(options: FoldsOptions, run: Path) -> tuple[Path | None, list[Path]
     return start, teachers
 
 
-def _same(folds: Path, run: Path) -> Path:
+def _same_fold(folds: Path, run: Path) -> Path:
     """This fold of another cross-validation, which must keep out the same cases."""
     other = folds / run.name
     if not (other / "done").exists() or splits_of_fold(other) != splits_of_fold(run):

@@ -3,9 +3,9 @@
     python -m training.join FIRST.safetensors SECOND.safetensors [...] --output ALL.safetensors
     python -m training.join FOLDS SECOND_FOLDS [...] --output ALL_FOLDS  # of training.folds
 
-Networks that differ by their seeds alone err in part by chance, each in its own way: their mean
-finds landmarks a little nearer. export/BENCHMARK.md tells by how much, and what it costs in time.
-The description is the first file's; its calibration and figures are not, so calibrate anew.
+Networks that differ only by their seeds err in part by chance, each in its own way, so that their
+mean errs a little less. export/BENCHMARK.md says by how much, and what it costs in time. The
+description is the first file's, without its calibration and figures: calibrate anew.
 """
 
 import argparse

@@ -77,7 +77,7 @@ class Processes:
             dist.barrier()
 
     def any(self, flag: bool) -> bool:
-        """True where it is true in some process, so that all take the same turn."""
+        """True if it is true in some process, so that all take the same turn."""
         if self.world == 1:
             return flag
         shared = torch.tensor(float(flag), device=self.device)
@@ -246,7 +246,7 @@ class LandmarkTrainer(Trainer[Recipe]):
         self.teachers = teachers
 
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
-        """The recipe's loss of a batch of training.data, after the teachers had their say."""
+        """The loss of a batch of training.data, with the teachers' share in its targets."""
         batch = self.teachers.teach(batch) if self.teachers else batch
         image = batch["image"].contiguous(memory_format=torch.channels_last)
         with self.autocast:

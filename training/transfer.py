@@ -228,7 +228,7 @@ def read_beit(path: Path) -> BeitWeights:
     report.compare(inside, shapes)
     report.check("BEiT-style weights, as USFM's")
     report.used = list(shapes)
-    return _converted({key: inside[key] for key in shapes}, report)
+    return _convert({key: inside[key] for key in shapes}, report)
 
 
 def expected_shapes(found: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
@@ -266,7 +266,7 @@ def expected_shapes(found: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     }
 
 
-def _converted(found: dict[str, Tensor], report: LoadReport) -> BeitWeights:
+def _convert(found: dict[str, Tensor], report: LoadReport) -> BeitWeights:
     """The tensors of a file that has been checked, under our keys."""
     keys = [key for key in found if key.endswith("relative_position_bias_table")]
     tables = [found.pop(key) for key in keys]
