@@ -35,9 +35,9 @@ from training.checkpoint import Checkpoint, CheckpointError, load_weights, save_
 from training.data import read_grey
 from training.doubt import files_of
 from training.error_model import PARTS, conformal_quantile, crossed, fit_error_model
-from training.folds import kept_out, mask_shares
 from training.metrics import case_errors, mean_errors
-from training.predict import CasePrediction, answer_of, torch_predictor
+from training.predict import CasePrediction, answer_of, kept_out, torch_predictor
+from training.recipes import mask_shares
 from training.view import train_view_head
 
 LEVEL = 0.9

@@ -31,7 +31,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from model.files import write_bytes
 from model.heatmap import Decode
@@ -46,16 +45,10 @@ from training.answers import (
     view_of_image,
 )
 from training.cases import Case, CaseError, read_cases
-from training.certainty import LABELS as OF_CERTAINTY
-from training.certainty import certainty
 from training.jobs import Sockets
-from training.metrics import case_errors, summarise
+from training.metrics import Figures, as_text, evaluate
 from training.scores import aggregates, answered, score_jobs
 
-if TYPE_CHECKING:  # torch, which an evaluation container does without
-    from training.predict import CasePrediction
-
-Report = dict[str, dict[str, object]]
 METRICS = Path("/output/metrics.json")
 
 
@@ -99,20 +92,6 @@ def _words(error: Exception) -> object:
     return f"{error.filename} cannot be used: {error.strerror}" if is_file else error
 
 
-def evaluate(cases: Sequence[Case], predictions: "Sequence[CasePrediction]") -> Report:
-    """Figures of `training.metrics` and `training.certainty`, of all cases and of each device."""
-    radial, aop = case_errors(predictions, cases)
-    groups = {"all": list(range(len(cases)))}
-    devices = sorted({case.device for case in cases if case.device})
-    for device in devices if len(devices) > 1 else []:
-        groups[f"device {device}"] = [k for k, one in enumerate(cases) if one.device == device]
-    return {
-        name: summarise(radial[chosen], aop[chosen])
-        | certainty([cases[k] for k in chosen], [predictions[k] for k in chosen], aop[chosen])
-        for name, chosen in groups.items()
-    }
-
-
 def _predict(args: argparse.Namespace, cases: list[Case]) -> Answers:
     """Answers of a model: an ONNX file, weights, or the folder of a training."""
     import torch  # noqa: PLC0415
@@ -134,7 +113,7 @@ def _predict(args: argparse.Namespace, cases: list[Case]) -> Answers:
         raise ScoresError(str(error)) from error
 
 
-def _measure_jobs(args: argparse.Namespace, cases: list[Case]) -> tuple[Report, Answers]:
+def _measure_jobs(args: argparse.Namespace, cases: list[Case]) -> tuple[Figures, Answers]:
     """Scores of grand-challenge's jobs, written to metrics.json."""
     in_world = args.frame_of_answers == "world"
     if args.size and in_world:
@@ -169,45 +148,6 @@ def _write_report(args: argparse.Namespace, answers: Answers) -> None:
 def write_json(path: Path, content: object) -> None:
     """Write a JSON file whole or not at all."""
     write_bytes(path, json.dumps(content, indent=1, allow_nan=False).encode() + b"\n")
-
-
-LABELS = {
-    "mre_px": "mean radial error, px",
-    "median_re_px": "median radial error, px",
-    "mre_PS1_px": "  PS1, px",
-    "mre_PS2_px": "  PS2, px",
-    "mre_FH1_px": "  FH1, px",
-    "sdr_4px": "within 4 px",
-    "sdr_8px": "within 8 px",
-    "sdr_16px": "within 16 px",
-    "sdr_24px": "within 24 px",
-    "aop_error_deg": "AoP error, deg",
-    "aop_error_median_deg": "  median, deg",
-    "aop_error_p95_deg": "  95th percentile, deg",
-    **OF_CERTAINTY,
-}
-
-
-def as_text(report: Report, missing: Sequence[str], fate: str) -> str:
-    """The report as a table for a terminal."""
-    width = max(map(len, LABELS.values())) + 2
-    heads = [f"{name} (n={figures['cases']})" for name, figures in report.items()]
-    lines = [
-        "errors at 512 px, with 95 % intervals",
-        " " * width + "".join(f"{h:>26}" for h in heads),
-    ]
-    for key, label in LABELS.items():
-        cells = []
-        if key not in report["all"]:  # of a model that is not calibrated
-            continue
-        for figures in report.values():
-            figure = figures[key]
-            cells.append(f"{figure['value']:.2f} ({figure['low']:.2f} to {figure['high']:.2f})")
-        lines.append(f"{label:<{width}}" + "".join(f"{cell:>26}" for cell in cells))
-    if missing:
-        shown = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
-        lines.append(f"{len(missing)} cases {fate}: {shown}")
-    return "\n".join(lines)
 
 
 def _size(text: str) -> tuple[int, int]:

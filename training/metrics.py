@@ -1,7 +1,7 @@
 """Errors of landmarks and of the angle of progression, summarised with bootstrap intervals."""
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -9,6 +9,8 @@ import numpy.typing as npt
 from model.anatomy import LANDMARKS, Floats
 from model.frame import Pair
 from training.cases import Case
+from training.certainty import LABELS as OF_CERTAINTY
+from training.certainty import certainty
 
 if TYPE_CHECKING:  # torch, which an evaluation container does without
     from training.predict import CasePrediction
@@ -16,6 +18,23 @@ if TYPE_CHECKING:  # torch, which an evaluation container does without
 REFERENCE_PX = 512  # errors are quoted as on an image of this longer side
 SDR_PX = (4, 8, 16, 24)
 BOOTSTRAPS, BLOCK = 2000, 50
+LABELS = {
+    "mre_px": "mean radial error, px",
+    "median_re_px": "median radial error, px",
+    "mre_PS1_px": "  PS1, px",
+    "mre_PS2_px": "  PS2, px",
+    "mre_FH1_px": "  FH1, px",
+    "sdr_4px": "within 4 px",
+    "sdr_8px": "within 8 px",
+    "sdr_16px": "within 16 px",
+    "sdr_24px": "within 24 px",
+    "aop_error_deg": "AoP error, deg",
+    "aop_error_median_deg": "  median, deg",
+    "aop_error_p95_deg": "  95th percentile, deg",
+    **OF_CERTAINTY,
+}
+
+Figures = dict[str, dict[str, Any]]  # group of cases -> name -> figure, as `summarise` gives them
 
 
 def radial_errors_px(
@@ -84,3 +103,39 @@ def summarise(radial_px: Floats, aop_error_deg: Floats, seed: int = 0) -> dict[s
         value = float(figure(radial_px, aop_error_deg))
         result[name] = {"value": value, "low": float(low), "high": float(high)}
     return result
+
+
+def evaluate(cases: Sequence[Case], predictions: "Sequence[CasePrediction]") -> Figures:
+    """Figures of `summarise` and `certainty`, of all cases and of each device."""
+    radial, aop = case_errors(predictions, cases)
+    groups = {"all": list(range(len(cases)))}
+    devices = sorted({case.device for case in cases if case.device})
+    for device in devices if len(devices) > 1 else []:
+        groups[f"device {device}"] = [k for k, one in enumerate(cases) if one.device == device]
+    return {
+        name: summarise(radial[chosen], aop[chosen])
+        | certainty([cases[k] for k in chosen], [predictions[k] for k in chosen], aop[chosen])
+        for name, chosen in groups.items()
+    }
+
+
+def as_text(report: Figures, missing: Sequence[str], fate: str) -> str:
+    """The report as a table for a terminal."""
+    width = max(map(len, LABELS.values())) + 2
+    heads = [f"{name} (n={figures['cases']})" for name, figures in report.items()]
+    lines = [
+        "errors at 512 px, with 95 % intervals",
+        " " * width + "".join(f"{h:>26}" for h in heads),
+    ]
+    for key, label in LABELS.items():
+        cells = []
+        if key not in report["all"]:  # of a model that is not calibrated
+            continue
+        for figures in report.values():
+            figure = figures[key]
+            cells.append(f"{figure['value']:.2f} ({figure['low']:.2f} to {figure['high']:.2f})")
+        lines.append(f"{label:<{width}}" + "".join(f"{cell:>26}" for cell in cells))
+    if missing:
+        shown = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
+        lines.append(f"{len(missing)} cases {fate}: {shown}")
+    return "\n".join(lines)
