@@ -10,8 +10,18 @@ import pytest
 
 from test.phantom import phantom
 from training import ablate, pretrain, pseudo_label
-from training.ablate import Task, carry_out, plan, prepare, pretraining
-from training.ablation import PAPER_ROWS, ROWS, SCALES, write_report
+from training.ablate import (
+    PAPER_ROWS,
+    ROWS,
+    SCALES,
+    AblateOptions,
+    Task,
+    carry_out,
+    plan,
+    prepare,
+    pretraining,
+    write_report,
+)
 from training.cases import Case, read_cases, write_cases
 from training.loop import parse_fit
 
@@ -38,9 +48,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def options(folders: Path, output: Path, *more: str):
+def options(folders: Path, output: Path, *more: str) -> AblateOptions:
     places = ["--psfhs", str(folders / "psfhs"), "--hc18", str(folders / "hc18")]
-    return ablate._parser().parse_args([*places, "--output", str(output), *more])
+    parsed = ablate._parser().parse_args([*places, "--output", str(output), *more])
+    return AblateOptions(**vars(parsed))
 
 
 def test_who_is_labelled_and_who_is_not(
@@ -68,9 +79,9 @@ def test_who_is_labelled_and_who_is_not(
 
 @pytest.mark.parametrize("scale", SCALES)
 def test_the_plan_is_understood_by_every_stage(folders: Path, tmp_path: Path, scale: str) -> None:
-    args = options(folders, tmp_path, "--scale", scale)
-    data = prepare(args)
-    tasks = [pretraining(args, SCALES[scale], data), *plan(args, SCALES[scale], data, 7)]
+    given = options(folders, tmp_path, "--scale", scale)
+    data = prepare(given)
+    tasks = [pretraining(given, data), *plan(given, data, 7)]
     names = [task.name for task in tasks]
     assert len({*names}) == len(names) and all({*task.needs} <= {*names} for task in tasks)
     parsers = {"training.pretrain": pretrain, "training.pseudo_label": pseudo_label}

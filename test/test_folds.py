@@ -12,7 +12,7 @@ import torch
 from export import to_onnx
 from model.uncertainty import QUANTITIES
 from test.test_fit import TINY, folder, run_fit  # noqa: F401
-from training import calibrate, error_model, evaluate, folds, join, loop, teachers
+from training import calibrate, evaluate, folds, join, loop, teachers
 from training.cases import read_cases, write_cases
 from training.checkpoint import load_weights
 from training.predict import (
@@ -241,8 +241,7 @@ def test_all_trains_on_val_too_and_keeps_the_last_epoch(data, tmp_path, capsys):
 
 
 def test_errors_are_fitted_on_the_answers_of_the_folds(finished, data, monkeypatch, capsys):
-    for module in (calibrate, error_model):
-        monkeypatch.setattr(module, "PARTS", 2)
+    monkeypatch.setattr(calibrate, "PARTS", 2)
     weights, output = finished / "fold-0" / "best.safetensors", data / "aop.safetensors"
     flags = ["--weights", str(weights), "--data", str(data / "cases.csv")]
     flags += ["--images", str(data / "images"), "--output", str(output)]
@@ -252,6 +251,12 @@ def test_errors_are_fitted_on_the_answers_of_the_folds(finished, data, monkeypat
     metrics = load_weights(output)[1].spec.metrics
     assert set(metrics) == {"folds_mre_px", "folds_aop_error_deg"}
     assert calibrate.main(flags) == 2 and "split val trained" in capsys.readouterr().err
+    monkeypatch.setattr(calibrate, "PARTS", 5)  # more than val has: train counts too
+    assert calibrate.main([*flags, "--folds", str(finished)]) == 0
+    monkeypatch.setattr(calibrate, "PARTS", 6)
+    assert calibrate.main([*flags, "--folds", str(finished)]) == 2
+    assert "at least 12 cases of split train and val" in capsys.readouterr().err
+    monkeypatch.setattr(calibrate, "PARTS", 2)
     assert found.cases == 10 and [*found.errors] == [*QUANTITIES]
     assert calibrate.main([*flags, "--folds", str(data)]) == 2
     assert "no finished folds" in capsys.readouterr().err

@@ -20,9 +20,9 @@ from model.frame import Letterbox, Pair, input_to_cells
 from model.image import BadFrame, ImageError, open_image
 from model.masks import CLASSES
 from training.augment import augment
-from training.cases import Case, CaseError, read_cases
-from training.masks import read_mask
+from training.cases import Case, CaseError, read_cases, require_images
 from training.recipes import Recipe
+from training.sources import read_mask
 
 
 class LandmarkDataset(Dataset[dict[str, Tensor]]):
@@ -127,11 +127,7 @@ def further_cases(
     found = []
     for table, folder in tables:
         cases = [case for case in read_cases(table) if case.split in (None, "train")]
-        missing = [case.file for case in cases if not (folder / case.file).exists()]
-        if missing:
-            raise CaseError(
-                f"{len(missing)} images of {table} not in {folder}, the first is {missing[0]}"
-            )
+        require_images(cases, folder, table)
         leaked = [c.file for c in cases if ((folder / c.file).resolve(), c.frame) in kept]
         if leaked:
             raise CaseError(

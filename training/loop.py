@@ -30,7 +30,7 @@ from tqdm import tqdm
 from model.image import is_supported_name
 from model.masks import CLASSES
 from model.network import build_network
-from training.cases import Case, CaseError, read_cases, write_cases
+from training.cases import Case, CaseError, count_splits, read_cases, require_images, write_cases
 from training.checkpoint import Checkpoint, save_weights
 from training.data import (
     EpochSampler,
@@ -517,6 +517,7 @@ def log_epoch(folder: Path, row: Mapping[str, float], title: str, sheet: np.ndar
 def split_cases(settings: FitSettings, recipe: Recipe, place: Processes) -> dict[str, list[Case]]:
     """The cases by split; where the table has none it is drawn by group and written down."""
     cases = read_cases(settings.data)
+    require_images(cases, settings.images, settings.data)
     if not any(case.split for case in cases):
         groups = [case.group for case in cases]
         if not all(groups):
@@ -537,13 +538,13 @@ def split_cases(settings: FitSettings, recipe: Recipe, place: Processes) -> dict
         chosen = {"train": chosen["train"] + chosen["val"], "val": []}
     for name, found in chosen.items():
         if not found and not (settings.all and name == "val"):
-            raise CaseError(f"{settings.data}: no case has split '{name}'; expected train and val")
-    missing = [case.file for case in cases if not (settings.images / case.file).is_file()]
-    if missing:
-        raise CaseError(
-            f"{len(missing)} images not in {settings.images}, the first is {missing[0]}"
-        )
+            raise CaseError(
+                f"{settings.data}: expected cases of split train and val, the table has "
+                f"{count_splits(cases)}"
+            )
     if settings.masks:
+        if not settings.masks.is_dir():
+            raise CaseError(f"{settings.masks} is not a folder; expected the folder of the masks")
         stems = {path.stem for path in settings.masks.iterdir()}
         bare = [case.file for case in chosen["train"] if Path(case.file).stem not in stems]
         if bare:
