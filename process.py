@@ -21,14 +21,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from model.answer import StopRequest
-from model.files import OutputError
-from model.jobs import InputError, find_cases
-from model.options import MOUNTED_MODELS, RunOptions, parse_options
+from model.pipeline.batch import LoadedModel, cases_of, conclude, print_line, run, tally_of
+from model.pipeline.case_runner import StopRequest
+from model.pipeline.cases import InputError, find_cases
+from model.pipeline.options import MOUNTED_MODELS, RunOptions, parse_options
+from model.pipeline.server import serve
+from model.pipeline.shards import merge
 from model.predictor import MOST_THREADS, ModelError, load_predictor, usable_cpus
-from model.run import LoadedModel, cases_of, conclude, print_line, run, tally_of
-from model.serve import serve
-from model.shards import merge
+from model.results.files import OutputError
 
 WEIGHTS = Path(__file__).resolve().parent / "model" / "weights"
 SHIPPED_MODEL, SHIPPED_FOR_CPU = WEIGHTS / "aop.onnx", WEIGHTS / "aop.int8.onnx"

@@ -13,8 +13,8 @@ import numpy as np
 import SimpleITK as sitk
 
 import process
-from model.answer import StopRequest
 from model.frame import input_to_cells
+from model.pipeline.case_runner import StopRequest
 from model.predictor import Output, Predictor, load_predictor
 from model.spec import ModelSpec
 from test.phantom import phantom

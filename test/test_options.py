@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from model.files import RunFiles
-from model.options import parse_options, variable
-from model.shards import Shard
+from model.pipeline.options import parse_options, variable
+from model.pipeline.shards import Shard
+from model.results.files import RunFiles
 
 CONTRACT = Path(__file__).resolve().parent.parent / "model" / "README.md"
 # option, two values, and what they come to

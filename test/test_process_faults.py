@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 
 import process
-from model import journal
-from model.answer import Stopped, StopRequest
-from model.files import RunFiles
-from model.overlay import DOUBT
+from model.drawing.overlay import DOUBT
+from model.pipeline.case_runner import Stopped, StopRequest
 from model.predictor import EngineError
+from model.results import journal
+from model.results.files import RunFiles
 from test.image_files import dicom
 from test.runs import (
     ANGLE,
@@ -336,7 +336,9 @@ def test_streams_that_take_nothing(tmp_path: Path, streams: str) -> None:
 def test_an_error_that_nobody_foresaw(tmp_path: Path) -> None:
     """Python's own exit status would be that of a run that answered all other cases."""
     png(tmp_path / "in" / "a.png")
-    command = changed(tmp_path, "import model.run; model.run.run = lambda *_: 1 / 0")
+    command = changed(
+        tmp_path, "import model.pipeline.batch; model.pipeline.batch.run = lambda *_: 1 / 0"
+    )
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, check=False)
     assert ran.returncode == 2 and b"\nZeroDivisionError: " in ran.stderr
     with Path("/dev/full").open("w") as full:

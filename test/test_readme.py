@@ -20,8 +20,6 @@ def text_of(page: str) -> str:
 
 def test_python_lines_run_and_give_the_recorded_answer() -> None:
     (lines,) = re.findall(r"^```python\n(.*?)^```$", text_of("README.md"), re.MULTILINE | re.DOTALL)
-    if not (ROOT / "model" / "images").is_dir():  # open_image is not there yet
-        lines = lines.replace("model.images.source", "model.image")
     ran = subprocess.run(
         [sys.executable, "-c", lines], cwd=ROOT, capture_output=True, text=True, check=False
     )

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from model.serve import application
+from model.pipeline.server import application
 from test.runs import ANGLE, POINTS, job, load, made, png, tree, volume
 
 ROOT = Path(__file__).resolve().parent.parent

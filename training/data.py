@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from model.anatomy import Floats
 from model.frame import Letterbox, Pair, input_to_cells
-from model.image import BadFrame, ImageError, open_image
+from model.images.source import BadFrame, ImageError, open_image
 from model.masks import CLASSES
 from training.augment import augment
 from training.cases import Case, CaseError, read_cases, require_images

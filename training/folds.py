@@ -33,7 +33,7 @@ from pathlib import Path
 
 import torch
 
-from model.image import ImageError
+from model.images.source import ImageError
 from model.spec import MaskShares
 from training.cases import Case, CaseError, read_cases, write_cases
 from training.checkpoint import CheckpointError, load_weights, write_text

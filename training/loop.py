@@ -27,7 +27,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from model.image import is_supported_name
+from model.images.source import is_supported_name
 from model.masks import CLASSES
 from model.network import build_network
 from training.cases import Case, CaseError, count_splits, read_cases, require_images, write_cases

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from model.anatomy import Floats
 from model.frame import Letterbox, Pair
-from model.image import BadFrame, GreyFrame, ImageError, is_supported_name, open_image
+from model.images.source import BadFrame, GreyFrame, ImageError, is_supported_name, open_image
 from training.cases import CaseError, read_cases
 from training.sources import stem_of
 

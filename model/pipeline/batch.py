@@ -16,15 +16,15 @@ from threading import Lock
 import cv2
 from pydantic import ValidationError
 
-from model.answer import Stopped, StopRequest, answer_case, frame_folder
-from model.files import PICTURE, OutputError
-from model.jobs import Case, InputError, find_cases
-from model.journal import Journal, settings_of
-from model.options import RunOptions
-from model.outputs import CaseEntry, RunSummary
+from model.drawing.report import write_report
+from model.images.limits import MemoryBudget
+from model.pipeline.case_runner import Stopped, StopRequest, answer_case, frame_folder
+from model.pipeline.cases import Case, InputError, find_cases
+from model.pipeline.options import RunOptions
 from model.predictor import Predictor
-from model.reading import MemoryBudget
-from model.report import write_report
+from model.results.files import PICTURE, OutputError
+from model.results.journal import Journal, settings_of
+from model.results.schemas import CaseEntry, RunSummary
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ from threading import Lock
 from types import FrameType
 from typing import Any
 
-from model.answer import StopRequest
-from model.run import print_line
+from model.pipeline.batch import print_line
+from model.pipeline.case_runner import StopRequest
 
 THREADS = 32  # that many may wait for their job while /health is still answered
 FAILED = "500 Internal Server Error"

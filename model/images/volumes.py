@@ -13,11 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from model.complete import is_cut, is_packed
-from model.dicom import open_dicom
-from model.formats import head_of
-from model.placing import placing
-from model.reading import (
+from model.images.complete import is_cut, is_packed
+from model.images.dicom import open_dicom
+from model.images.formats import head_of
+from model.images.limits import (
     MIN_SIDE,
     ImageError,
     ImageFile,
@@ -30,7 +29,8 @@ from model.reading import (
     damaged,
     unreadable,
 )
-from model.stand_in import acceptable
+from model.images.placing import placing
+from model.images.stand_in import acceptable
 
 ITK_NAMES = {"MetaImage": "Meta", "NIfTI": "Nifti", "NRRD": "Nrrd", "DICOM": "GDCM"}
 

@@ -11,18 +11,18 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from model.files import OVERLAY, PICTURE, SHEET, write_bytes
-from model.image import BadFrame, GreyFrame, ImageError, ImageSource, open_image
-from model.jobs import Case
-from model.journal import Journal
-from model.loops import LoopSummary
+from model.drawing.contact_sheet import LoopSummary
+from model.drawing.overlay import LONGEST, overlay_picture, png
+from model.drawing.text import Picture
+from model.images.limits import MemoryBudget
+from model.images.source import BadFrame, GreyFrame, ImageError, ImageSource, open_image
 from model.measure import bad_frame, failed_entry, measure, points_of, within_budget
-from model.options import RunOptions
-from model.outputs import CaseEntry, Loop, NamedPoint
-from model.overlay import LONGEST, overlay_picture, png
+from model.pipeline.cases import Case
+from model.pipeline.options import RunOptions
 from model.predictor import Predictor
-from model.reading import MemoryBudget
-from model.words import Picture
+from model.results.files import OVERLAY, PICTURE, SHEET, write_bytes
+from model.results.journal import Journal
+from model.results.schemas import CaseEntry, Loop, NamedPoint
 
 
 class Stopped(Exception):

@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
-from model.files import REPORT, RESULTS, TABLE, AnswerFiles, RunFiles
 from model.heatmap import Decode
+from model.pipeline.shards import Shard, parse_shard
 from model.predictor import MOST_THREADS, Provider
-from model.shards import Shard, parse_shard
+from model.results.files import REPORT, RESULTS, TABLE, AnswerFiles, RunFiles
 
 INPUT = Path("/input")
 OUTPUT = Path("/output")

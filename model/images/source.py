@@ -18,11 +18,10 @@ from typing import NoReturn
 
 import numpy as np
 
-from model.formats import SUFFIXES, format_of, is_dicom, is_supported_name
 from model.frame import Geometry
-from model.grey import Grey, to_grey
-from model.raster import open_picture, open_tiff
-from model.reading import (
+from model.images.formats import SUFFIXES, format_of, is_dicom, is_supported_name
+from model.images.grey import Grey, to_grey
+from model.images.limits import (
     MAX_FRAMES,
     ImageError,
     ImageFile,
@@ -30,7 +29,8 @@ from model.reading import (
     Reader,
     unreadable,
 )
-from model.volumes import ITK_NAMES, open_volume
+from model.images.pictures import open_picture, open_tiff
+from model.images.volumes import ITK_NAMES, open_volume
 
 __all__ = [
     "SUFFIXES",

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from model.elements import PIXELS, UNDEFINED, DataSet, open_data_set
-from model.reading import MAX_FRAMES, check_bytes, damaged
+from model.images.elements import PIXELS, UNDEFINED, DataSet, open_data_set
+from model.images.limits import MAX_FRAMES, check_bytes, damaged
 
 ROOT = "1.2.840.10008.1.2"  # of the UIDs of transfer syntaxes
 NATIVE = {(False, "<"): ROOT, (True, "<"): ROOT + ".1", (True, ">"): ROOT + ".2"}

@@ -14,7 +14,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from model.reading import (
+from model.images.limits import (
     MAX_BYTES,
     MAX_FRAMES,
     ImageError,
