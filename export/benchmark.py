@@ -51,9 +51,9 @@ from export.timing import (
     time_images,
 )
 from export.to_onnx import ParityError
-from model.files import write_bytes, write_json
-from model.image import ImageError
+from model.images.source import ImageError
 from model.predictor import EngineError, ModelError, Predictor, load_predictor, usable_cpus
+from model.results.files import write_bytes, write_json
 from training.cases import CaseError
 from training.checkpoint import CheckpointError
 from training.metrics import case_errors, summarise

@@ -9,7 +9,7 @@ import numpy as np
 
 from export.timing import QUICK_ROUNDS, Picture
 from export.to_onnx import RANDOM_IMAGES, random_image
-from model.image import is_supported_name
+from model.images.source import is_supported_name
 from training.cases import Case, CaseError, read_cases
 from training.data import read_grey
 from training.recipes import UNET

@@ -31,7 +31,7 @@ from torch import nn
 
 from export.codabench_pydantic import CLASS, SETTINGS, WEIGHTS
 from export.codabench_sources import ROOT, SourceError, flat_name, flat_sources
-from model.grey import to_grey
+from model.images.grey import to_grey
 from training.checkpoint import Checkpoint, CheckpointError, load_weights
 from training.predict import torch_predictor
 

@@ -19,11 +19,11 @@ sys.path.append(str(HERE))  # an ingestion program may load this file alone, by 
 
 from export.codabench_pydantic import SETTINGS, WEIGHTS, read_models  # noqa: E402
 from model.anatomy import Floats  # noqa: E402
-from model.grey import Grey, to_grey  # noqa: E402
 from model.heatmap import Heatmaps  # noqa: E402
+from model.images.grey import Grey, to_grey  # noqa: E402
+from model.images.limits import ImageError  # noqa: E402
 from model.network import build_network  # noqa: E402
 from model.predictor import Output, Predictor  # noqa: E402
-from model.reading import ImageError  # noqa: E402
 
 
 class model:

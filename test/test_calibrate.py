@@ -123,7 +123,7 @@ def test_samples_are_right_as_they_are_and_wrong_spoiled_drawn_or_other(folder: 
     for k, case in enumerate(cases):
         grey = read_grey(folder / "images" / case.file)[0]
         np.testing.assert_array_equal(right[k * view.RIGHT_DRAWS], grey)
-    seen = [view.changed(right[0], rng) for _ in range(20)]
+    seen = [view.change_image(right[0], rng) for _ in range(20)]
     without_marks = [bool((one[: round(64 * view.MARKS)] == 0).all()) for one in seen]
     assert 0 < sum(without_marks) < 20 and len({one.tobytes() for one in seen}) == 20
 

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from model.anatomy import LANDMARKS, angle_of_progression
-from model.files import write_results
-from model.outputs import CaseEntry, Results, named
+from model.results.files import write_results
+from model.results.schemas import CaseEntry, Results, named
 from training import evaluate
 from training.cases import Case, read_cases, write_cases
 from training.data import read_grey

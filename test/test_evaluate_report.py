@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from model.anatomy import angle_of_progression
-from model.image import ImageError
+from model.images.source import ImageError
 from test.browser import DESKTOP, PHONE, complaints, overflowing, resize
 from test.phantom import phantom
 from training.agreement import Estimate, bland_altman

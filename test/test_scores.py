@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from model.anatomy import LANDMARKS, angle_of_progression
-from model.image import open_image
+from model.images.source import open_image
 from test.conftest import ROOT
 from test.runs import job as input_job
 from test.runs import load, made, run, volume

@@ -34,9 +34,9 @@ from typing import Any
 import cv2
 import numpy as np
 
+from model.drawing.text import Picture
 from model.heatmap import Heatmaps
 from model.predictor import Provider
-from model.words import Picture
 from training.cases import Case, CaseError, read_cases, write_cases
 from training.checkpoint import load_weights, write_text
 from training.data import read_grey

@@ -35,9 +35,9 @@ from model.uncertainty import QUANTITIES, Calibration, ErrorModel
 from training.cases import Case, CaseError, count_splits, read_cases, require_images
 from training.checkpoint import Checkpoint, CheckpointError, load_weights, save_weights
 from training.data import read_grey
-from training.folds import kept_out, mask_shares
 from training.metrics import case_errors, mean_errors
-from training.predict import CasePrediction, answer_of, torch_predictor
+from training.predict import CasePrediction, answer_of, kept_out, torch_predictor
+from training.recipes import mask_shares
 from training.sources import images_matching
 from training.view import train_view_head
 
@@ -288,10 +288,10 @@ def fit_error_model(terms: Floats, errors: Floats) -> ErrorModel:
         used &= slopes > 0
     slopes = np.where(used, slopes / np.where(used, deviation, 1), 0.0)
     offset = float(weights[0] - slopes @ mean)
-    first, second = ((float(low), float(high)) for low, high in limits.T)
+    disagreement, spread = limits.T.tolist()
     return ErrorModel(
         weights=(offset, float(slopes[0]), float(slopes[1])),
-        limits=(first, second),
+        limits=((disagreement[0], disagreement[1]), (spread[0], spread[1])),
     )
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from model.frame import Geometry, Pixels
-from model.image import GreyFrame
+from model.images.source import GreyFrame
 from model.measure import measure
 from model.predictor import ModelError, Predictor, load_predictor
 from training.agreement import coverage_interval

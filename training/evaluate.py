@@ -32,9 +32,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
 
-from model.files import write_bytes
 from model.heatmap import Decode
-from model.image import ImageError
+from model.images.source import ImageError
+from model.results.files import write_bytes
 from training.cases import Case, CaseError, cases_of_split, require_images
 from training.jobs import (
     Answers,

@@ -23,10 +23,10 @@ from pydantic import AliasChoices, BaseModel, ConfigDict, Field, TypeAdapter, Va
 from tqdm import tqdm
 
 from model.anatomy import LANDMARKS, Floats, angle_of_progression
-from model.formats import SUFFIXES
 from model.frame import Geometry
-from model.image import ImageError, open_image
-from model.outputs import CaseEntry, Results
+from model.images.formats import SUFFIXES
+from model.images.source import ImageError, open_image
+from model.results.schemas import CaseEntry, Results
 from training.cases import Case, CaseError, read_cases
 from training.metrics import REFERENCE_PX, Summary, radial_errors_px, summarise
 

@@ -15,9 +15,9 @@ import numpy as np
 from tqdm import tqdm
 
 from model.anatomy import LANDMARKS, Floats
+from model.drawing.text import DOUBT, Picture
 from model.frame import Pair, Pixels
 from model.predictor import Predictor, Provider, load_predictor
-from model.words import DOUBT, Picture
 from training.cases import Case, CaseError, read_table, write_cases, write_rows
 from training.checkpoint import load_weights, write_text
 from training.criteria import Evidence, Objection, Thresholds, by_precision, by_share, judge

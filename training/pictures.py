@@ -7,10 +7,10 @@ import cv2
 import numpy as np
 
 from model.anatomy import LANDMARKS, Floats
+from model.drawing.overlay import COLOURS
+from model.drawing.text import Colour, Picture
 from model.frame import Letterbox, Pair, Pixels
 from model.masks import HEAD, SYMPHYSIS, outer_contour
-from model.overlay import COLOURS
-from model.words import Colour, Picture
 from training.cases import Case
 from training.data import read_grey
 from training.predict import CasePrediction

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from model.image import BadFrame, GreyFrame, ImageError, is_supported_name, open_image
+from model.images.source import BadFrame, GreyFrame, ImageError, is_supported_name, open_image
 from training.cases import SPLITS, Case, CaseError, read_cases
 from training.criteria import Objection
 from training.data import read_grey

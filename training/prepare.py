@@ -47,7 +47,7 @@ import cv2
 from tqdm import tqdm
 
 from model.anatomy import LANDMARKS, angle_of_progression
-from model.image import ImageError
+from model.images.source import ImageError
 from model.masks import MaskError, landmarks_from_mask
 from training.cases import SPLITS, Case, read_table, write_cases, write_rows
 from training.groups import (

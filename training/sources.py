@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from model.image import BadFrame, GreyFrame, is_supported_name, open_image
+from model.images.source import BadFrame, GreyFrame, is_supported_name, open_image
 from model.masks import MaskError
 from training.cases import Case, CaseError, case_tables, read_cases
 

@@ -11,7 +11,7 @@ from typing import IO, Any
 from pydantic import BaseModel
 
 from model.anatomy import LANDMARKS
-from model.outputs import (
+from model.results.schemas import (
     CaseEntry,
     MultiplePoints,
     NamedPoint,

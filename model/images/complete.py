@@ -12,7 +12,7 @@ import struct
 import zlib
 from pathlib import Path
 
-from model.formats import head_of, is_gzip
+from model.images.formats import head_of, is_gzip
 
 
 def is_packed(path: Path, kind: str) -> bool:

@@ -19,8 +19,15 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from model.files import OutputError, RunFiles, json_line, results_json, write_chunks, write_table
-from model.outputs import CaseEntry, Loop, RunSummary
+from model.results.files import (
+    OutputError,
+    RunFiles,
+    json_line,
+    results_json,
+    write_chunks,
+    write_table,
+)
+from model.results.schemas import CaseEntry, Loop, RunSummary
 
 ROOM = 4096  # bytes for a frame: its line in the journal, in results.json and in the table
 CHUNK = 16 * ROOM

@@ -15,10 +15,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from model.dicom_frames import BITS, FRAMES, JPEG, NATIVE, RLE, ROOT, SAMPLES, find_frames
-from model.elements import PIXELS, DataSet, open_data_set
-from model.placing import dicom_spacing
-from model.reading import ImageError, ImageFile, Raw, damaged, unreadable
+from model.images.dicom_frames import BITS, FRAMES, JPEG, NATIVE, RLE, ROOT, SAMPLES, find_frames
+from model.images.elements import PIXELS, DataSet, open_data_set
+from model.images.limits import ImageError, ImageFile, Raw, damaged, unreadable
+from model.images.placing import dicom_spacing
 
 _INSTANCE_NUMBER = 0x00200013
 _READABLE = {"", f"{ROOT}.1.99", RLE, *JPEG, *NATIVE.values()}  # "" without a header
@@ -46,7 +46,7 @@ def open_dicom(path: Path, open_one: Callable[[Path], ImageFile]) -> ImageFile:
 
     def read(k: int) -> Raw:
         try:
-            with frames.alone(k) as file:
+            with frames.single_frame(k) as file:
                 frame = open_one(file)
                 if frame.size != whole.size:  # a JPEG of another size than the header's
                     raise damaged("DICOM")

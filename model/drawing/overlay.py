@@ -12,9 +12,7 @@ import cv2
 import numpy as np
 
 from model.anatomy import LANDMARKS, Floats, Landmark
-from model.image import GreyFrame
-from model.outputs import CaseEntry
-from model.words import (
+from model.drawing.text import (
     BLACK,
     DOUBT,
     WHITE,
@@ -27,6 +25,8 @@ from model.words import (
     text_width,
     write_rows,
 )
+from model.images.source import GreyFrame
+from model.results.schemas import CaseEntry
 
 Stroke = tuple[Floats, Colour, int]  # (n, 2) px of the image as shown; the last is the thickness
 

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from model.anatomy import LANDMARKS
-from model.outputs import CaseEntry
+from model.results.schemas import CaseEntry
 
 Picture = npt.NDArray[np.uint8]
 Colour = tuple[int, int, int]

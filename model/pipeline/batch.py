@@ -1,15 +1,14 @@
 """One run: every case of the input folder, results.json and landmarks.csv."""
 
-import argparse
 import os
 import signal
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from threading import Lock
@@ -17,25 +16,29 @@ from threading import Lock
 import cv2
 from pydantic import ValidationError
 
-from model.answer import answer_case
-from model.files import PICTURE, OutputError
-from model.jobs import Case, InputError, find_cases
-from model.journal import Journal, settings_of
-from model.outputs import CaseEntry, RunSummary
+from model.drawing.report import write_report
+from model.images.limits import MemoryBudget
+from model.pipeline.case_runner import Stopped, StopRequest, answer_case, frame_folder
+from model.pipeline.cases import Case, InputError, find_cases
+from model.pipeline.options import RunOptions
 from model.predictor import Predictor
-from model.reading import alone
-from model.report import write_report
+from model.results.files import PICTURE, OutputError
+from model.results.journal import Journal, settings_of
+from model.results.schemas import CaseEntry, RunSummary
 
-STOPPED_BY: list[int] = []  # signals; looked at between frames, so that what is written is whole
 
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model that can answer, and what the answers say of its file."""
 
-class Stopped(Exception):
-    """The run was asked to stop between two frames of a stack."""
+    predictor: Predictor
+    file: Path
+    sha256: str
 
 
 @dataclass
 class Tally:
-    """What came of a run's cases, an entry each, or one a frame."""
+    """How many cases, or frames of stacks, came to what."""
 
     answered: int = 0
     failed: int = 0
@@ -44,105 +47,119 @@ class Tally:
     first_failure: CaseEntry | None = None
 
 
-def tell(text: str) -> None:
-    """Print a line; whoever reads them may stop listening, the run goes on."""
+def print_line(text: str) -> None:
+    """Print a line of progress. The run goes on if nobody can read it."""
     try:
         print(text, flush=True)
     except OSError:  # as when the disk of the log is full
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def run(predictor: Predictor, args: argparse.Namespace, cases: Sequence[Case]) -> tuple[int, str]:
+def run(
+    model: LoadedModel,
+    options: RunOptions,
+    cases: Sequence[Case],
+    stop: StopRequest,
+    at_once: int = 1,
+) -> tuple[int, str]:
     """Answer these cases of the input folder; returns the exit status, and what is wrong.
+
+    Args:
+        at_once: cases at a time.
 
     Raises:
         InputError, OutputError: nothing can be done.
     """
     start = time.perf_counter()
-    args = argparse.Namespace(**vars(args))
-    if args.overlay is None:
-        args.overlay = not any(case.is_job for case in cases)
-    summary = summary_of(predictor, args)
+    if options.overlay is None:
+        options = replace(options, overlay=not any(case.is_job for case in cases))
+    summary = summary_of(model, options)
     files = {case.name: case.file for case in cases}
     by_name = {case.name: case for case in cases}
-    holds = (lambda entry: _holds(by_name[entry.case], entry, args)) if args.resume else None
-    journal = Journal(args.output, args.run_files, settings_of(vars(summary)), files, holds)
+    holds = partial(_is_current, by_name, options) if options.resume else None
+    journal = Journal(options.output, options.run_files, settings_of(vars(summary)), files, holds)
     if journal.done:
-        tell(f"{len(journal.done)} of {len(cases)} cases are answered already")
+        print_line(f"{len(journal.done)} of {len(cases)} cases are answered already")
     try:
-        answer_cases(cases, predictor, args, journal)
-        if STOPPED_BY and len(journal.done) < len(cases):
-            return stopped(len(journal.done), len(cases))
+        answer_cases(cases, model.predictor, options, journal, stop, at_once)
+        if stop.signal is not None and len(journal.done) < len(cases):
+            return 128 + stop.signal, _stop_sentence(stop.signal, len(journal.done), len(cases))
         tally = tally_of(journal.entries())
         counts = {name: getattr(tally, name) for name in ("answered", "failed", "doubtful")}
         journal.finish(summary.model_copy(update=counts))
     except ValidationError:
-        sentence = f"{args.output / args.run_files.journal} was changed from outside"
+        sentence = f"{options.output / options.run_files.journal} was changed from outside"
         return 2, f"{sentence}; leave it alone, then --resume"
     except OSError as error:
-        names = f"{args.run_files.results} and {args.run_files.table}"
-        sentence = f"{args.output}: {names} not written ({error.strerror}); mend it, then --resume"
-        return 2, sentence
+        unwritten = f"{options.run_files.results} and {options.run_files.table} not written"
+        return 2, f"{options.output}: {unwritten} ({error.strerror}); mend it, then --resume"
     finally:
         journal.close()
     written = ", ".join(
-        str(args.output / name) for name in (args.run_files.results, args.run_files.table)
+        str(options.output / name) for name in (options.run_files.results, options.run_files.table)
     )
-    tell(f"{time.perf_counter() - start:.1f} s; {written}")
-    return conclude(tally, args, cases[0].is_job if cases else False)
+    print_line(f"{time.perf_counter() - start:.1f} s; {written}")
+    return conclude(tally, options, cases[0].is_job if cases else False)
 
 
-def cases_of(args: argparse.Namespace) -> list[Case]:
+def cases_of(options: RunOptions) -> list[Case]:
     """The cases of the input folder, or of this part of it."""
     passed_over: Counter[str] = Counter()
-    cases = find_cases(args.input, args.output, passed_over)
+    cases = find_cases(options.input, options.output, passed_over)
     if passed_over:
         found = ", ".join(f"{suffix} {count}" for suffix, count in sorted(passed_over.items()))
-        tell(f"passed over files that are no image by their name: {found}")
-    if args.shard is None:
+        print_line(f"passed over files that are no image by their name: {found}")
+    if options.shard is None:
         return cases
     if cases[0].is_job:
         raise InputError("--shard divides a folder of images, but this is a job: leave it out")
-    held = [case for case in cases if args.shard.holds(case.file)]
-    tell(f"part {args.shard}: {len(held)} of {len(cases)} cases")
-    return held
+    part = [case for case in cases if options.shard.holds(case.file)]
+    print_line(f"part {options.shard}: {len(part)} of {len(cases)} cases")
+    return part
 
 
 def answer_cases(
-    cases: Sequence[Case], predictor: Predictor, args: argparse.Namespace, journal: Journal
+    cases: Sequence[Case],
+    predictor: Predictor,
+    options: RunOptions,
+    journal: Journal,
+    stop: StopRequest,
+    at_once: int,
 ) -> None:
-    """Answer the cases that the journal does not have, until all are done or a signal came.
+    """Answer the cases that the journal does not have, until all are done or a stop is requested.
 
-    `args.at_once` cases at a time: while one waits for its file, or for Python, others compute.
+    Args:
+        at_once: cases at a time. While one waits for its file, or for Python, others compute.
     """
+    budget = MemoryBudget()
     done = journal.done
     waiting = iter([item for item in enumerate(cases, 1) if item[1].name not in done])
     turn = Lock()
 
     def record(number: int, entry: CaseEntry) -> None:
         journal.add(entry)
-        tell(f"[{number}/{len(cases)}] {_line(entry)}")
+        print_line(f"[{number}/{len(cases)}] {_line(entry)}")
 
     def work() -> None:
-        while not STOPPED_BY:
+        while stop.signal is None:
             with turn:
                 number, case = next(waiting, (0, None))
             if case is None:
                 return
             entries: list[CaseEntry] = []
-            take = entries.append if args.at_once > 1 else partial(record, number)
-            with alone(_size(case.path)):
-                loop = answer_case(case, predictor, args, journal, take, _pause)
+            take = entries.append if at_once > 1 else partial(record, number)
+            with budget.admit(_size(case.path)) as admitted:
+                loop = answer_case(case, predictor, options, journal, take, admitted, stop)
             with turn:  # a case's entries stand together in the journal
                 for entry in entries:
                     record(number, entry)
                 journal.end(case.name, loop)
 
-    if args.at_once > 1:
+    if at_once > 1:
         cv2.setNumThreads(1)
-    with suppress(Stopped), ThreadPoolExecutor(args.at_once) as pool:
+    with suppress(Stopped), ThreadPoolExecutor(at_once) as pool:
         try:
-            working = {pool.submit(work) for _ in range(args.at_once)}
+            working = {pool.submit(work) for _ in range(at_once)}
             while working:  # a signal that hit another thread is looked at within a second
                 ended, working = wait(working, 1, FIRST_COMPLETED)
                 for worker in ended:
@@ -160,18 +177,13 @@ def _size(path: Path) -> int:
         return 0
 
 
-def _pause() -> None:
-    if STOPPED_BY:
-        raise Stopped
-
-
-def _holds(case: Case, entry: CaseEntry, args: argparse.Namespace) -> bool:
+def _is_current(cases: Mapping[str, Case], options: RunOptions, entry: CaseEntry) -> bool:
     """Whether an earlier run's answer is there, and newer than its image."""
-    top = folder = args.output / case.folder
-    if entry.frame is not None:
-        folder = top / f"frame-{entry.frame:04d}"
-    answers = [(top if case.is_job else folder) / name for name in args.files.answers]
-    if args.report:
+    case = cases[entry.case]
+    top = options.output / case.folder
+    folder = frame_folder(top, entry.frame)
+    answers = [(top if case.is_job else folder) / name for name in options.files.answers]
+    if options.report:
         answers.append(folder / PICTURE)
     try:
         images = [*case.path.iterdir()] if case.path.is_dir() else [case.path]
@@ -181,24 +193,25 @@ def _holds(case: Case, entry: CaseEntry, args: argparse.Namespace) -> bool:
         return False
 
 
-def summary_of(predictor: Predictor, args: argparse.Namespace) -> RunSummary:
-    """How the run is made; its numbers are not known yet."""
+def summary_of(model: LoadedModel, options: RunOptions) -> RunSummary:
+    """How the run is made. Its counts are not known yet."""
+    spec = model.predictor.spec
     return RunSummary(
-        model=predictor.spec.name,
-        model_file=args.model.name,
-        model_sha256=args.model_sha256,
-        provider=predictor.provider,
+        model=spec.name,
+        model_file=model.file.name,
+        model_sha256=model.sha256,
+        provider=model.predictor.provider,
         settings={
-            "decode": args.decode or predictor.spec.decode,
-            "frame_of_answers": args.frame_of_answers,
-            "overlay": args.overlay,
-            "mirror": args.mirror,
-            "latency_budget_ms": args.latency_budget_ms,
-            "landmarks_file": args.files.landmarks,
-            "angle_file": args.files.angle,
-            "three_points_file": args.files.three_points,
+            "decode": options.decode or spec.decode,
+            "frame_of_answers": options.frame_of_answers,
+            "overlay": options.overlay,
+            "mirror": options.mirror,
+            "latency_budget_ms": options.latency_budget_ms,
+            "landmarks_file": options.files.landmarks,
+            "angle_file": options.files.angle,
+            "three_points_file": options.files.three_points,
         },
-        shard=str(args.shard) if args.shard else None,
+        shard=str(options.shard) if options.shard else None,
         answered=0,
         failed=0,
         doubtful=0,
@@ -218,33 +231,35 @@ def tally_of(entries: Iterable[CaseEntry]) -> Tally:
     return tally
 
 
-def conclude(tally: Tally, args: argparse.Namespace, is_job: bool = False) -> tuple[int, str]:
+def conclude(tally: Tally, options: RunOptions, is_job: bool = False) -> tuple[int, str]:
     """Write the report, print the summary; returns the exit status and what is wrong.
 
     Raises:
         OutputError: the report cannot be written.
     """
-    _report(args, is_job)
+    _report(options, is_job)
     count = tally.answered + tally.failed
-    tell(f"{tally.answered} answered, of them {tally.doubtful} doubtful; {tally.failed} failed")
+    print_line(
+        f"{tally.answered} answered, of them {tally.doubtful} doubtful; {tally.failed} failed"
+    )
     if tally.late:
-        tell(f"{tally.late} took longer than the latency budget")
+        print_line(f"{tally.late} took longer than the latency budget")
     if tally.first_failure is None:
         return 0, ""
     first = f"{_label(tally.first_failure)!r}: {tally.first_failure.error}"
     if count == 1:
         return 1, f"the case failed: {first}"
-    rest = f"; {args.run_files.results} names the others" if tally.failed > 1 else ""
+    rest = f"; {options.run_files.results} names the others" if tally.failed > 1 else ""
     return 1, f"{tally.failed} of {count} cases failed, the first is {first}{rest}"
 
 
-def _report(args: argparse.Namespace, is_job: bool) -> None:
+def _report(options: RunOptions, is_job: bool) -> None:
     """Write the page of what results.json now says, or remove that of an earlier run."""
-    path = args.output / args.run_files.report
+    path = options.output / options.run_files.report
     try:
-        if args.report:
-            write_report(args.output, args.run_files, is_job)
-            tell(f"report {path}")
+        if options.report:
+            write_report(options.output, options.run_files, is_job)
+            print_line(f"report {path}")
         else:
             path.unlink(missing_ok=True)
     except OSError as error:
@@ -253,11 +268,9 @@ def _report(args: argparse.Namespace, is_job: bool) -> None:
         ) from error
 
 
-def stopped(done: int, count: int) -> tuple[int, str]:
-    """What is said after a signal."""
-    name = signal.Signals(STOPPED_BY[0]).name
-    sentence = f"stopped by {name} after {done} of {count} cases; run it again with --resume"
-    return 128 + STOPPED_BY[0], sentence
+def _stop_sentence(number: int, done: int, count: int) -> str:
+    name = signal.Signals(number).name
+    return f"stopped by {name} after {done} of {count} cases; run it again with --resume"
 
 
 def _label(entry: CaseEntry) -> str:

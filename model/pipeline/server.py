@@ -1,13 +1,13 @@
 """Invoke mode: a server that runs the job in the input folder each time it is asked to."""
 
-import os
 import signal
 from collections.abc import Callable, Iterable
 from threading import Lock
 from types import FrameType
 from typing import Any
 
-from model.run import tell
+from model.pipeline.batch import print_line
+from model.pipeline.case_runner import StopRequest
 
 THREADS = 32  # that many may wait for their job while /health is still answered
 FAILED = "500 Internal Server Error"
@@ -44,12 +44,12 @@ def application(invoke: Invoke, one_at_a_time: Lock) -> Callable[..., Iterable[b
     return respond
 
 
-def serve(invoke: Invoke, port: int, stopped_by: list[int]) -> int:
+def serve(invoke: Invoke, port: int, stop: StopRequest) -> int:
     """Serve on all interfaces until SIGTERM or SIGINT; returns the exit status, 0.
 
     Args:
-        stopped_by: takes the signal; it has a running job end soon, which is then waited for. One
-            that came before ends the server before it starts.
+        stop: takes the signal. A running job then ends soon and is waited for. A signal that came
+            before ends the server before it starts.
 
     Raises:
         OSError: the port cannot be had.
@@ -60,20 +60,18 @@ def serve(invoke: Invoke, port: int, stopped_by: list[int]) -> int:
     respond = application(invoke, one_at_a_time)
     server = create_server(respond, host="0.0.0.0", port=port, threads=THREADS, ident=None)
 
-    def stop(number: int, frame: FrameType | None) -> None:
-        if stopped_by:
-            os._exit(128 + number)
-        stopped_by.append(number)
+    def end(number: int, frame: FrameType | None) -> None:
+        stop.request(number)
         raise SystemExit(0)
 
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, stop)
-    tell(f"serving on port {port}: POST /invoke runs the job in the input folder")
-    if not stopped_by:
+        signal.signal(number, end)
+    print_line(f"serving on port {port}: POST /invoke runs the job in the input folder")
+    if stop.signal is None:
         server.run()
     with one_at_a_time:  # a job still runs
         pass
     server.task_dispatcher.shutdown()  # its answer is still to be sent
     server.close()
-    tell("stopped")
+    print_line("stopped")
     return 0

@@ -13,36 +13,38 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from model.complete import is_cut, is_packed
-from model.dicom import open_dicom
-from model.formats import head_of
-from model.placing import placing
-from model.reading import (
+from model.images.complete import is_cut, is_packed
+from model.images.dicom import open_dicom
+from model.images.formats import head_of
+from model.images.limits import (
     MIN_SIDE,
     ImageError,
     ImageFile,
+    MemoryBudget,
     Raw,
     Reader,
-    bounded_memory,
     check_bytes,
     check_channels,
     check_size,
     damaged,
     unreadable,
 )
-from model.stand_in import acceptable
+from model.images.placing import placing
+from model.images.stand_in import acceptable
 
 ITK_NAMES = {"MetaImage": "Meta", "NIfTI": "Nifti", "NRRD": "Nrrd", "DICOM": "GDCM"}
 
 
-def open_volume(path: Path, kind: str) -> ImageFile:
+def open_volume(path: Path, kind: str, budget: MemoryBudget) -> ImageFile:
     """A file of one of the `ITK_NAMES`: one image, or a stack of them."""
-    return open_dicom(path, _open) if kind == "DICOM" else _open(path, kind)
+    if kind == "DICOM":
+        return open_dicom(path, lambda frame: _open(frame, kind, budget))
+    return _open(path, kind, budget)
 
 
-def _open(path: Path, kind: str = "DICOM") -> ImageFile:
-    """A file as ITK understands it; one in DICOM has one frame."""
-    with _itk(path, kind, path.stat().st_size) as header:
+def _open(path: Path, kind: str, budget: MemoryBudget) -> ImageFile:
+    """A file as ITK understands it; a DICOM file must have one frame."""
+    with _itk(path, kind, budget, path.stat().st_size) as header:
         header.ReadImageInformation()
         value = _simpleitk().Image([1, 1], header.GetPixelID())
     lengths, channels = header.GetSize(), header.GetNumberOfComponents()
@@ -55,7 +57,7 @@ def _open(path: Path, kind: str = "DICOM") -> ImageFile:
     stacked = [axis for axis in range(first + 2, len(lengths)) if lengths[axis] > 1]
     geometry, warnings, readable = placing(header, first)
     pixel_bytes = channels * value.GetSizeOfPixelComponent()
-    volume = _Volume(path, kind, lengths, channels, pixel_bytes, first, stacked, readable)
+    volume = _Volume(path, kind, budget, lengths, channels, pixel_bytes, first, stacked, readable)
     volume.check()
     count = lengths[stacked[0]] if stacked else 1
     size = lengths[first], lengths[first + 1]
@@ -76,6 +78,7 @@ class _Volume:
 
     path: Path
     kind: str
+    budget: MemoryBudget
     lengths: tuple[int, ...]
     channels: int
     pixel_bytes: int
@@ -121,7 +124,7 @@ class _Volume:
 
     def _pixels(self, needed: int, only: int | None = None) -> Raw:
         """(frames, H, W, channels): all frames, or one; they take so many bytes."""
-        with _itk(self.path, self.kind, needed, without_geometry=not self.readable) as reader:
+        with _itk(self.path, self.kind, self.budget, needed, not self.readable) as reader:
             if only is not None:
                 part = {self.stacked[0]: (only, 1)}
                 region = [part.get(axis, (0, n)) for axis, n in enumerate(self.lengths)]
@@ -151,12 +154,18 @@ def _simpleitk() -> Any:
 
 
 @contextmanager
-def _itk(path: Path, kind: str, needed: int, without_geometry: bool = False) -> Iterator[Any]:
+def _itk(
+    path: Path, kind: str, budget: MemoryBudget, needed: int, without_geometry: bool = False
+) -> Iterator[Any]:
     """An ImageFileReader of the file; what it refuses in the block becomes an ImageError."""
     reader = _simpleitk().ImageFileReader()
     reader.SetImageIO(f"{ITK_NAMES[kind]}ImageIO")
     try:
-        with acceptable(path, kind, without_geometry) as name, bounded_memory(needed), _silence():
+        with (
+            acceptable(path, kind, without_geometry) as name,
+            budget.limit_growth(needed),
+            _silence(),
+        ):
             reader.SetFileName(str(name))
             yield reader
     except RuntimeError as error:

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from model.files import REPORT, RESULTS, TABLE
-from model.formats import SUFFIXES, is_dicom, is_supported_name
+from model.images.formats import SUFFIXES, is_dicom, is_supported_name
+from model.results.files import REPORT, RESULTS, TABLE
 
 LONGEST_NAME = 200  # bytes; file systems stop at 255, and a number may have to be added
 

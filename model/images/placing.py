@@ -7,8 +7,8 @@ import numpy as np
 import numpy.typing as npt
 
 from model.anatomy import Floats
-from model.elements import DataSet
 from model.frame import IDENTITY, Geometry, Pair
+from model.images.elements import DataSet
 
 # A length in mm beyond these is a damaged header's, and would overflow on the way to the angle.
 SMALLEST, LARGEST = 1e-6, 1e6

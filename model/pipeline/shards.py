@@ -13,9 +13,9 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from model.files import OutputError, RunFiles, write_results
-from model.journal import settings_of
-from model.outputs import Results
+from model.results.files import OutputError, RunFiles, write_results
+from model.results.journal import settings_of
+from model.results.schemas import Results
 
 MOST = 10_000
 _COUNTS = ("answered", "failed", "doubtful")

@@ -10,7 +10,7 @@ import struct
 import zlib
 from pathlib import Path
 
-from model.reading import ImageError, damaged
+from model.images.limits import ImageError, damaged
 
 SUFFIXES = (
     *(".mha", ".mhd", ".nii", ".nii.gz", ".nrrd", ".dcm"),

@@ -14,12 +14,12 @@ from pathlib import Path, PurePosixPath
 from typing import IO, NamedTuple
 from urllib.parse import quote
 
-from model import overlay
 from model.anatomy import LANDMARKS
-from model.files import PICTURE, SHEET, RunFiles, read_entry, read_summary, write_chunks
-from model.outputs import CaseEntry, Loop, RunSummary, table_lines
-from model.page import around, escape
-from model.words import shown_confidence
+from model.drawing import overlay
+from model.drawing.page import around, escape
+from model.drawing.text import shown_confidence
+from model.results.files import PICTURE, SHEET, RunFiles, read_entry, read_summary, write_chunks
+from model.results.schemas import CaseEntry, Loop, RunSummary, table_lines
 
 TITLE = "Angle of progression: report"
 OPEN = 10  # that many failures or loops are listed at once, more of them behind a click

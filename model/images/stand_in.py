@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from model.formats import is_gzip
+from model.images.formats import is_gzip
 
 # What to strike, and how often, in a file whose pixels ITK refuses because of the geometry.
 _GEOMETRY = {

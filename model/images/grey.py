@@ -4,7 +4,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from model.reading import ImageError, Raw
+from model.images.limits import ImageError, Raw
 
 Grey = npt.NDArray[np.uint8] | npt.NDArray[np.float32]
 

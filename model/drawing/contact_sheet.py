@@ -10,10 +10,10 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from model import overlay
 from model.anatomy import Floats
-from model.outputs import CaseEntry, Loop
-from model.words import BLACK, DOUBT, WHITE, Colour, Picture, put_text, text_width
+from model.drawing import overlay
+from model.drawing.text import BLACK, DOUBT, WHITE, Colour, Picture, put_text, text_width
+from model.results.schemas import CaseEntry, Loop
 
 SHOWN, COLUMNS = 20, 5  # tiles at most: of a sheet, beside each other
 WIDEST, LARGEST = 1600, 490  # px of the sheet and of a tile

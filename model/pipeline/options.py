@@ -8,11 +8,14 @@ import math
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
+from typing import Literal
 
-from model.files import REPORT, RESULTS, TABLE, AnswerFiles, RunFiles
-from model.predictor import MOST_THREADS
-from model.shards import Shard, parse_shard
+from model.heatmap import Decode
+from model.pipeline.shards import Shard, parse_shard
+from model.predictor import MOST_THREADS, Provider
+from model.results.files import REPORT, RESULTS, TABLE, AnswerFiles, RunFiles
 
 INPUT = Path("/input")
 OUTPUT = Path("/output")
@@ -23,15 +26,51 @@ Each option can be set by an environment variable: --landmarks-file by AOP_LANDM
 --overlay by AOP_OVERLAY=yes or no, and so on. The command line wins."""
 
 
+@dataclass(frozen=True)
+class RunOptions:
+    """What the user wants: a field for each option of the command line.
+
+    model: None for the mounted model, else the shipped one. threads: None for all CPUs allowed.
+    decode: None for the model's own decoder. overlay: None for yes, but not for a job.
+    """
+
+    input: Path
+    output: Path
+    model: Path | None
+    provider: Provider
+    threads: int | None
+    decode: Decode | None
+    mirror: bool
+    latency_budget_ms: float | None
+    frame_of_answers: Literal["world", "pixel"]
+    landmarks_file: str
+    angle_file: str
+    three_points_file: str | None
+    overlay: bool | None
+    report: bool
+    resume: bool
+    shard: Shard | None
+    merge: bool
+    api_method: Literal["exec", "invoke"]
+    serve_port: int
+
+    @property
+    def files(self) -> AnswerFiles:
+        """Names of a case's answers."""
+        return AnswerFiles(self.landmarks_file, self.angle_file, self.three_points_file)
+
+    @property
+    def run_files(self) -> RunFiles:
+        """Names of the run's own files."""
+        return self.shard.run_files if self.shard else RunFiles()
+
+
 def parse_options(
     arguments: Sequence[str] | None,
     description: str | None,
     environment: Mapping[str, str] = os.environ,
-) -> argparse.Namespace:
-    """The command line, after the environment's AOP_ variables; exits with 2 on a bad option.
-
-    `files` and `run_files` are added: the names of a case's answers, and of the run's own files.
-    """
+) -> RunOptions:
+    """Read the AOP_ variables, then the command line; exits with 2 on a bad option."""
     parser = argparse.ArgumentParser(
         "process.py",
         usage="%(prog)s [--input DIR] [--output DIR] [option ...]",
@@ -40,27 +79,27 @@ def parse_options(
         epilog=EPILOG,
         exit_on_error=False,
     )
-    options = _add_options(parser, environment)
-    known = [variable(option.option_strings[0]) for option in options]
+    actions = _add_options(parser, environment)
+    known = [variable(action.option_strings[0]) for action in actions]
     for name in environment:
         near = difflib.get_close_matches(name, known, 1, 0.8) if name not in known else []
         if name.startswith("AOP_") and near:
             parser.error(f"unknown environment variable {name}; did you mean {near[0]}?")
     where = "from the environment: "
     try:
-        first = [text for option in options for text in _from_environment(option, environment)]
+        first = [text for action in actions for text in _from_environment(action, environment)]
         parser.parse_args(first)
         where = ""
-        args = parser.parse_args([*first, *(sys.argv[1:] if arguments is None else arguments)])
+        given = parser.parse_args([*first, *(sys.argv[1:] if arguments is None else arguments)])
     except (argparse.ArgumentError, ValueError) as error:
         parser.error(f"{where}{error}")
-    args.files = AnswerFiles(args.landmarks_file, args.angle_file, args.three_points_file)
-    args.shard = None if args.merge else args.shard  # the merged files are of all parts
-    args.run_files = args.shard.run_files if args.shard else RunFiles()
-    names = [*args.files.names, RESULTS, TABLE, REPORT]
+    options = RunOptions(**vars(given))
+    if options.merge:  # the merged files are those of all parts
+        options = replace(options, shard=None)
+    names = [*options.files.names, RESULTS, TABLE, REPORT]
     if any(f"{b}/".startswith(f"{a}/") for a, b in itertools.permutations(names, 2)):
         parser.error(f"each answer needs a name of its own, got {', '.join(names)}")
-    return args
+    return options
 
 
 def _add_options(
@@ -84,9 +123,9 @@ def _add_options(
     model_help = f"ONNX file (the one under {MOUNTED_MODELS}, else the shipped ones)"
     add("--model", type=Path, metavar="FILE", help=model_help)
     providers = ("auto", "cuda", "cpu")
-    provider_help = "processor; auto: CUDA where it runs, else the CPU (%(default)s)"
+    provider_help = "processor; auto: CUDA if it runs, else the CPU (%(default)s)"
     add("--provider", choices=providers, default="auto", help=provider_help)
-    threads_help = "on the CPU: cases at a time, or threads of a single case (all CPUs allowed)"
+    threads_help = "cases at a time on the CPU, or threads of a single case (all CPUs allowed)"
     add("--threads", type=_threads, metavar="N", help=threads_help)
     add("--decode", choices=("subpixel", "argmax"), help="heatmap decoder (the model's own)")
     mirror_help = (
@@ -100,8 +139,8 @@ def _add_options(
     frame_help = "landmarks in the file's world frame, mm where it has one, or in px (%(default)s)"
     add("--frame-of-answers", choices=("world", "pixel"), default="world", help=frame_help)
     for option, default, words in (
-        ("--landmarks-file", "aop-landmarks.json", "name of the landmarks' answer (%(default)s)"),
-        ("--angle-file", "angle-of-progression.json", "name of the angle's (%(default)s)"),
+        ("--landmarks-file", "aop-landmarks.json", "file with the landmarks (%(default)s)"),
+        ("--angle-file", "angle-of-progression.json", "file with the angle (%(default)s)"),
         ("--three-points-file", None, "write a Three-point angle too, e.g. as aop-angle.json"),
     ):
         add(option, type=_name_inside, metavar="NAME", default=default, help=words)
@@ -130,17 +169,18 @@ def _add_options(
     add("--api-method", choices=("exec", "invoke"), default="exec", help=method_help)
     serve_help = "the same as --api-method invoke"
     add("--serve", dest="api_method", action="store_const", const="invoke", help=serve_help)
-    add("--serve-port", type=_port, default=PORT, metavar="N", help="of the server (%(default)s)")
+    port_help = "port of the server (%(default)s)"
+    add("--serve-port", type=_port, default=PORT, metavar="N", help=port_help)
     return added
 
 
 def variable(option: str) -> str:
-    """--landmarks-file -> AOP_LANDMARKS_FILE."""
+    """The environment variable of an option: --landmarks-file -> AOP_LANDMARKS_FILE."""
     return "AOP_" + option.lstrip("-").replace("-", "_").upper()
 
 
 def _from_environment(option: argparse.Action, environment: Mapping[str, str]) -> list[str]:
-    """The command line that says what an option's variable says."""
+    """The command line that sets an option as its variable does; [] without a variable."""
     name = option.option_strings[0]
     text = environment.get(variable(name))
     if not text or option.const is not None:  # --serve only abbreviates

@@ -12,7 +12,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from model.reading import MAX_BYTES, damaged
+from model.images.limits import MAX_BYTES, damaged
 
 PIXELS = 0x7FE00010
 UNDEFINED = 0xFFFFFFFF  # the length of what goes on until an end mark

@@ -18,12 +18,19 @@ from typing import NoReturn
 
 import numpy as np
 
-from model.formats import SUFFIXES, format_of, is_dicom, is_supported_name
 from model.frame import Geometry
-from model.grey import Grey, to_grey
-from model.raster import open_picture, open_tiff
-from model.reading import MAX_FRAMES, ImageError, ImageFile, Reader, unreadable
-from model.volumes import ITK_NAMES, open_volume
+from model.images.formats import SUFFIXES, format_of, is_dicom, is_supported_name
+from model.images.grey import Grey, to_grey
+from model.images.limits import (
+    MAX_FRAMES,
+    ImageError,
+    ImageFile,
+    MemoryBudget,
+    Reader,
+    unreadable,
+)
+from model.images.pictures import open_picture, open_tiff
+from model.images.volumes import ITK_NAMES, open_volume
 
 __all__ = [
     "SUFFIXES",
@@ -101,22 +108,27 @@ class ImageSource:
                 index += 1
 
 
-def open_image(path: Path) -> ImageSource:
+def open_image(path: Path, budget: MemoryBudget | None = None) -> ImageSource:
     """Open one case: a file, or a folder whose DICOM files are its frames.
 
-    Three equal planes are one image: so PSFHS ships its images.
+    Three equal planes are one image: PSFHS ships its images so.
+
+    Args:
+        budget: limits the memory that reading takes, of the frames too. Threads of one process have
+            to share one; by default this image has a budget of its own.
 
     Raises:
         ImageError: the file as a whole, or the single image in it, cannot be used.
     """
+    budget = MemoryBudget() if budget is None else budget
     try:
-        return _open_folder(path) if path.is_dir() else _open_one(path)
+        return _open_folder(path, budget) if path.is_dir() else _open_one(path, budget)
     except OSError as error:
         raise unreadable(error) from error
 
 
-def _open_one(path: Path) -> ImageSource:
-    file = _open_file(path)
+def _open_one(path: Path, budget: MemoryBudget) -> ImageSource:
+    file = _open_file(path, budget)
     read = file.open()
     if file.count == 3 and _are_equal_planes(read):
         file = replace(file, count=1)
@@ -126,18 +138,18 @@ def _open_one(path: Path) -> ImageSource:
     return _stack((replace(file, open=lambda: read),))
 
 
-def _open_folder(folder: Path) -> ImageSource:
+def _open_folder(folder: Path, budget: MemoryBudget) -> ImageSource:
     """The DICOM files of a folder as frames, by InstanceNumber, then by name."""
     paths = [path for path in sorted(folder.iterdir()) if path.is_file() and is_dicom(path)]
     if not paths:
         count = sum(is_supported_name(path) for path in folder.iterdir())
         raise ImageError(f"the folder holds {count} images: expected one, or DICOM files")
     if len(paths) == 1:
-        return _open_one(paths[0])
+        return _open_one(paths[0], budget)
     files, errors = [], []
     for path in paths:
         try:
-            files.append(_open_file(path))
+            files.append(_open_file(path, budget))
         except ImageError as error:
             errors.append(error)
             files.append(ImageFile(1, (0, 0), partial(_refuse, error)))
@@ -154,14 +166,14 @@ def _stack(files: tuple[ImageFile, ...]) -> ImageSource:
     return ImageSource(*first.size, first.geometry, count, files)
 
 
-def _open_file(path: Path) -> ImageFile:
+def _open_file(path: Path, budget: MemoryBudget) -> ImageFile:
     try:
         if not stat.S_ISREG(path.stat().st_mode):  # a pipe would be waited for
             raise ImageError("the file cannot be read: it is a pipe, a socket or a device")
         kind = format_of(path)
         if kind in ITK_NAMES:
-            return open_volume(path, kind)
-        return open_tiff(path) if kind == "TIFF" else open_picture(path, kind)
+            return open_volume(path, kind, budget)
+        return open_tiff(path, budget) if kind == "TIFF" else open_picture(path, kind, budget)
     except OSError as error:
         raise unreadable(error) from error
 

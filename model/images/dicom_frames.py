@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from model.elements import PIXELS, UNDEFINED, DataSet, open_data_set
-from model.reading import MAX_FRAMES, check_bytes, damaged
+from model.images.elements import PIXELS, UNDEFINED, DataSet, open_data_set
+from model.images.limits import MAX_FRAMES, check_bytes, damaged
 
 ROOT = "1.2.840.10008.1.2"  # of the UIDs of transfer syntaxes
 NATIVE = {(False, "<"): ROOT, (True, "<"): ROOT + ".1", (True, ">"): ROOT + ".2"}
@@ -54,8 +54,8 @@ class Frames:
         """A file that tells the same, and has no pixels."""
         return _file(self.native, self.placed + self._element(0))
 
-    def alone(self, k: int) -> AbstractContextManager[Path]:
-        """A file of one frame, which does not tell where it lies: GDCM could refuse it for that.
+    def single_frame(self, k: int) -> AbstractContextManager[Path]:
+        """A file of the k-th frame. It does not say where it lies: GDCM could refuse it for that.
 
         Raises:
             ImageError: the frame is not there to its end, or too large.

@@ -14,13 +14,13 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from model.reading import (
+from model.images.limits import (
     MAX_BYTES,
     MAX_FRAMES,
     ImageError,
     ImageFile,
+    MemoryBudget,
     Raw,
-    bounded_memory,
     check_bytes,
     check_channels,
     check_size,
@@ -33,7 +33,7 @@ _LARGEST_ARRAY = 2**31 - 1  # bytes of an array that OpenCV takes
 _SUBFILE, _WIDTH, _HEIGHT, _BITS, _SAMPLES = 254, 256, 257, 258, 277  # TIFF tags
 
 
-def open_picture(path: Path, kind: str) -> ImageFile:
+def open_picture(path: Path, kind: str, budget: MemoryBudget) -> ImageFile:
     """A PNG, JPEG or BMP file."""
     if path.stat().st_size > 1.1 * MAX_BYTES:
         raise damaged(kind)  # no image within the limits takes so many bytes
@@ -47,7 +47,7 @@ def open_picture(path: Path, kind: str) -> ImageFile:
         raise ImageError(f"the {kind} data is truncated: its end mark is missing")
 
     def read(_: int) -> Raw:
-        with _opencv(kind, 8 * size[0] * size[1]):  # as stored: EXIF's orientation is left alone
+        with _opencv(kind, 8 * size[0] * size[1], budget):  # as stored, whatever EXIF's orientation
             image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
             if image is None:
                 raise damaged(kind)
@@ -56,7 +56,7 @@ def open_picture(path: Path, kind: str) -> ImageFile:
     return ImageFile(1, size, lambda: read)
 
 
-def open_tiff(path: Path) -> ImageFile:
+def open_tiff(path: Path, budget: MemoryBudget) -> ImageFile:
     """A TIFF file; its pages may differ in size."""
     try:
         pages = list(_tiff_pages(path))
@@ -70,7 +70,7 @@ def open_tiff(path: Path) -> ImageFile:
         needed = page.size[0] * page.size[1] * page.pixel_bits // 8
         check_bytes(needed)
         decode = _page_decoder(path, page)
-        with _opencv("TIFF", needed):
+        with _opencv("TIFF", needed, budget):
             images = decode()
             if not images:
                 raise damaged("TIFF")
@@ -80,9 +80,9 @@ def open_tiff(path: Path) -> ImageFile:
 
 
 @contextmanager
-def _opencv(kind: str, needed: int) -> Iterator[None]:
+def _opencv(kind: str, needed: int, budget: MemoryBudget) -> Iterator[None]:
     """What OpenCV refuses becomes an ImageError, and is not printed as well."""
-    with bounded_memory(needed):
+    with budget.limit_growth(needed):
         before = cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
         try:
             yield
