@@ -7,7 +7,7 @@ depend on the weights' values; accuracy does, so these have none.
 import hashlib
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -57,7 +57,7 @@ class PublishedUpPath(nn.Module):
 
     def __init__(self, config: TransUNetConfig) -> None:
         super().__init__()
-        longer = config.model_copy(update={"up_widths": config.encoder_widths[-2::-1]})
+        longer = replace(config, up_widths=config.encoder_widths[-2::-1])
         self.network = TransUNet(longer)
         self.shrink = nn.AvgPool2d(config.stride // longer.stride)
 

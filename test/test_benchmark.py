@@ -1,6 +1,7 @@
 """The benchmark: a run from end to end, what it refuses, and its peers."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -22,7 +23,7 @@ from training.checkpoint import Checkpoint, save_weights
 from training.recipes import COMPACT, PAPER, RECIPES
 
 RECIPE = COMPACT.model_copy(update={"network": SMALL, "sigma_cells": 1.5})
-STRIDE_8 = SMALL.model_copy(update={"up_widths": (10, 8), "vit_depth": 1})
+STRIDE_8 = replace(SMALL, up_widths=(10, 8), vit_depth=1)
 
 
 def published():

@@ -1,5 +1,7 @@
 """Export: parity on landmarks, the spec inside the file, and nothing written where parity fails."""
 
+from dataclasses import replace
+
 import numpy as np
 import onnx
 import pytest
@@ -76,7 +78,7 @@ def test_weights_that_are_not_numbers_are_not_written(weights, tmp_path, capsys)
 
 
 def test_parity_sees_another_view_score(weights, tmp_path):
-    config = SMALL.model_copy(update={"view_channels": 2})
+    config = replace(SMALL, view_channels=2)
     network, spec = build_network(config, masks=2).eval(), load_weights(weights)[1].spec
     inputs = [to_onnx.random_image(spec, seed) for seed in range(2)]
     to_onnx.save(to_onnx.converted(network, spec), spec, tmp_path / "aop.onnx")

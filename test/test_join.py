@@ -1,6 +1,7 @@
 """Several networks as one: the mean of their maps, what trains, what is refused."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,8 @@ from training.folds import kept_out
 from training.losses import heatmap_cross_entropy, mask_loss, total_loss
 from training.recipes import COMPACT
 
-OTHER = SMALL.model_copy(update={"encoder_widths": (8, 8, 10, 12, 14), "up_widths": (12, 10, 8)})
-ALL = SMALL.model_copy(update={"members": (OTHER, SMALL)})
+OTHER = replace(SMALL, encoder_widths=(8, 8, 10, 12, 14), up_widths=(12, 10, 8))
+ALL = replace(SMALL, members=(OTHER, SMALL))
 
 
 def written(path: Path, config: TransUNetConfig, masks: int = 2, **changes: object) -> Path:
@@ -29,7 +30,7 @@ def written(path: Path, config: TransUNetConfig, masks: int = 2, **changes: obje
 
 
 def test_the_maps_are_the_mean_of_all(tmp_path: Path) -> None:
-    with_view = SMALL.model_copy(update={"view_channels": 4})
+    with_view = replace(SMALL, view_channels=4)
     files = [written(tmp_path / "a.safetensors", with_view)]
     files += [written(tmp_path / "b.safetensors", OTHER, val_trained=True)]
     files += [written(tmp_path / "c.safetensors", SMALL)]
@@ -80,7 +81,7 @@ def test_every_network_learns_by_its_own_maps() -> None:
 def test_members_of_another_grid_or_with_parts_are_refused(changes: dict, words: str) -> None:
     member = OTHER.model_copy(update=changes)
     with pytest.raises(ValueError, match=words):
-        build_network(SMALL.model_copy(update={"members": (member,)}), masks=2)
+        build_network(replace(SMALL, members=(member,)), masks=2)
 
 
 def folds(root: Path, config: TransUNetConfig, name: str) -> Path:

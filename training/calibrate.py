@@ -18,6 +18,7 @@ import argparse
 import contextlib
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,7 +27,7 @@ import torch
 from tqdm import tqdm
 
 from model.anatomy import Floats
-from model.network import TransUNet, build_network
+from model.network import TransUNet, TransUNetConfig, build_network, without_view_head
 from model.predictor import Prediction, Predictor
 from model.spec import ModelSpec
 from model.uncertainty import QUANTITIES, Calibration
@@ -82,9 +83,9 @@ def calibrate(args: argparse.Namespace) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if args.others:
         train = [case for case in cases if case.split == "train"]
-        if not isinstance(network, TransUNet) or not train:
+        if not (isinstance(network, TransUNet) and isinstance(config, TransUNetConfig) and train):
             raise CaseError("--others needs a transunet, and cases of split train")
-        config = config.model_copy(update={"view_channels": VIEW_CHANNELS})
+        config = replace(config, view_channels=VIEW_CHANNELS)
         network = with_view_head(network, build_network(config, checkpoint.masks)).to(device)
         others = files_of(args.others)
         train_view_head(network, spec, train, args.images, others, args.seed)
@@ -139,11 +140,9 @@ def of_folds(
     args: argparse.Namespace, checkpoint: Checkpoint, spec: ModelSpec, device: torch.device
 ) -> list[Judged]:
     """What the networks of a cross-validation say of the cases that each has not seen."""
-    without_view = {"view_channels": 0}
     judged = []
     for network, other, cases in kept_out(args.folds):
-        configs = (one.network.model_copy(update=without_view) for one in (checkpoint, other))
-        if len(set(configs)) > 1:
+        if without_view_head(checkpoint.network) != without_view_head(other.network):
             raise CheckpointError(f"{args.folds} holds another network than {args.weights}")
         judged += judge(torch_predictor(network.to(device), spec, device), cases, args.images)
     return judged

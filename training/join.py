@@ -12,6 +12,7 @@ import argparse
 import shutil
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from model.network import TransUNetConfig, build_network
@@ -86,8 +87,8 @@ def join(files: Sequence[Path], output: Path) -> None:
         )
     networks = [part for network, _ in loaded for part in (network, *network.members)]
     configs = [part for one in described for part in (one.network, *one.network.members)]
-    first, *others = (one.model_copy(update={"view_channels": 0, "members": ()}) for one in configs)
-    config = first.model_copy(update={"members": tuple(others)})
+    first, *others = (replace(one, view_channels=0, members=()) for one in configs)
+    config = replace(first, members=tuple(others))
     tensors = {
         f"members.{k - 1}.{name}" if k else name: tensor
         for k, network in enumerate(networks)
@@ -102,7 +103,7 @@ def join(files: Sequence[Path], output: Path) -> None:
         "calibration": None,
         "metrics": {},
         "val_trained": any(one.spec.val_trained for one in described),
-        "recipe": spec.recipe | {"network": config.model_dump(mode="json")},
+        "recipe": spec.recipe | {"network": asdict(config)},
     }
     joined = Checkpoint(
         network=config, masks=described[0].masks, spec=spec.model_copy(update=changes)

@@ -8,6 +8,7 @@ those of the network too (`--network.vit_depth 4`), is a flag.
 
 import argparse
 import json
+from dataclasses import fields
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -50,7 +51,9 @@ class Recipe(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str = Field("paper", description="the recipe's name")
-    network: NetworkConfig = Field(TransUNetConfig(), description="the network's sizes")
+    network: NetworkConfig = Field(
+        TransUNetConfig(), discriminator="kind", description="the network's sizes"
+    )
     mean: float = Field(114.5, description="grey value subtracted from the input")
     std: float = Field(57.6, description="grey value that divides the input")
     sigma_cells: float = Field(4.0, description="sigma of the target Gaussians, heatmap cells")
@@ -209,14 +212,19 @@ def recipe_from_arguments(args: argparse.Namespace) -> Recipe:
     return Recipe.model_validate(values)
 
 
-def _fields(model: BaseModel, prefix: str = "") -> list[tuple[str, str]]:
+def _fields(model: BaseModel | NetworkConfig, prefix: str = "") -> list[tuple[str, str]]:
+    """(path, description) of every field that is a flag."""
+    if isinstance(model, BaseModel):
+        texts = {name: field.description for name, field in type(model).model_fields.items()}
+    else:
+        texts = {field.name: field.metadata.get("description") for field in fields(model)}
     found = []
-    for name, field in type(model).model_fields.items():
+    for name, text in texts.items():
         value = getattr(model, name)
-        if isinstance(value, BaseModel):
+        if isinstance(value, BaseModel | NetworkConfig):
             found += _fields(value, f"{prefix}{name}.")
         elif name != "kind":
-            found.append((prefix + name, field.description or ""))
+            found.append((prefix + name, text or ""))
     return found
 
 

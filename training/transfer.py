@@ -5,6 +5,7 @@ left out, or an error that lists what did not fit. Nothing that is said to be us
 """
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -27,7 +28,7 @@ def with_members(weights: Path | None, recipe: Recipe) -> Recipe:
     if not (weights and weights.exists() and isinstance(recipe.network, TransUNetConfig)):
         return recipe
     members = getattr(load_weights(weights)[1].network, "members", ())
-    network = recipe.network.model_copy(update={"members": recipe.network.members or members})
+    network = replace(recipe.network, members=recipe.network.members or members)
     return recipe.model_copy(update={"network": network})
 
 
