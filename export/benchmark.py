@@ -62,8 +62,7 @@ from export.benchmarks.timing import (
     time_images,
 )
 from export.conversion import ParityError, network_input
-from model.files import write_bytes, write_json
-from model.image import ImageError
+from model.images.source import ImageError
 from model.predictor import (
     EngineError,
     ModelError,
@@ -72,6 +71,7 @@ from model.predictor import (
     load_predictor,
     usable_cpus,
 )
+from model.results.files import write_bytes, write_json
 from training.cases import CaseError
 from training.checkpoint import CheckpointError
 from training.metrics import case_errors, summarise

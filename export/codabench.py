@@ -29,7 +29,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from model.grey import to_grey
+from model.images.grey import to_grey
 from training.checkpoint import Checkpoint, CheckpointError, load_weights
 from training.predict import torch_predictor
 

@@ -10,15 +10,14 @@ import numpy as np
 import pytest
 
 from model.anatomy import angle_of_progression
-from model.image import ImageError
+from model.images.source import ImageError
 from test.browser import DESKTOP, PHONE, complaints, overflowing, resize
 from test.phantom import phantom
 from training.agreement import Estimate, bland_altman
 from training.cases import Case, read_cases
 from training.chart import Axis, Chart, interval
-from training.evaluate import evaluate
 from training.figures import STYLE, drawn_case, groups_chart
-from training.metrics import case_errors
+from training.metrics import case_errors, evaluate
 from training.pictures import PREDICTED, TRUTH
 from training.predict import CasePrediction
 from training.report import write_report

@@ -14,8 +14,8 @@ from test.test_network import SMALL
 from training import join
 from training.cases import Case, write_cases
 from training.checkpoint import Checkpoint, load_weights, save_weights
-from training.folds import kept_out
 from training.losses import heatmap_cross_entropy, mask_loss, total_loss
+from training.predict import kept_out
 from training.recipes import COMPACT
 
 OTHER = replace(SMALL, encoder_widths=(8, 8, 10, 12, 14), up_widths=(12, 10, 8))

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from model.page import escape
+from model.drawing.page import escape
 from training.agreement import Estimate
 
 WIDTH, HEIGHT = 340, 250  # of a figure, in its own units: about px on a phone

@@ -12,9 +12,9 @@ import cv2
 import numpy as np
 
 from model.anatomy import Floats, Landmark
+from model.drawing.overlay import BEYOND
+from model.drawing.page import escape
 from model.frame import Letterbox, Pair, Pixels
-from model.overlay import BEYOND
-from model.page import escape
 from training.agreement import BlandAltman, Estimate, risk_coverage
 from training.chart import (
     CIRCLE,

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from model.anatomy import LANDMARKS
-from model.files import write_bytes
-from model.image import GreyFrame, ImageError, open_image
-from model.page import escape, page
+from model.drawing.page import escape, page
+from model.images.source import GreyFrame, ImageError, open_image
+from model.results.files import write_bytes
 from training import figures as draw
 from training.agreement import Estimate
 from training.cases import Case

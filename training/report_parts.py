@@ -7,7 +7,7 @@ from itertools import pairwise
 import numpy as np
 
 from model.anatomy import LANDMARKS
-from model.page import escape
+from model.drawing.page import escape
 from training import figures as draw
 from training.agreement import (
     Estimate,

@@ -27,7 +27,7 @@ from export.conversion import RANDOM_IMAGES, network_input, random_image
 from model.anatomy import Floats
 from model.frame import Pair
 from model.heatmap import Heatmaps
-from model.image import is_supported_name
+from model.images.source import is_supported_name
 from model.predictor import (
     CUDA_OPTIONS,
     ORT_PROVIDERS,
