@@ -20,7 +20,7 @@ from statistics import median
 import cv2
 import numpy as np
 
-from export.to_onnx import random_image
+from export.conversion import random_image
 from model.predictor import load_predictor
 
 ROOT = Path(__file__).resolve().parent.parent

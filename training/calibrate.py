@@ -19,7 +19,7 @@ import argparse
 import contextlib
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,7 +28,7 @@ import torch
 from tqdm import tqdm
 
 from model.anatomy import Floats
-from model.network import TransUNet, build_network
+from model.network import TransUNet, TransUNetConfig, build_network, without_view_head
 from model.predictor import Prediction, Predictor
 from model.spec import MaskShares, ModelSpec
 from model.uncertainty import QUANTITIES, Calibration, ErrorModel
@@ -107,9 +107,11 @@ def calibrate(options: CalibrateOptions) -> None:
     config = checkpoint.network
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if options.others:
-        if not (isinstance(network, TransUNet) and train and val):
+        if not (
+            isinstance(network, TransUNet) and isinstance(config, TransUNetConfig) and train and val
+        ):
             raise CaseError("--others needs a transunet, and cases of split train and val")
-        config = config.model_copy(update={"view_channels": VIEW_CHANNELS})
+        config = replace(config, view_channels=VIEW_CHANNELS)
         network = with_view_head(network, build_network(config, checkpoint.masks)).to(device)
         others = images_matching(options.others)
         train_view_head(network, spec, train, options.images, others, options.seed)
@@ -200,11 +202,9 @@ def answer_folds(
     Raises:
         CheckpointError: their network is not that of the weights.
     """
-    without_view = {"view_channels": 0}
     answers = []
     for network, other, cases in kept_out(folds):
-        configs = (one.network.model_copy(update=without_view) for one in (checkpoint, other))
-        if len(set(configs)) > 1:
+        if without_view_head(checkpoint.network) != without_view_head(other.network):
             raise CheckpointError(f"{folds} holds another network than {options.weights}")
         predictor = torch_predictor(network.to(device), spec, device)
         answers += answer_cases(predictor, cases, options.images)

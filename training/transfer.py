@@ -11,7 +11,7 @@ plain ones: the scales are multiplied into the layers before them, the biases jo
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -46,7 +46,7 @@ def with_members(weights: Path | None, recipe: Recipe) -> Recipe:
     if not (weights and weights.exists() and isinstance(recipe.network, TransUNetConfig)):
         return recipe
     members = getattr(load_weights(weights)[1].network, "members", ())
-    network = recipe.network.model_copy(update={"members": recipe.network.members or members})
+    network = replace(recipe.network, members=recipe.network.members or members)
     return recipe.model_copy(update={"network": network})
 
 

@@ -1,8 +1,10 @@
 """The functions of OpenCV that prediction calls, in numpy: the Codabench bundle's `cv2`.
 
 An ingestion program's environment need not have OpenCV. Arguments and results are OpenCV's, for
-what model/ asks of them and no more; test/test_codabench.py holds them to the real ones.
+what model/ asks of them and no more; the tests hold them to the real ones.
 """
+
+from __future__ import annotations
 
 import math
 from typing import Any
@@ -11,7 +13,6 @@ import numpy as np
 import numpy.typing as npt
 
 INTER_LINEAR, INTER_CUBIC, INTER_AREA, INTER_NEAREST_EXACT = 1, 2, 3, 6
-COLOR_RGB2GRAY = 7
 CC_STAT_AREA = 4
 RETR_EXTERNAL, CHAIN_APPROX_NONE = 0, 1
 
@@ -20,15 +21,6 @@ Array = npt.NDArray[Any]
 # (x, y) of the eight neighbours, anticlockwise from the right, as OpenCV numbers them
 _NEIGHBOURS = ((1, 0), (1, -1), (0, -1), (-1, -1), (-1, 0), (-1, 1), (0, 1), (1, 1))
 _LEFT = 4
-
-
-def cvtColor(image: Array, code: int) -> Array:
-    """(H, W, 3) uint8 RGB -> (H, W) uint8 luminance, in OpenCV's fixed point."""
-    if code != COLOR_RGB2GRAY or image.dtype != np.uint8:
-        raise NotImplementedError(f"cvtColor of code {code} and type {image.dtype}")
-    red, green, blue = np.moveaxis(image.astype(np.int32), -1, 0)
-    grey: Array = (red * 9798 + green * 19235 + blue * 3735 + 2**14) >> 15
-    return grey.astype(np.uint8)
 
 
 def resize(image: Array, dsize: tuple[int, int], interpolation: int = INTER_LINEAR) -> Array:

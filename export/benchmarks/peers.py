@@ -1,13 +1,13 @@
 """The models of a benchmark: where their ONNX files are, and what their networks cost.
 
-Peers with random weights are built from their recipe and exported by export.to_onnx. Time does not
-depend on the weights' values; accuracy does, so these have none.
+Peers with random weights are built from their recipe and exported as export.to_onnx does. Time does
+not depend on the values of weights. Accuracy does, so these peers have none.
 """
 
 import hashlib
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from export import to_onnx
+from export import conversion
 from model.network import NetworkConfig, TransUNet, TransUNetConfig, build_network
 from model.predictor import load_predictor
 from model.spec import ModelSpec
@@ -25,8 +25,9 @@ from training.checkpoint import Checkpoint, load_weights
 from training.recipes import PAPER, UNET, Recipe
 
 PARITY_IMAGES = 4
-SOURCES = sorted(Path(__file__).resolve().parent.parent.glob("model/network/*.py"))
-SOURCES += [Path(__file__), Path(to_onnx.__file__)]  # what an exported file depends on
+ROOT = Path(__file__).resolve().parent.parent.parent
+SOURCES = sorted(ROOT.glob("model/network/*.py"))
+SOURCES += [Path(__file__), Path(conversion.__file__)]  # what an exported file depends on
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Contender:
     """One model of a benchmark.
 
     file: ONNX. trained: whether its accuracy means something. gmac: 10^9 multiply-adds an image;
-    None where the file does not say what network it holds.
+    None if the file does not say which network it holds.
     """
 
     name: str
@@ -50,14 +51,14 @@ Source = Callable[[], tuple[nn.Module, ModelSpec]]
 class PublishedUpPath(nn.Module):
     """A TransUNet whose up path climbs to stride 2, and whose map is averaged down to the grid.
 
-    So the method's published code does it. Each step is as wide as its skip, by the rule that the
-    paper's steps and the U-Net's follow: 1024, 512, 256, 64 behind a ResNet-50. At 512 px that is
-    123 GMAC, against 83 of the paper's network that stops at stride 8.
+    The method's published code does so. Each step is as wide as its skip, as in the paper and the
+    U-Net: 1024, 512, 256, 64 behind a ResNet-50. At 512 px it costs 123 GMAC. The paper's network,
+    which stops at stride 8, costs 83.
     """
 
     def __init__(self, config: TransUNetConfig) -> None:
         super().__init__()
-        longer = config.model_copy(update={"up_widths": config.encoder_widths[-2::-1]})
+        longer = replace(config, up_widths=config.encoder_widths[-2::-1])
         self.network = TransUNet(longer)
         self.shrink = nn.AvgPool2d(config.stride // longer.stride)
 
@@ -67,7 +68,7 @@ class PublishedUpPath(nn.Module):
         return maps
 
 
-def _of_recipe(recipe: Recipe) -> tuple[nn.Module, ModelSpec]:
+def _recipe_network(recipe: Recipe) -> tuple[nn.Module, ModelSpec]:
     return build_network(recipe.network), recipe.spec()
 
 
@@ -78,9 +79,9 @@ def _published() -> tuple[nn.Module, ModelSpec]:
 
 
 PEERS: Mapping[str, Source] = {
-    "paper": lambda: _of_recipe(PAPER),
+    "paper": lambda: _recipe_network(PAPER),
     "published": _published,
-    "unet": lambda: _of_recipe(UNET),
+    "unet": lambda: _recipe_network(UNET),
 }
 
 
@@ -95,11 +96,11 @@ def random_peer(name: str, source: Source, cache: Path) -> Contender:
     return Contender(name, path, False, *cost(network, spec))
 
 
-def given_model(name: str, path: Path, cache: Path) -> Contender:
-    """A trained model: an ONNX file, weights (.safetensors), or the folder of a training.
+def trained_model(name: str, path: Path, cache: Path) -> Contender:
+    """A model from an ONNX file, from weights (.safetensors), or from the folder of a training.
 
-    Weights are exported into `cache` unless they are there; torch and ONNX Runtime must agree on
-    landmarks as in export.to_onnx.
+    Weights are exported into `cache` unless they are there. Torch and ONNX Runtime must then agree
+    on landmarks as in export.to_onnx.
 
     Raises:
         ModelError, CheckpointError, ParityError: it cannot be used; says why.
@@ -117,8 +118,8 @@ def given_model(name: str, path: Path, cache: Path) -> Contender:
 def cost(network: nn.Module, spec: ModelSpec) -> tuple[int, float]:
     """(parameters, GMAC an image) of a network, which moves to the meta device.
 
-    Half of torch's count of FLOP. It is made on the meta device also because the CPU's fused
-    attention is left out of that count.
+    GMAC are half of torch's count of FLOP. The meta device takes no time, and unlike the CPU it
+    counts attention, which the CPU fuses.
     """
     image = torch.zeros(1, spec.channels, spec.input_size, spec.input_size, device="meta")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -128,7 +129,7 @@ def cost(network: nn.Module, spec: ModelSpec) -> tuple[int, float]:
 
 
 def _cost_of_file(path: Path) -> tuple[int, float | None]:
-    """`cost` of an ONNX file, from the network that the weights beside it or its recipe name."""
+    """`cost` of an ONNX file, by the network that the weights beside it, or its recipe, name."""
     spec = load_predictor(path, "cpu").spec
     config, masks = _config_of(path, spec)
     if config is not None:
@@ -141,14 +142,14 @@ def _cost_of_file(path: Path) -> tuple[int, float | None]:
 
 
 def _config_of(path: Path, spec: ModelSpec) -> tuple[NetworkConfig | None, int]:
-    """The network's configuration and number of masks, as far as an ONNX file leads to them."""
+    """The network's configuration and number of masks; None if the file does not lead to them."""
     for stem in (path.stem, path.name.partition(".")[0]):  # aop.int8.onnx is made of aop's
         try:
             text = path.with_name(f"{stem}.json").read_text(encoding="utf-8")
             beside = Checkpoint.model_validate_json(text)
         except (OSError, ValidationError):
             continue
-        if beside.spec.recipe == spec.recipe:  # not of another model
+        if beside.spec.recipe == spec.recipe:  # else they are another model's
             return beside.network, beside.masks
     adapter: TypeAdapter[NetworkConfig] = TypeAdapter(NetworkConfig)
     try:
@@ -161,20 +162,20 @@ def _export(network: nn.Module, spec: ModelSpec, path: Path, check: bool) -> Non
     """Write an ONNX file whole or not at all; `check`: its landmarks must be torch's."""
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         draft = Path(folder) / path.name
-        to_onnx.save(to_onnx.converted(network.eval(), spec), spec, draft)
+        conversion.save(conversion.converted(network.eval(), spec), spec, draft)
         if check:
-            inputs = [to_onnx.random_image(spec, seed) for seed in range(PARITY_IMAGES)]
-            worst = to_onnx.parity(network, draft, inputs)
-            if worst > to_onnx.TOLERANCE_PX:
-                raise to_onnx.ParityError(
+            inputs = [conversion.random_image(spec, seed) for seed in range(PARITY_IMAGES)]
+            worst = conversion.parity(network, draft, inputs)
+            if worst > conversion.TOLERANCE_PX:
+                raise conversion.ParityError(
                     f"{path.name}: torch and ONNX differ by {worst:.3f} px, allowed are "
-                    f"{to_onnx.TOLERANCE_PX}"
+                    f"{conversion.TOLERANCE_PX}"
                 )
         draft.replace(path)
 
 
 def _digest(network: nn.Module, spec: ModelSpec, weights: bytes = b"") -> str:
-    """Of all that an exported file depends on, so that a stale one is not taken for it."""
+    """A digest of all that an exported file depends on, so that a stale file is not used."""
     parts = [path.read_bytes() for path in SOURCES]
     parts += [torch.__version__.encode(), repr(network).encode(), spec.model_dump_json().encode()]
     return hashlib.sha256(b"\0".join([*parts, weights])).hexdigest()[:12]
