@@ -13,14 +13,14 @@ from model.anatomy import angle_of_progression
 from model.images.source import ImageError
 from test.browser import DESKTOP, PHONE, complaints, overflowing, resize
 from test.phantom import phantom
-from training.agreement import Estimate, bland_altman
-from training.cases import Case, read_cases
-from training.chart import Axis, Chart, interval
-from training.figures import STYLE, drawn_case, groups_chart
-from training.metrics import case_errors, evaluate
-from training.pictures import PREDICTED, TRUTH
-from training.predict import CasePrediction
-from training.report import write_report
+from training.data.case_table import Case, read_cases
+from training.evaluation.chart import Axis, Chart, interval
+from training.evaluation.figures import STYLE, drawn_case, groups_chart
+from training.evaluation.metrics import case_errors, evaluate
+from training.evaluation.pictures import PREDICTED, TRUTH
+from training.evaluation.predict import CasePrediction
+from training.evaluation.report import write_report
+from training.evaluation.statistics import Estimate, bland_altman
 
 pytest_plugins = ["test.browser"]
 

@@ -17,8 +17,8 @@ from test.conftest import ROOT
 from test.runs import job as input_job
 from test.runs import load, made, run, volume
 from training import evaluate
-from training.cases import Case, write_cases
-from training.jobs import (
+from training.data.case_table import Case, write_cases
+from training.evaluation.challenge_jobs import (
     MOST_BYTES,
     PixelGrid,
     ScoresError,

@@ -8,16 +8,10 @@ import numpy as np
 
 from model.anatomy import LANDMARKS
 from model.drawing.page import escape
-from training import figures as draw
-from training.agreement import (
-    Estimate,
-    area_under_risk_coverage,
-    error_when_answering,
-    risk_coverage,
-)
-from training.chart import figure, interval, legend, signed
-from training.metrics import REFERENCE_PX
-from training.scored import (
+from training.evaluation import figures as draw
+from training.evaluation.chart import figure, interval, legend, signed
+from training.evaluation.metrics import REFERENCE_PX
+from training.evaluation.scored import (
     Chosen,
     Figures,
     Scored,
@@ -27,6 +21,12 @@ from training.scored import (
     given,
     held,
     share_of,
+)
+from training.evaluation.statistics import (
+    Estimate,
+    area_under_risk_coverage,
+    error_when_answering,
+    risk_coverage,
 )
 
 Columns = Mapping[str, Mapping[str, str]]  # column -> row -> cell

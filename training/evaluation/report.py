@@ -16,22 +16,22 @@ from model.anatomy import LANDMARKS
 from model.drawing.page import escape, page
 from model.images.source import GreyFrame, ImageError, open_image
 from model.results.files import write_bytes
-from training import figures as draw
-from training.agreement import Estimate
-from training.cases import Case
-from training.chart import interval, signed
-from training.metrics import REFERENCE_PX, SDR_PX, case_errors
-from training.report_parts import (
+from training.data.case_table import Case
+from training.evaluation import figures as draw
+from training.evaluation.chart import interval, signed
+from training.evaluation.metrics import REFERENCE_PX, SDR_PX, case_errors
+from training.evaluation.report_parts import (
     agreement,
     calibration,
     errors,
     risk_and_coverage,
     table,
 )
-from training.scored import Figures, Scored, agreeing, estimate, held, share_of
+from training.evaluation.scored import Figures, Scored, agreeing, estimate, held, share_of
+from training.evaluation.statistics import Estimate
 
 if TYPE_CHECKING:  # torch, which a report can do without
-    from training.predict import CasePrediction
+    from training.evaluation.predict import CasePrediction
 
 
 TITLE = "Landmarks and angle of progression against labels"

@@ -15,8 +15,7 @@ from model.anatomy import Floats, Landmark
 from model.drawing.overlay import BEYOND
 from model.drawing.page import escape
 from model.frame import Letterbox, Pair, Pixels
-from training.agreement import BlandAltman, Estimate, risk_coverage
-from training.chart import (
+from training.evaluation.chart import (
     CIRCLE,
     LEFT,
     RIGHT,
@@ -32,11 +31,12 @@ from training.chart import (
     signed,
     symbol,
 )
+from training.evaluation.statistics import BlandAltman, Estimate, risk_coverage
 
 LONGEST = 512  # px of an embedded picture
 JPEG = [cv2.IMWRITE_JPEG_QUALITY, 85]
 FIRST_SHARE = 0.05  # of the cases: fewer say little of an error when answering
-# Label and answer have the colours of training.pictures.
+# Label and answer have the colours of training.evaluation.pictures.
 STYLE = """\
 :root { --s0: #0060a8; --s1: #c44f00; --s2: #007a55; --s3: #8d4a8f; }
 @media (prefers-color-scheme: dark) { :root { --s0: #63b8f2; --s1: #f09a4a; --s2: #48cfa0;

@@ -10,13 +10,19 @@ import numpy as np
 import numpy.typing as npt
 
 from model.anatomy import Floats
-from training.agreement import BlandAltman, Estimate, bland_altman, coverage_interval, icc_2_1
-from training.cases import Case
-from training.chart import signed
-from training.metrics import summarise
+from training.data.case_table import Case
+from training.evaluation.chart import signed
+from training.evaluation.metrics import summarise
+from training.evaluation.statistics import (
+    BlandAltman,
+    Estimate,
+    bland_altman,
+    coverage_interval,
+    icc_2_1,
+)
 
 if TYPE_CHECKING:  # torch, which a report can do without
-    from training.predict import CasePrediction
+    from training.evaluation.predict import CasePrediction
 
 Chosen = npt.NDArray[np.int_]
 Figures = Mapping[str, Mapping[str, object]]  # group -> figure's name -> value and interval
@@ -78,7 +84,7 @@ class Scored:
         return f"label {label:.1f}°, answer {label + difference:.1f}° ({signed(difference)}°)"
 
     def figures(self, chosen: Chosen) -> dict[str, object]:
-        """The figures of `training.metrics.summarise` of some of the cases."""
+        """The figures of `training.evaluation.metrics.summarise` of some of the cases."""
         return summarise(self.radial_px[chosen], self.aop_error_deg[chosen])
 
 

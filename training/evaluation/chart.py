@@ -1,6 +1,6 @@
 """A chart: inline SVG, drawn at the width of a phone, part by part.
 
-Colours come from classes (`training.figures.STYLE`); series differ in shape or dash as well.
+Colours come from classes (`figures.STYLE`); series differ in shape or dash as well.
 """
 
 import math
@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from model.drawing.page import escape
-from training.agreement import Estimate
+from training.evaluation.statistics import Estimate
 
 WIDTH, HEIGHT = 340, 250  # of a figure, in its own units: about px on a phone
 LEFT, RIGHT, TOP, BOTTOM = 46, 16, 12, 42  # around its plot
