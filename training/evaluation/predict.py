@@ -108,7 +108,7 @@ def finished_folds(folds: Path) -> list[Path]:
     runs = sorted(folds.glob("fold-*"))
     if not runs or not all((run / "done").exists() for run in runs):
         raise CaseError(
-            f"expected only finished folds in {folds}: run training.folds --output {folds}"
+            f"no finished folds in {folds}, or some unfinished: run training.folds --output {folds}"
         )
     return runs
 
