@@ -18,6 +18,16 @@ landmarks_data.csv with aop_results.csv; the images anywhere below the folder):
 
     python -m training.prepare --iugc DIR --output cases.csv
 
+A table of an expert's clicks is a case table already, and training.fit reads it as it is:
+
+    Filename,PS1,PS2,FH1,AoP,split,group
+    site1/0001.png,"(131.5, 82)","(60, 95.25)","(190, 141)",,train,patient-7
+
+Filename is the path below the folder of images, suffix included. Points are in px: x to the right,
+y down, and the centre of the top left pixel is (0, 0). AoP (degrees), split (train, val or test)
+and group (a patient or examination, which a split keeps together) may be missing. Pass the table's
+folder to --iugc to have points and images checked and groups found; --split then draws a split.
+
 Landmarks from masks are no expert's clicks: the ends of the ellipse fitted to the symphysis, and
 the point where the tangent from PS1 touches the ellipse fitted to the head. What cannot be derived
 is named on stdout and in OUTPUT's .skipped.csv; the rest is written. Frames that look alike get one
@@ -39,16 +49,15 @@ from tqdm import tqdm
 from model.anatomy import LANDMARKS, angle_of_progression
 from model.images.source import ImageError
 from model.masks import MaskError, landmarks_from_mask
-from training.cases import SPLITS, Case, read_table, write_cases, write_rows
-from training.groups import (
+from training.data.case_table import SPLITS, Case, read_table, write_cases, write_rows
+from training.data.near_duplicates import (
     DUPLICATE_CORRELATION,
     Thumbnail,
     near_duplicate_groups,
     split_by_group,
     thumbnail,
 )
-from training.pictures import contact_sheet
-from training.sources import (
+from training.data.sources import (
     Skipped,
     Source,
     Unusable,
@@ -59,6 +68,7 @@ from training.sources import (
     skip,
     stem_of,
 )
+from training.evaluation.pictures import contact_sheet
 
 
 @dataclass(frozen=True)
