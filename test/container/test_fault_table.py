@@ -248,6 +248,7 @@ def test_model(tmp_path: Path, fault: str) -> None:
     assert sentence in found.sentence and "export" in found.sentence
 
 
+@pytest.mark.docker
 @pytest.mark.skipif(not IMAGE, reason="another user is had only in the container")
 def test_model_that_may_not_be_read(tmp_path: Path) -> None:
     """It must not be passed over for the shipped one."""
@@ -281,6 +282,7 @@ def test_output_that_is_not_writable(tmp_path: Path) -> None:
     assert "mount a writable folder" in ran.stderr
 
 
+@pytest.mark.docker
 @pytest.mark.skipif(not IMAGE, reason="a small disk is had only in the container")
 @pytest.mark.parametrize("megabytes", [1, 2, 3])
 def test_output_that_is_full_in_the_middle(tmp_path: Path, megabytes: int) -> None:
