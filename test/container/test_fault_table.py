@@ -27,6 +27,8 @@ from test.container import strict
 from test.container.strict import IMAGE, Outcome
 from test.support.runs import ANGLE, POINTS, job, load, made, png, tree, volume
 
+pytestmark = pytest.mark.slow  # each starts process.py
+
 GREY = made(1)
 ODD = np.uint8([[7]])
 
