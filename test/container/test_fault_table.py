@@ -1,7 +1,8 @@
-"""The fault table: what may be wrong with input, output or model, a row each.
+"""The fault table: one row for each thing that may be wrong with input, output or model.
 
-Run in the container under the flags of a challenge platform where AOP_IMAGE names it (test/container/strict.py).
-All faulty files lie in one folder beside good ones: none may cost another its answer.
+If AOP_IMAGE names an image, process.py runs in it under the flags of a challenge platform
+(test/container/strict.py). All faulty files lie in one folder beside good ones, and none may cost
+another its answer.
 """
 
 import gzip

@@ -1,6 +1,7 @@
 """The container's contract (DESIGN, section 5) where all goes well, on synthetic images."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -72,7 +73,7 @@ FOLDERS = {
 
 def test_every_case_is_answered_in_its_folder(answered: Run) -> None:
     assert (answered.status, answered.err) == (0, "")
-    assert "11 answered, of them" in answered.out and "0 failed" in answered.out
+    assert re.search(r"11 answered, \d+ of them doubtful; 0 failed\n", answered.out)
     expected = [f"{folder}/{name}" for folder in FOLDERS.values() for name in ANSWERS]
     sheets = [f"{stack}/contact-sheet.png" for stack in ("cine", "pages")]
     assert tree(answered.folder) == sorted([*expected, *sheets, "results.json", "landmarks.csv"])

@@ -55,7 +55,7 @@ def test_write_that_fails_leaves_the_old_file_whole(
 ) -> None:
     """Also on a file system that has no files without a name."""
     if named:
-        monkeypatch.setattr(files, "_nameless", lambda folder: None)
+        monkeypatch.setattr(files, "_open_nameless", lambda folder: None)
     write_bytes(tmp_path / "a.txt", b"old")
 
     def chunks() -> Iterator[bytes]:

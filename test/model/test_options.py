@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from model.pipeline.options import parse_options, variable
+from model.pipeline.options import parse_options, variable_name
 from model.pipeline.shards import Shard
 from model.results.files import RunFiles
 
@@ -46,9 +46,9 @@ def test_variable_option_and_which_wins(
         getattr(args, name(option))
         for args in (
             parse(option, first),
-            parse(**{variable(option): first}),
-            parse(option, second, **{variable(option): first}),
-            parse(**{variable(option): ""}),
+            parse(**{variable_name(option): first}),
+            parse(option, second, **{variable_name(option): first}),
+            parse(**{variable_name(option): ""}),
         )
     ]
     assert found == [one, one, two, getattr(parse(), name(option))]
@@ -61,10 +61,10 @@ def test_switches(option: str) -> None:
         getattr(args, name(option))
         for args in (
             parse(option),
-            parse(**{variable(option): "yes"}),
-            parse(**{variable(option): "No"}),
-            parse(no, **{variable(option): "yes"}),
-            parse(option, **{variable(option): "no"}),
+            parse(**{variable_name(option): "yes"}),
+            parse(**{variable_name(option): "No"}),
+            parse(no, **{variable_name(option): "yes"}),
+            parse(option, **{variable_name(option): "no"}),
         )
     ]
     assert found == [True, True, False, False, True]
@@ -124,4 +124,4 @@ def test_the_contract_has_every_option_with_its_variable() -> None:
     row = r"^\| `(--[a-z-]+)[^|]*\| `(AOP_[A-Z_]+)` \|"
     rows = dict(re.findall(row, CONTRACT.read_text(), re.MULTILINE))
     options = [*(option for option, *_ in VALUES), *SWITCHES]
-    assert rows == {option: variable(option) for option in options}
+    assert rows == {option: variable_name(option) for option in options}

@@ -15,14 +15,14 @@ import numpy as np
 import pytest
 
 from model.anatomy import LANDMARKS, angle_of_progression
-from model.drawing.overlay import png as encoded
+from model.drawing.overlay import encode_png
 from model.drawing.page import escape, page
-from model.drawing.report import doubt_key, write_report
+from model.drawing.report import doubt_key, write_run_report
 from model.frame import Geometry
 from model.images.source import GreyFrame
 from model.pipeline.case_runner import plain_picture
 from model.results.files import RunFiles, write_bytes, write_results
-from model.results.schemas import CaseEntry, Loop, Results, named
+from model.results.schemas import CaseEntry, Loop, Results, points_by_name
 from test.support.browser import PHONE, complaints, overflowing, resize
 from test.support.runs import job, load, made, png, run, volume
 from training.data.case_table import read_cases
@@ -53,7 +53,7 @@ def entry(file: str, frame: int | None = None, turn: float = 0.0, **known: Any) 
         status="ok",
         width=240,
         height=192,
-        landmarks_px=named(points),
+        landmarks_px=points_by_name(points),
         aop_deg=float(angle_of_progression(points, spacing or (1, 1))),
         **known,
     )
@@ -86,12 +86,12 @@ def reported(
     )
     write_results(folder, results)
     first = folder / "picture"
-    write_bytes(first, encoded(made(1)))
+    write_bytes(first, encode_png(made(1)))
     for e in answered:
         place = folder / e.case / ("" if e.frame is None else f"frame-{e.frame:04d}")
         place.mkdir(parents=True)
         os.link(first, place / "picture.png")
-    write_report(folder, RunFiles())
+    write_run_report(folder, RunFiles())
     return (folder / "report.html").as_uri()
 
 
@@ -520,7 +520,7 @@ def test_memory_does_not_grow_with_the_cases(tmp_path: Path) -> None:
         folder = tmp_path / f"{count}"
         reported(folder, entries)
         tracemalloc.start()
-        write_report(folder, RunFiles())
+        write_run_report(folder, RunFiles())
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[1] - peaks[0] < 1800 * 400  # bytes a case, of a page of 2 KB a case
@@ -590,7 +590,7 @@ def test_loops_are_listed(tmp_path: Path, browser: Any) -> None:
     )
     nothing = {"answered": 0, "aop_deg": [None] * 3, "median_aop_deg": None, "doubtful_frames": 0}
     lost = Loop(case="lost", file="lost.mha", **known | nothing)
-    write_bytes(tmp_path / "cine" / "contact-sheet.png", encoded(made(1)))
+    write_bytes(tmp_path / "cine" / "contact-sheet.png", encode_png(made(1)))
     browser.get(reported(tmp_path, [entry("a.png"), failed("b.png", "why")], loops=(moved, lost)))
     assert texts(browser, "summary") == ["1 failed", "2 loops"]
     assert texts(browser, "li")[1:] == [
@@ -627,7 +627,7 @@ def test_of_a_job(tmp_path: Path) -> None:
 def test_a_case_without_its_picture(tmp_path: Path) -> None:
     reported(tmp_path, [entry("a.png"), entry("b.png", turn=1)])
     shutil.rmtree(tmp_path / "a")
-    write_report(tmp_path, RunFiles())
+    write_run_report(tmp_path, RunFiles())
     text = (tmp_path / "report.html").read_text()
     assert text.count("no picture") == 1 and text.count("<img") == 1
     row = json.loads(re.findall(r'data-case="(.*?)"', text)[0].replace("&quot;", '"'))["row"]
@@ -638,11 +638,11 @@ def test_a_report_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Mon
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("model.pipeline.batch.write_report", full)
+    monkeypatch.setattr("model.pipeline.batch.write_run_report", full)
     png(tmp_path / "in" / "a.png")
     found = run(tmp_path / "in", tmp_path / "out", "--report", "--no-overlay")
     assert found.status == 2 and load(tmp_path / "out" / "results.json")["answered"] == 1
-    assert "report.html not written (No space left on device)" in found.sentence
+    assert "report.html could not be written (No space left on device)" in found.sentence
     monkeypatch.undo()
     again = run(tmp_path / "in", tmp_path / "out", "--report", "--no-overlay", "--resume")
     assert again.status == 0 and "1 of 1 cases are answered already" in again.out

@@ -13,7 +13,7 @@ from model.results.schemas import (
     CaseEntry,
     MultiplePoints,
     NamedPoint,
-    named,
+    points_by_name,
     table_lines,
     three_point_angle,
 )
@@ -112,9 +112,9 @@ def test_unknown_fields_are_refused() -> None:
         CaseEntry(case="a", file="a", status="failed", landmarks=[])
 
 
-def test_named_gives_plain_numbers_in_the_landmarks_order() -> None:
-    points = named(np.float32([[1, 2], [3, 4], [5, 6]]).astype(np.float64))
-    assert points == {"PS1": (1, 2), "PS2": (3, 4), "FH1": (5, 6)} and named(None) is None
+def test_points_by_name_gives_plain_numbers_in_the_landmarks_order() -> None:
+    points = points_by_name(np.float32([[1, 2], [3, 4], [5, 6]]).astype(np.float64))
+    assert points == {"PS1": (1, 2), "PS2": (3, 4), "FH1": (5, 6)} and points_by_name(None) is None
     assert [*points] == ["PS1", "PS2", "FH1"]
     assert all(type(value) is float for point in points.values() for value in point)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from model.pipeline.server import application
+from model.pipeline.server import wsgi_application
 from test.support.runs import ANGLE, POINTS, job, load, made, png, tree, volume
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -131,7 +131,9 @@ def test_a_job_that_cannot_begin_leaves_no_earlier_answer(server: Server) -> Non
 def test_requests(method: str, path: str, status: str) -> None:
     said = []
     environ = {"REQUEST_METHOD": method, "PATH_INFO": path}
-    body = application(lambda: None, threading.Lock())(environ, lambda *args: said.append(args))
+    body = wsgi_application(lambda: None, threading.Lock())(
+        environ, lambda *args: said.append(args)
+    )
     (answer, headers) = said[0]
     assert answer == status and dict(headers)["Content-Length"] == str(len(b"".join(body)))
 
@@ -145,7 +147,7 @@ def test_one_job_at_a_time_and_health_meanwhile() -> None:
         release.wait(10)
         running[0] -= 1
 
-    respond = application(invoke, threading.Lock())
+    respond = wsgi_application(invoke, threading.Lock())
     post = {"REQUEST_METHOD": "POST", "PATH_INFO": "/invoke"}
     threads = [threading.Thread(target=respond, args=(post, print)) for _ in range(3)]
     for thread in threads:
@@ -177,7 +179,8 @@ def test_a_job_that_outlasts_the_stop_is_answered(tmp_path: Path) -> None:
     """The server's own end waits for 5 s; a client that waits in line is told."""
     code = (
         "import os, time, process\n"
-        "process.run = lambda *_: (time.sleep(7), (0, ''))[1]; process.cases_of = lambda _: []\n"
+        "process.run_batch = lambda *_: (time.sleep(7), (0, ''))[1]\n"
+        "process.select_cases = lambda _: []\n"
         "process.load_model = lambda *_: None; os._exit(process.main())"
     )
     server = Server(tmp_path, [sys.executable, "-c", code])
