@@ -93,11 +93,11 @@ def run_batch(
         journal.finish(summary.model_copy(update=counts))
     except ValidationError:
         sentence = f"{options.output / options.run_files.journal} was changed from outside"
-        return 2, f"{sentence} during the run; leave that file alone, and run again with --resume"
+        return 2, f"{sentence} during the run; leave that file alone, then run again with --resume"
     except OSError as error:
         names = f"{options.run_files.results} and {options.run_files.table}"
         sentence = f"{names} could not be written to {options.output} ({error.strerror})"
-        return 2, f"{sentence}; make the folder writable with room, and run again with --resume"
+        return 2, f"{sentence}; free space or mend the folder, then run again with --resume"
     finally:
         journal.close()
     written = ", ".join(
@@ -117,7 +117,7 @@ def select_cases(options: RunOptions) -> list[InputCase]:
     cases = find_cases(options.input, options.output, skipped)
     if skipped:
         counts = ", ".join(f"{suffix} {count}" for suffix, count in sorted(skipped.items()))
-        print_line(f"skipped files whose suffix is not an image's: {counts}")
+        print_line(f"skipped files without an image's suffix: {counts}")
     if options.shard is None:
         return cases
     if cases[0].is_job:
@@ -144,7 +144,7 @@ def answer_cases(
     budget = MemoryBudget()
     done = journal.done
     waiting = iter([item for item in enumerate(cases, 1) if item[1].name not in done])
-    lock = Lock()  # of `waiting` and the journal
+    lock = Lock()  # guards `waiting` and the journal
 
     def record(number: int, entry: CaseEntry) -> None:
         journal.add(entry)
@@ -157,9 +157,9 @@ def answer_cases(
             if case is None:
                 return
             entries: list[CaseEntry] = []
-            take = entries.append if workers > 1 else partial(record, number)
+            keep = entries.append if workers > 1 else partial(record, number)
             with budget.admit(_file_bytes(case.path)) as admitted:
-                loop = answer_case(case, predictor, options, journal, take, admitted, stop)
+                loop = answer_case(case, predictor, options, journal, keep, admitted, stop)
             with lock:  # the journal keeps the entries of a case together
                 for entry in entries:
                     record(number, entry)
@@ -275,7 +275,7 @@ def _update_report(options: RunOptions, is_job: bool) -> None:
     except OSError as error:
         raise OutputError(
             f"{path} could not be written ({error.strerror}), but all other results were; "
-            "make the folder writable with room, and run again with --resume"
+            "free space or mend the folder, then run again with --resume"
         ) from error
 
 

@@ -161,8 +161,8 @@ def _add_options(
 
     add = add_group("answers")
     frame_help = (
-        "coordinates of the landmarks' file: the image's world frame, in mm if it has a pixel size, "
-        "or px of the image (default: %(default)s)"
+        "coordinates of the landmarks' file: those of the image's world frame, in mm if it has a "
+        "pixel size, or px of the image (default: %(default)s)"
     )
     add("--frame-of-answers", choices=("world", "pixel"), default="world", help=frame_help)
     for option, default, words in (

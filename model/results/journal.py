@@ -44,12 +44,12 @@ class Journal:
 
     Args:
         folder: the output folder; created if missing.
-        names: names of the run's files. An earlier run's results under these names are removed,
-            after its entries were taken over if it is resumed.
+        names: names of the run's files. An earlier run's results under these names are removed;
+            if it is resumed, its entries are taken over first.
         settings: everything that the answers depend on.
         cases: name -> file of each case of the run, in the order of results.json.
-        is_current: resumes an earlier run, whether it was stopped or had ended; tells of each of
-            its answered entries whether the answer can be kept. None begins anew.
+        is_current: says of an answered entry whether it can be kept. With it an earlier run is
+            resumed, whether it was stopped or had ended. None begins anew.
 
     Raises:
         OutputError: the folder cannot be written or has no room; another process writes this run;

@@ -1,4 +1,4 @@
-"""The container's contract (DESIGN, section 5) where all goes well, on synthetic images."""
+"""The container's contract when all goes well, on synthetic images."""
 
 import json
 import re
@@ -121,7 +121,9 @@ def test_answer_files_say_what_results_say(answered: Run) -> None:
         assert [*found] == [*LANDMARKS] and found == entry["confidence"]
         picture = cv2.imread(str(answered.folder / folder / "overlay.png"))
         expected = (640, 512) if file not in ("planes.mha", "cine.nrrd") else (533, 640)
-        assert picture.shape[1] == expected[0] and picture.shape[0] > expected[1]  # and the words
+        assert (
+            picture.shape[1] == expected[0] and picture.shape[0] > expected[1]
+        )  # the text is below
 
 
 @pytest.mark.parametrize("frame_of_answers", ["world", "pixel"])

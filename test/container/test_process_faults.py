@@ -1,4 +1,4 @@
-"""The container's contract (DESIGN, section 5) where something is wrong: input, options, output."""
+"""The container's contract when input, options or output are wrong."""
 
 import errno
 import re
@@ -40,7 +40,7 @@ from test.support.runs import (
 from training.data.case_table import read_cases
 
 ROOT = Path(__file__).resolve().parents[2]
-TOLD = {"case", "file", "status", "error"}  # what an entry of an unreadable file says
+TOLD = {"case", "file", "status", "error"}  # fields that an unreadable file's entry sets
 
 
 def image_with(value: float) -> np.ndarray:
@@ -208,14 +208,14 @@ def test_help_teaches_every_option_and_status() -> None:
 
 
 def changed(folder: Path, code: str) -> list[str | Path]:
-    """The command process.py after some code."""
+    """The command that runs some code and then process.py."""
     start = "import os, runpy, sys; sys.argv[0] = 'process.py'"
     code = f"{start}\n{code}\nrunpy.run_path('process.py', run_name='__main__')"
     return [sys.executable, "-c", code, "--input", folder / "in", "--output", folder / "out"]
 
 
 def test_as_a_command(tmp_path: Path) -> None:
-    """Quiet on stderr whatever libraries print, light, and safe from names that stdout lacks."""
+    """stderr stays empty, heavy libraries are not loaded, and stdout takes any file name."""
     png(tmp_path / "in" / "ü.png")
     command = changed(
         tmp_path,
@@ -277,7 +277,7 @@ def test_stop_between_the_frames_of_a_job(tmp_path: Path) -> None:
 
     def signalled(network_input: np.ndarray) -> np.ndarray:
         frames.append(network_input)
-        stop.signal = 15  # a second request would end the tests
+        stop.signal = 15  # a second stop.request would end the tests
         return real(network_input)
 
     predictor.run = signalled
@@ -310,7 +310,7 @@ def test_the_second_signal_ends_the_process_at_once(monkeypatch: pytest.MonkeyPa
 
 
 def test_nobody_listens(tmp_path: Path) -> None:
-    """As in `process.py ... | head -1`."""
+    """As with `process.py ... | head -1`."""
     for k in range(5):
         png(tmp_path / "in" / f"{k}.png")
     command = [sys.executable, "process.py", "--input", tmp_path / "in", "--output", tmp_path / "o"]
@@ -322,7 +322,7 @@ def test_nobody_listens(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("streams", [">/dev/full", "2>/dev/full", "<&- >&- 2>&-"])
 def test_streams_that_take_nothing(tmp_path: Path, streams: str) -> None:
-    """A full disk of the log, or a caller that closed them, costs no answer and no status."""
+    """A full log disk, or streams that the caller closed, change neither answers nor status."""
     (tmp_path / "in").mkdir()
     for k in range(3):
         volume(tmp_path / "in" / f"{k}.mha", made(k)[None])
@@ -334,7 +334,7 @@ def test_streams_that_take_nothing(tmp_path: Path, streams: str) -> None:
 
 
 def test_an_error_that_nobody_foresaw(tmp_path: Path) -> None:
-    """Python's own exit status would be that of a run that answered all other cases."""
+    """Python's own exit status, 1, would mean that all other cases were answered."""
     png(tmp_path / "in" / "a.png")
     command = changed(
         tmp_path, "import model.pipeline.batch; model.pipeline.batch.run_batch = lambda *_: 1 / 0"

@@ -256,7 +256,7 @@ def test_links_that_cannot_be_looked_at_hide_no_other_case(tmp_path: Path) -> No
     assert names(cases) == ["a__1", "a__2", "a__3", "a__folder", "images"]
     with pytest.raises(ImageError, match="File name too long"):
         open_image(cases[1].path)
-    (tmp_path / "out").symlink_to("out")  # which is for others to say
+    (tmp_path / "out").symlink_to("out")  # writing there will fail later
     assert len(find_cases(tmp_path, tmp_path / "out")) == 5
 
 
@@ -289,7 +289,7 @@ def test_nothing_to_do(tmp_path: Path, made: str) -> None:
 
 
 def deny(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    """As a folder without rights; the tests may run as root, who has them all."""
+    """Make a folder unreadable; permissions would not stop root, who may run the tests."""
     real = Path.iterdir
 
     def iterdir(self: Path):

@@ -1,4 +1,4 @@
-"""The summary of a loop, and what must be seen on its contact sheet."""
+"""The summary of a loop, and what must be visible on its contact sheet."""
 
 import subprocess
 import sys
@@ -31,7 +31,7 @@ from model.results.schemas import CaseEntry, Loop, points_by_name
 from test.model.test_overlay import has
 from test.phantom import phantom
 
-WIDTH, HEIGHT = 64, 48  # px of a frame, whose overlay is 640 x 480 px and the words below
+WIDTH, HEIGHT = 64, 48  # px of a frame; its overlay has 640 x 480 px and text below
 FOOT = TILE_LABEL + 5  # px of a tile below its picture
 
 
@@ -63,7 +63,7 @@ def flat(frame: int) -> Picture:
 def told(
     entries: Iterable[CaseEntry], frames: int, drawn: Sequence[int] = range(99)
 ) -> LoopSummary:
-    """Drawing takes time; `drawn` are those that a sheet may show."""
+    """Their summary. Drawing takes time, so only the `drawn` frames get an overlay of their own."""
     summary, other = LoopSummary("a", "a.mha", frames), flat(-1)
     for k, one in enumerate(entries):
         summary.add(one, None if one.status == "failed" else flat(k) if k in drawn else other)
@@ -90,7 +90,7 @@ def centre(tile: Picture) -> tuple[int, ...]:
 
 
 def column(frame: int, frames: int, width: int) -> int:
-    """Where a frame lies on the curve."""
+    """The x at which a frame lies on the curve."""
     return round(74 + (width - 156) * frame / (frames - 1))
 
 
@@ -218,7 +218,7 @@ def test_tile_of_a_failed_frame() -> None:
 
 
 def label(tile: Picture) -> Picture:
-    """The two lines below the picture, inside a frame."""
+    """The two lines of text below a tile's picture, within the tile's border."""
     return tile[1 - FOOT : -4, 4:-4]
 
 
@@ -241,12 +241,12 @@ def test_words_say_frame_and_angle() -> None:
 
 
 def remarks(tile: Picture) -> np.ndarray:
-    """Where the second line has letters."""
+    """The pixels of letters in the second line."""
     return label(tile)[label(tile).shape[0] // 2 + 1 :].max(axis=2) > 100
 
 
 def angles_of(frames: int, median: int) -> list[float]:
-    """That frame alone is in the middle, where it and the number are odd or even otherwise."""
+    """Angles whose median is that of one frame; exactly one of `frames` and `median` is odd."""
     angles = [90.0 if k % 2 else 150.0 for k in range(frames)]
     angles[median] = 120.0
     return angles

@@ -1,4 +1,4 @@
-"""Options and the environment's variables, and the table of them in model/README.md."""
+"""Options, their environment variables, and their table in model/README.md."""
 
 import re
 from pathlib import Path
@@ -10,7 +10,7 @@ from model.pipeline.shards import Shard
 from model.results.files import RunFiles
 
 CONTRACT = Path(__file__).resolve().parents[2] / "model" / "README.md"
-# option, two values, and what they come to
+# option, two values as text, and both as parsed
 VALUES = [
     ("--input", "a", "b", Path("a"), Path("b")),
     ("--output", "a", "b", Path("a"), Path("b")),
@@ -72,11 +72,11 @@ def test_switches(option: str) -> None:
 
 def test_serve_is_the_invoke_method() -> None:
     assert parse("--serve").api_method == "invoke" and parse().api_method == "exec"
-    assert parse(AOP_SERVE="yes").api_method == "exec"  # it only abbreviates
+    assert parse(AOP_SERVE="yes").api_method == "exec"  # --serve has no variable
 
 
 def test_names_of_a_shards_files() -> None:
-    assert parse("--merge", AOP_SHARD="2/3").run_files == parse().run_files  # it is of all parts
+    assert parse("--merge", AOP_SHARD="2/3").run_files == parse().run_files  # it merges all parts
     assert parse().run_files == RunFiles("results.json", "landmarks.csv")
     assert parse().run_files.report == "report.html"
     expected = RunFiles("results-2-of-3.json", "landmarks-2-of-3.csv")
@@ -87,7 +87,7 @@ def test_names_of_a_shards_files() -> None:
 def test_batch_engine(capsys: pytest.CaptureFixture[str]) -> None:
     assert parse("--shard", "auto/4", JOB_COMPLETION_INDEX="3").shard == Shard(4, 4)
     assert parse(AOP_SHARD="auto/4", JOB_COMPLETION_INDEX="0").shard == Shard(1, 4)
-    assert parse(JOB_COMPLETION_INDEX="3").shard is None  # such a job may have cases of its own
+    assert parse(JOB_COMPLETION_INDEX="3").shard is None  # an indexed job may have another purpose
 
 
 def test_a_variable_that_is_nearly_one(capsys: pytest.CaptureFixture[str]) -> None:

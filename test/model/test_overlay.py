@@ -1,4 +1,4 @@
-"""The picture that a person checks: what must be seen in it, and that nothing breaks it."""
+"""The overlay: what must be visible in it, whatever the image and the entry are."""
 
 import csv
 import subprocess
@@ -68,22 +68,22 @@ def draw(grey: np.ndarray | None = None, points: np.ndarray = LANDMARKS_PX, **mo
 
 
 def strip(height: int = SHORTEST, **more) -> np.ndarray:
-    """The words below a blank image."""
+    """The text below a blank image."""
     return draw(**more)[height:]
 
 
 def has(picture: np.ndarray, colour: tuple[int, int, int]) -> np.ndarray:
-    """Where a colour is, exactly."""
+    """The pixels that have exactly this colour."""
     return (picture == np.array(colour)).all(axis=-1)
 
 
 def near(picture: np.ndarray, colour: tuple[int, int, int]) -> np.ndarray:
-    """Where a colour is, or nearly."""
+    """The pixels that have nearly this colour."""
     return (np.abs(picture.astype(int) - colour) < 40).all(axis=-1)
 
 
 def ring(picture: np.ndarray, name: str, point: np.ndarray) -> np.ndarray:
-    """(x, y) of the middle of a landmark's ring, which is looked for near a point."""
+    """(x, y) of the centre of a landmark's ring, which is searched near a point."""
     reach = round((RING + 3) * picture.shape[1] / 640)
     left, top = np.maximum(np.rint(point).astype(int) - reach, 0)
     part = picture[top : top + 2 * reach + 1, left : left + 2 * reach + 1]
@@ -97,7 +97,7 @@ def in_picture(points: np.ndarray, scale: float = SHORTEST / 256) -> np.ndarray:
 
 
 def outward(points: np.ndarray) -> np.ndarray:
-    """Unit vector at FH1, across the tangent and away from PS2, that is from the head."""
+    """Unit vector at FH1, perpendicular to the tangent and away from PS2 and so from the head."""
     ps1, ps2, fh1 = points
     x, y = (fh1 - ps1) / np.linalg.norm(fh1 - ps1)
     return np.array([y, -x]) * -np.sign(np.array([y, -x]) @ (ps2 - ps1))
@@ -155,7 +155,7 @@ def test_the_tangent_goes_on_past_fh1(length: float) -> None:
 
 @pytest.mark.parametrize("side", [256, 2000])
 def test_lines_are_thin(side: int) -> None:
-    """A level line seen from above: bright pixels, and darkened ones beside it."""
+    """Across a horizontal line there are a few bright pixels, and darkened ones beside them."""
     points = np.array([[0.7, 0.3], [0.2, 0.3], [0.7, 0.8]]) * side
     picture = draw(blank(side, side), points)
     scale = picture.shape[1] / 640
@@ -183,7 +183,7 @@ def test_arc_goes_the_short_way_and_the_angle_stands_on_the_other_side() -> None
 
 
 def name_at(picture: np.ndarray, name: str, points: np.ndarray) -> np.ndarray:
-    """(n, 2) px of a landmark's colour, but for its mark."""
+    """(n, 2) positions of px in a landmark's colour, without those of its mark."""
     y, x = np.nonzero(near(picture[:SHORTEST], COLOURS[name]))
     found = np.column_stack([x, y])
     at = in_picture(points)[LANDMARKS.index(name)]
@@ -266,7 +266,7 @@ def test_only_doubt_puts_a_frame_and_words(more: dict) -> None:
     assert not has(sure, DOUBT).any() and framed(doubtful, SHORTEST)
     banner = doubtful[SHORTEST : SHORTEST + len(doubtful) - len(sure)]
     assert has(banner, DOUBT).mean() > 0.75
-    assert has(banner, (0, 0, 0)).sum() > 300  # black on orange: seen without its colour
+    assert has(banner, (0, 0, 0)).sum() > 300  # black on orange, readable without colours
     assert np.array_equal(doubtful[SHORTEST + len(banner) :], sure[SHORTEST:])
 
 
@@ -376,7 +376,7 @@ def test_odd_names_stay_in_their_line(name: str) -> None:
 
 
 def scale_bar(picture: np.ndarray) -> int:
-    """Its length in px: the longest white run in a row."""
+    """The length in px of the scale bar: the longest white run in a row."""
     longest = 0
     for row in has(picture, WHITE):
         ends = np.flatnonzero(np.diff(np.r_[0, row, 0])).reshape(-1, 2)
@@ -401,7 +401,7 @@ def scale_bar(picture: np.ndarray) -> int:
 def test_scale_bar(size: tuple, spacing: tuple, mm: float, doubtful: bool) -> None:
     grey = blank(size[1], size[0]) * 0
     edge = max(1, size[0] // 60)
-    grey[:, :edge] = grey[:, -edge:] = 255  # how wide it is shown
+    grey[:, :edge] = grey[:, -edge:] = 255  # shows how wide the image is drawn
     frame, entry = answered(grey, spacing_mm=spacing, doubtful=doubtful)
     picture = overlay_picture(frame, entry)
     part = crop_text_strip(picture, entry)
@@ -509,7 +509,7 @@ def test_width_of_a_text_is_that_of_its_pixels() -> None:
 
 @pytest.mark.real
 def test_real_heads_keep_their_contour(psfhs: Path) -> None:
-    """With the labelled landmarks; px of the picture, 2.5 times the image's."""
+    """With the labelled landmarks. The picture has 2.5 px for each px of the image."""
     with (psfhs / "cases.csv").open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["split"] == "val"][::3]
     at_fh1, along = [], []

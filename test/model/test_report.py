@@ -1,4 +1,4 @@
-"""The report of a run, in a real browser where one is installed."""
+"""The report of a run, in a real browser if one is installed."""
 
 import errno
 import json
@@ -102,7 +102,7 @@ def click(browser: Any, css: str, number: int = 0) -> None:
 
 
 def texts(browser: Any, css: str) -> list[str]:
-    """Of the elements that are shown."""
+    """The texts of the elements that are shown."""
     return browser.execute_script(
         "return [...document.querySelectorAll(arguments[0])].filter((e) => !e.closest('[hidden]'))"
         ".map((e) => e.textContent)",
@@ -143,7 +143,7 @@ def press(browser: Any, key: str, shift: bool = False) -> None:
 
 
 def saved(browser: Any, name: str = "landmarks-corrected.csv") -> Path:
-    """The table that the browser saves, which claims the name with an empty file first."""
+    """The table that the browser saves; at first it creates an empty file of that name."""
     path: Path = browser.downloads / name
     path.unlink(missing_ok=True)
     click(browser, "#save")
@@ -155,7 +155,7 @@ def saved(browser: Any, name: str = "landmarks-corrected.csv") -> Path:
 
 
 def loaded(browser: Any, path: Path, content: str) -> str:
-    """What the page tells of a table of corrections that is loaded."""
+    """What the page says after it has loaded a table of corrections."""
     path.write_text(content, "utf-8", newline="")
     browser.execute_script("document.querySelector('#notice').textContent = ''")
     browser.find_element("css selector", "#load").send_keys(str(path))
@@ -181,7 +181,7 @@ def test_page_is_whole_and_refers_to_nothing_outside() -> None:
 
 
 def test_policy(tmp_path: Path, browser: Any) -> None:
-    """What got into a page by mistake is neither run nor fetched, and the log says so."""
+    """Scripts, styles and links that got in by mistake have no effect, and the log says so."""
     bad = '<script>document.title = "bad"</script><p onclick="document.title = 2">x</p>'
     bad += '<img src="http://127.0.0.1:9/x.png"><p style="color: red">y</p>'
     (tmp_path / "a.html").write_text(page("good", bad, "document.title += '!'"))
@@ -347,7 +347,7 @@ ROW = '{file},"({x}, 40.0000)","(70.5000, 55.1250)","(160.0000, 120.0000)",98.1,
 
 
 def rows(*given: tuple[str, str], mark: str = "yes", doubt: str = "") -> str:
-    """A table of corrections: files, and x of PS1 as text."""
+    """A table of corrections, from file names and x of PS1 as text."""
     written = [ROW.format(file=file, x=x, doubt=doubt, mark=mark) for file, x in given]
     return "Filename,PS1,PS2,FH1,AoP,Doubt,Corrected\n" + "".join(written)
 

@@ -1,4 +1,4 @@
-"""The answers' schemas, the table, and writers that leave a whole file or none."""
+"""The schemas of the answers, and the table."""
 
 import json
 from pathlib import Path
@@ -29,7 +29,7 @@ def entry(file: str = "a.png", **known) -> CaseEntry:
 
 
 def frame_points(k: int) -> list[NamedPoint]:
-    """Three landmarks whose x tells the landmark and whose y and z tell the frame."""
+    """Three landmarks: x is the number of the landmark, y and z are that of the frame."""
     return [
         NamedPoint(name=name, point=(x, float(k), float(k)), probability=0.5)
         for x, name in enumerate(("PS1", "PS2", "FH1"))

@@ -1,4 +1,4 @@
-"""Invoke mode: a server for one job after the other."""
+"""Invoke mode: a server that answers one job after the other."""
 
 import http.client
 import json
@@ -20,7 +20,7 @@ from model.pipeline.server import wsgi_application
 from test.support.runs import ANGLE, POINTS, job, load, made, png, tree, volume
 
 ROOT = Path(__file__).resolve().parents[2]
-JOBS = int(os.environ.get("AOP_JOBS", "30"))  # 1000 by hand
+JOBS = int(os.environ.get("AOP_JOBS", "30"))  # 1000 in a long run
 
 
 class Server:
@@ -51,7 +51,7 @@ class Server:
             connection.request(method, path)
             answer = connection.getresponse()
             return answer.status, answer.read().decode()
-        except (OSError, http.client.HTTPException):  # not there, or no longer
+        except (OSError, http.client.HTTPException):  # the server has not started, or has ended
             return 0, ""
         finally:
             connection.close()
@@ -176,7 +176,7 @@ def test_stop_in_the_middle_of_a_job_leaves_whole_files(server: Server) -> None:
 
 
 def test_a_job_that_outlasts_the_stop_is_answered(tmp_path: Path) -> None:
-    """The server's own end waits for 5 s; a client that waits in line is told."""
+    """The server alone would wait only 5 s. A client whose job has not begun gets a sentence."""
     code = (
         "import os, time, process\n"
         "process.run_batch = lambda *_: (time.sleep(7), (0, ''))[1]\n"
@@ -220,7 +220,7 @@ def test_a_port_that_is_taken(tmp_path: Path) -> None:
 
 
 def test_many_jobs_a_tenth_of_them_bad(server: Server) -> None:
-    """All good ones are answered, and memory stays; AOP_JOBS=1000 for the long run."""
+    """Good jobs are answered, and memory does not grow; AOP_JOBS=1000 makes it a long run."""
     kinds = [
         lambda path: png(path / "a.png", made(1)),
         lambda path: volume(path / "a.mha", made(2)),

@@ -1,4 +1,4 @@
-"""Parts of a large folder: who answers what, and what becomes of the parts."""
+"""Parts of a large folder: which part answers a file, and how parts are merged."""
 
 import random
 from pathlib import Path
@@ -26,7 +26,7 @@ def test_a_part_does_not_depend_on_the_others_or_their_order() -> None:
     assert {f for f in shuffled if part.holds(f)} == {f for f in FILES if part.holds(f)} & {
         *shuffled
     }
-    assert [f for f in FILES[:40] if part.holds(f)] == EIGHTH  # on every machine, for ever
+    assert [f for f in FILES[:40] if part.holds(f)] == EIGHTH  # on every machine, in every version
 
 
 EIGHTH = [f"a/{k}.png" for k in (1, 17, 19, 21, 28, 32, 39)]
