@@ -13,7 +13,7 @@ import pytest
 
 from model.anatomy import LANDMARKS, angle_of_progression
 from model.results.files import write_results
-from model.results.schemas import CaseEntry, Results, named
+from model.results.schemas import CaseEntry, Results, points_by_name
 from training import evaluate
 from training.data.case_table import Case, read_cases, write_cases
 from training.data.dataset import read_grey
@@ -106,7 +106,7 @@ def entry(case: Case, **more) -> CaseEntry:
         "status": "ok",
         "width": 128,
         "height": 96,
-        "landmarks_px": named(case.landmarks_px + [3.0, 4.0]),
+        "landmarks_px": points_by_name(case.landmarks_px + [3.0, 4.0]),
         "aop_deg": case.aop_deg + 1,
         "confidence": dict(zip(LANDMARKS, (0.5, 0.6, 0.7), strict=True)),
     }
@@ -251,7 +251,7 @@ def predictions(folder) -> Path:
     for k, status in enumerate(("Succeeded", "Failed")):
         place = folder / "in" / f"job-{k}" / "output"
         place.mkdir(parents=True)
-        points = [{"name": n, "point": [*p, 0]} for n, p in named(POINTS).items()]
+        points = [{"name": n, "point": [*p, 0]} for n, p in points_by_name(POINTS).items()]
         (place / "aop-landmarks.json").write_text(json.dumps({"points": points}))
         (place / "angle-of-progression.json").write_text("90.5")
         slugs = ("aop-landmarks", "angle-of-progression")
