@@ -34,33 +34,33 @@ from pydantic import ConfigDict, Field
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from training.data.case_table import CaseError, read_table, write_rows
+from training.data.case_table import CaseError, read_table, write_csv
 from training.data.dataset import EpochSampler, train_loader
 from training.data.unlabelled import (
     CropSettings,
-    ImageChoice,
+    ImageSelection,
     UnlabelledDataset,
     add_image_arguments,
     find_images,
-    image_choice,
+    image_selection,
     read_squares,
     split_indices,
 )
 from training.evaluation.pictures import CAPTION, put_text, spread
 from training.learning.checkpoint import CheckpointError, save_weights
 from training.learning.mae import (
-    FILE,
+    MAE_FILE,
     AutoencoderConfig,
     Features,
+    MaeDescription,
     MaskedAutoencoder,
-    Pretrained,
     mae_loss,
+    patch_statistics,
     patchify,
-    statistics,
     unpatchify,
 )
 from training.learning.teachers import Beit, MaeTeacher, load_teacher
-from training.learning.trainer import Processes, Trainer, log_epoch, processes
+from training.learning.trainer import Processes, Trainer, join_processes, log_epoch
 from training.recipes import Range, one_cycle_factor
 
 SAMPLES_EVERY, SAMPLES = 10, 6  # epochs between two sheets, images on each
@@ -258,10 +258,10 @@ class PretrainOptions:
         output: the run's folder.
         resume: go on from the checkpoint in it.
         max_minutes: stop after the epoch in which these end.
-        device: auto, cuda or cpu, for `processes`.
+        device: auto, cuda or cpu, for `join_processes`.
     """
 
-    choice: ImageChoice
+    choice: ImageSelection
     output: Path
     resume: bool = False
     max_minutes: float | None = None
@@ -272,7 +272,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status."""
     args = _parser().parse_args(arguments)
     options = PretrainOptions(
-        choice=image_choice(args),
+        choice=image_selection(args),
         output=args.output,
         resume=args.resume,
         max_minutes=args.max_minutes,
@@ -280,7 +280,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     try:
         recipe = recipe_from_arguments(args)
-        with processes(options.device) as place:
+        with join_processes(options.device) as place:
             pretrain(options, recipe, place)
     except (CaseError, CheckpointError, ValueError, OSError) as error:
         print(f"training.pretrain: {error}", file=sys.stderr)
@@ -333,7 +333,7 @@ def note_images(
         if [list(row.values()) for _, row in read_table(path).rows] != rows:
             raise CaseError(f"the images are not those of {path}: resume with the same ones")
     elif place.leads:
-        write_rows(path, ["Filename", "split"], rows)
+        write_csv(path, ["Filename", "split"], rows)
 
 
 def keep(
@@ -365,8 +365,8 @@ def keep(
         mae = trainer.student.mae.eval()
         sheet = reconstructions(mae, batch["image"], batch["kept"], recipe.variance_floor)
     log_epoch(folder, row, "reconstructions", sheet)
-    described = Pretrained(recipe=recipe, epoch=epoch, val_explained=explained)
-    save_weights(folder / FILE, trainer.student.mae.state_dict(), described)
+    described = MaeDescription(recipe=recipe, epoch=epoch, val_explained=explained)
+    save_weights(folder / MAE_FILE, trainer.student.mae.state_dict(), described)
     trainer.save(folder / "checkpoint.pt", seconds)
 
 
@@ -381,7 +381,7 @@ def reconstructions(
     """
     grid = round(mae.encoder.position_embedding.shape[1] ** 0.5)
     patches = patchify(image, image.shape[-1] // grid)
-    mean, deviation = statistics(patches, floor)
+    mean, deviation = patch_statistics(patches, floor)
     seen = torch.zeros_like(mean).scatter(1, kept[..., None], 1.0)
     full = mae(image, kept).float() * deviation + mean
     columns = [patches, patches * seen, mean.expand_as(patches)]

@@ -18,7 +18,7 @@ from test.model.test_network import SMALL
 from test.phantom import phantom
 from training import calibrate, doubt, fit
 from training.data.case_table import Case, read_cases, write_cases
-from training.data.dataset import read_grey
+from training.data.dataset import read_frame
 from training.evaluation.metrics import case_errors
 from training.evaluation.predict import predict_cases, torch_predictor
 from training.learning import view_head as view
@@ -122,7 +122,7 @@ def test_samples_are_right_as_they_are_and_wrong_spoiled_drawn_or_other(folder: 
     assert len(right) == 3 * view.RIGHT_DRAWS
     assert len(found) == 3 * len(right) + 2 * view.OTHER_DRAWS
     for k, case in enumerate(cases):
-        grey = read_grey(folder / "images" / case.file)[0]
+        grey = read_frame(folder / "images" / case.file)[0]
         np.testing.assert_array_equal(right[k * view.RIGHT_DRAWS], grey)
     seen = [view.change_image(right[0], rng) for _ in range(20)]
     without_marks = [bool((one[: round(64 * view.MARKS)] == 0).all()) for one in seen]

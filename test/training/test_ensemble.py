@@ -8,7 +8,7 @@ from export import to_onnx
 from test.training.test_fit import TINY, folder, run_fit  # noqa: F401
 from training.data.case_table import read_cases
 from training.data.dataset import LandmarkDataset
-from training.data.near_duplicates import clusters
+from training.data.near_duplicates import cluster_groups
 from training.learning.checkpoint import load_weights
 from training.learning.teachers import Ensemble
 from training.recipes import Recipe
@@ -80,6 +80,6 @@ def test_groups_that_look_alike_are_dealt_together():
         for scene in (*scenes, *scenes)
     ]
     groups = ["a", "b", "c", "d", "e", "c"]
-    assert clusters(images, groups, 0.9) == [0, 1, 2, 0, 1, 2]
-    assert len(set(clusters(images, groups, 1.1))) == 5
-    assert len(set(clusters(images, groups, -1.0))) == 1
+    assert cluster_groups(images, groups, 0.9) == [0, 1, 2, 0, 1, 2]
+    assert len(set(cluster_groups(images, groups, 1.1))) == 5
+    assert len(set(cluster_groups(images, groups, -1.0))) == 1

@@ -111,7 +111,7 @@ def test_each_fold_is_taught_by_networks_that_kept_out_the_same_cases(
         assert to_onnx.main(["--run", str(fold), "--output", str(fold / folds.TEACHER)]) == 0
     taught, original = [], teachers.teachers_of
     monkeypatch.setattr(
-        loop, "teachers_of", lambda files, *rest: taught.append(files) or original(files, *rest)
+        loop, "load_ensemble", lambda files, *rest: taught.append(files) or original(files, *rest)
     )
     flags = ("--teachers", str(finished), *ONE_EPOCH, "--teacher_share", "0.5")
     assert run(data, tmp_path / "on", "--folds", "2", "--only", "1", *flags) == 0

@@ -79,7 +79,7 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Table:
+class CsvTable:
     """A CSV file's header and its rows with the line each ends on.
 
     overfull: the first line with more cells than the header has; the surplus is not in `rows`.
@@ -90,7 +90,7 @@ class Table:
     rows: list[tuple[int, Row]]
     overfull: int | None = None
 
-    def find(self, name: str, required: bool = True) -> str:
+    def find_column(self, name: str, required: bool = True) -> str:
         """The header of the column that goes by this name; "" if it is missing and may be."""
         plain = {column: _plain(column) for column in self.header}
         pattern = COLUMNS.get(name, re.escape(_plain(name)))
@@ -107,7 +107,7 @@ class Table:
         )
 
 
-def read_table(path: Path) -> Table:
+def read_table(path: Path) -> CsvTable:
     """Any CSV file with a header (UTF-8, with or without a byte order mark).
 
     Raises:
@@ -131,7 +131,7 @@ def read_table(path: Path) -> Table:
         raise CaseError(f"{path}: expected commas between the columns, found {separator}")
     overfull = [line for line, row in read if any(map(str.strip, row.get(SURPLUS, ())))]
     rows = [(line, {column: row[column].strip() for column in header}) for line, row in read]
-    return Table(path, header, rows, overfull[0] if overfull else None)
+    return CsvTable(path, header, rows, overfull[0] if overfull else None)
 
 
 def read_cases(path: Path | str) -> list[Case]:
@@ -147,9 +147,9 @@ def read_cases(path: Path | str) -> list[Case]:
             raise CaseError(f"{path}: expected one CSV with landmarks, found {len(tables)}")
         path = tables[0]
     table = read_table(path)
-    points = {name: table.find(name) for name in LANDMARKS}
-    optional = {field: table.find(name, required=False) for field, name in OPTIONAL.items()}
-    file, angle = table.find("Filename"), table.find("AoP", required=False)
+    points = {name: table.find_column(name) for name in LANDMARKS}
+    optional = {field: table.find_column(name, required=False) for field, name in OPTIONAL.items()}
+    file, angle = table.find_column("Filename"), table.find_column("AoP", required=False)
     if table.overfull:
         raise CaseError(
             f"{path}, line {table.overfull}: the row has more cells than the header; a point is "
@@ -246,10 +246,10 @@ def write_cases(path: Path | str, cases: Sequence[Case]) -> None:
         ]
         for case in cases
     )
-    write_rows(Path(path), [*COLUMNS, *(OPTIONAL[field] for field in known)], rows)
+    write_csv(Path(path), [*COLUMNS, *(OPTIONAL[field] for field in known)], rows)
 
 
-def write_rows(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """Write a CSV file so that a reader sees the old file or the whole new one."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -267,7 +267,7 @@ def _plain(header: str) -> str:
 def _has_landmarks(path: Path) -> bool:
     try:
         table = read_table(path)
-        return all(table.find(name) for name in ("Filename", *LANDMARKS))
+        return all(table.find_column(name) for name in ("Filename", *LANDMARKS))
     except CaseError:
         return False
 
@@ -278,7 +278,7 @@ def _angles_beside(path: Path) -> dict[str, float]:
     if not beside:
         return {}
     table = read_table(beside[0])
-    file, angle = table.find("Filename"), table.find("AoP")
+    file, angle = table.find_column("Filename"), table.find_column("AoP")
     return {
         Path(row[file]).stem: _degrees(row[angle], f"{table.path}, line {line}", angle)
         for line, row in table.rows

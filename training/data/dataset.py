@@ -61,7 +61,7 @@ class LandmarkDataset(Dataset[dict[str, Tensor]]):
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Tensor]:
         epoch, index = key
         case = self.cases[index]
-        grey, spacing = read_grey(self.folders[index] / case.file, case.frame)
+        grey, spacing = read_frame(self.folders[index] / case.file, case.frame)
         box = Letterbox(grey.shape[1], grey.shape[0], self.spec.input_size, spacing)
         image, points, mask = box.apply(grey), box.to_input(case.landmarks_px), None
         if self.masks is not None and index < self.with_mask:
@@ -87,7 +87,7 @@ class LandmarkDataset(Dataset[dict[str, Tensor]]):
         return sample
 
     def _style(self, rng: np.random.Generator) -> np.ndarray:
-        grey, spacing = read_grey(self.styles[rng.integers(len(self.styles))])
+        grey, spacing = read_frame(self.styles[rng.integers(len(self.styles))])
         return Letterbox(grey.shape[1], grey.shape[0], self.spec.input_size, spacing).apply(grey)
 
     def _mask_shares(self, mask: np.ndarray | None) -> np.ndarray:
@@ -138,7 +138,7 @@ def further_cases(
     return found
 
 
-def read_grey(path: Path, frame: int | None = None) -> tuple[np.ndarray, Pair]:
+def read_frame(path: Path, frame: int | None = None) -> tuple[np.ndarray, Pair]:
     """(H, W) grey values of an image (or of a stack's frame) and the shape of its pixels.
 
     Raises:

@@ -50,7 +50,7 @@ def near_duplicate_groups(
     return [int(group) for group in np.unique(first, return_inverse=True)[1]]
 
 
-def clusters(
+def cluster_groups(
     images: Iterable[npt.NDArray[Any]], groups: Sequence[Hashable], threshold: float
 ) -> list[int]:
     """A number for each (H, W) image, the same for all images of groups that look alike.
@@ -105,10 +105,10 @@ def split_by_group(
             f"expected the shares of {', '.join(SPLITS)}, three numbers from 0 that add up to 1, "
             f"got {list(fractions)}"
         )
-    return [SPLITS[part] for part in deal(groups, shares, seed)]
+    return [SPLITS[part] for part in assign_parts(groups, shares, seed)]
 
 
-def deal(groups: Sequence[Hashable], shares: npt.ArrayLike, seed: int = 0) -> list[int]:
+def assign_parts(groups: Sequence[Hashable], shares: npt.ArrayLike, seed: int = 0) -> list[int]:
     """A part's number for each image, the same for a whole group; arguments as above."""
     members: dict[Hashable, list[int]] = {}
     for index, group in enumerate(groups):

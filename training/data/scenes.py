@@ -1,6 +1,6 @@
 """Images that are not the view the model is for: to teach the view head, and to measure doubt.
 
-`SPOILED` takes an image of the right view to a wrong one, `SCENES` draws what is no ultrasound
+`DISTORTIONS` takes an image of the right view to a wrong one, `SCENES` draws what is no ultrasound
 image. All are (size, size) or (rows, columns) grey 0..255, uint8.
 """
 
@@ -87,7 +87,7 @@ def enlarge_part(image: Grey, rng: Draw) -> Grey:
     return np.asarray(cv2.resize(part, image.shape[::-1], interpolation=cv2.INTER_CUBIC), np.uint8)
 
 
-SPOILED: dict[str, Callable[[Grey, Draw], Grey]] = {
+DISTORTIONS: dict[str, Callable[[Grey, Draw], Grey]] = {
     "mirrored": mirror,
     "upside down": turn_upside_down,
     "turned by 180 deg": turn_around,

@@ -18,12 +18,12 @@ from training.data.case_table import Case, CaseError, case_tables, read_cases
 MASK_SUFFIXES = (".png", ".mha")
 
 
-class Unusable(ValueError):
+class UnusableInput(ValueError):
     """An image that cannot become a case; the message says why."""
 
 
 @dataclass(frozen=True)
-class Source:
+class CaseSource:
     """What a case is made from: an image, and either a mask or a row of a table."""
 
     file: str  # path below the images' folder
@@ -35,26 +35,28 @@ class Source:
 Skipped = list[tuple[str, str]]  # file, reason
 
 
-def skip(skipped: Skipped, file: str, reason: object) -> None:
+def note_skipped(skipped: Skipped, file: str, reason: object) -> None:
     """Note and print why a file gives no case."""
     skipped.append((file, str(reason)))
     tqdm.write(f"skipped {file}: {reason}")
 
 
-def mask_sources(images: Path, masks: Path, skipped: Skipped) -> Iterator[Source]:
+def mask_sources(images: Path, masks: Path, skipped: Skipped) -> Iterator[CaseSource]:
     """Pairs of an image and the mask of the same name without suffix."""
-    found, labels = by_stem(images, is_supported_name), by_stem(masks, is_mask_name)
+    found, labels = files_by_name(images, is_supported_name), files_by_name(masks, is_mask_name)
     for stem in sorted(found.keys() | labels.keys()):
         pair = found.get(stem, []), labels.get(stem, [])
         file = (pair[0] or pair[1])[0].relative_to(images if pair[0] else masks).as_posix()
         if [len(each) for each in pair] == [1, 1]:
-            yield Source(file, pair[0][0], mask=pair[1][0])
+            yield CaseSource(file, pair[0][0], mask=pair[1][0])
         else:
             counts = f"{len(pair[0])} images and {len(pair[1])} masks"
-            skip(skipped, file, f"expected one image and one mask of this name, found {counts}")
+            note_skipped(
+                skipped, file, f"expected one image and one mask of this name, found {counts}"
+            )
 
 
-def iugc_sources(folder: Path, skipped: Skipped) -> Iterator[Source]:
+def iugc_sources(folder: Path, skipped: Skipped) -> Iterator[CaseSource]:
     """The rows of every table of landmarks below the folder, with their images."""
     tables = case_tables(folder)
     if not tables:
@@ -62,18 +64,20 @@ def iugc_sources(folder: Path, skipped: Skipped) -> Iterator[Source]:
             f"no CSV below {folder} has the columns Filename, PS1, PS2 and FH1 (or AOP Tangency)"
             f"{_first_objection(folder)}"
         )
-    found = by_stem(folder, is_supported_name)
+    found = files_by_name(folder, is_supported_name)
     for table in tables:
         for case in read_cases(table):
-            images = found.get(stem_of(case.file), [])
+            images = found.get(name_without_suffix(case.file), [])
             images = [p for p in images if p.as_posix().endswith("/" + case.file)] or images
             images = [p for p in images if p.is_relative_to(table.parent)] or images
             if len(images) != 1:
-                skip(skipped, case.file, f"expected one image of this name, found {len(images)}")
+                note_skipped(
+                    skipped, case.file, f"expected one image of this name, found {len(images)}"
+                )
                 continue
             file = images[0].relative_to(folder).as_posix()
-            named = split_of(f"{folder.name}/{table.relative_to(folder)}/{file}")
-            yield Source(
+            named = split_in_path(f"{folder.name}/{table.relative_to(folder)}/{file}")
+            yield CaseSource(
                 file, images[0], labelled=replace(case, file=file, split=case.split or named)
             )
 
@@ -88,12 +92,12 @@ def _first_objection(folder: Path) -> str:
     return ""
 
 
-def by_stem(folder: Path, wanted: Callable[[Path], bool]) -> dict[str, list[Path]]:
+def files_by_name(folder: Path, wanted: Callable[[Path], bool]) -> dict[str, list[Path]]:
     """The files below a folder whose name is wanted, by their name without suffix."""
     found: dict[str, list[Path]] = {}
     for path in sorted(folder.rglob("*")):
         if wanted(path) and path.is_file():
-            found.setdefault(stem_of(path.name), []).append(path)
+            found.setdefault(name_without_suffix(path.name), []).append(path)
     return found
 
 
@@ -115,25 +119,25 @@ def is_mask_name(path: Path) -> bool:
     return path.name.lower().endswith(MASK_SUFFIXES)
 
 
-def stem_of(name: str) -> str:
+def name_without_suffix(name: str) -> str:
     """A file's name without folder and suffix, .nii.gz being one suffix."""
     return Path(name.removesuffix(".gz")).stem
 
 
-def split_of(path: str) -> str | None:
+def split_in_path(path: str) -> str | None:
     """The split that the last telling part of a path names, such as val for Validation_set."""
     named = re.findall(r"(?:^|[^a-z])(train|val|test)", path.lower())
     return named[-1] if named else None
 
 
-def one_frame(path: Path) -> GreyFrame:
-    """The picture of a file that holds one; ImageError or Unusable for any other."""
+def read_single_frame(path: Path) -> GreyFrame:
+    """The picture of a file that holds one; ImageError or UnusableInput for any other."""
     source = open_image(path)
     if source.is_stack:
-        raise Unusable(f"the file holds {source.frame_count} frames; expected a single image")
+        raise UnusableInput(f"the file holds {source.frame_count} frames; expected a single image")
     frame = next(source.frames())
     if isinstance(frame, BadFrame):
-        raise Unusable(frame.reason)
+        raise UnusableInput(frame.reason)
     return frame
 
 

@@ -18,14 +18,14 @@ from model.anatomy import Floats
 from model.frame import Letterbox, Pair
 from model.images.source import BadFrame, GreyFrame, ImageError, is_supported_name, open_image
 from training.data.case_table import CaseError, read_cases
-from training.data.sources import stem_of
+from training.data.sources import name_without_suffix
 
 FRAMES = 16  # taken from a stack, evenly: neighbours are nearly equal
 VAL = 2**32 - 1  # stands for the epoch in the draws that never change
 
 
 @dataclass(frozen=True)
-class ImageChoice:
+class ImageSelection:
     """Which images are taken.
 
     Args:
@@ -66,7 +66,7 @@ class CropSettings:
 
 
 def add_image_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that `image_choice` reads."""
+    """Add the flags that `image_selection` reads."""
     add = parser.add_argument
     add("--images", type=Path, nargs="+", required=True, metavar="DIR", help="folders of images")
     add("--pattern", default="*", metavar="GLOB", help="take only files of such names")
@@ -86,9 +86,9 @@ def add_image_arguments(parser: argparse.ArgumentParser) -> None:
     add("--splits", nargs="+", default=["train"], metavar="SPLIT", help="default: train")
 
 
-def image_choice(args: argparse.Namespace) -> ImageChoice:
+def image_selection(args: argparse.Namespace) -> ImageSelection:
     """What the flags of `add_image_arguments` say."""
-    return ImageChoice(
+    return ImageSelection(
         images=tuple(args.images),
         pattern=args.pattern,
         leave_out=tuple(args.leave_out),
@@ -97,7 +97,7 @@ def image_choice(args: argparse.Namespace) -> ImageChoice:
     )
 
 
-def find_images(choice: ImageChoice) -> list[Path]:
+def find_images(choice: ImageSelection) -> list[Path]:
     """The chosen files, in the order of folders and names.
 
     Raises:
@@ -135,16 +135,18 @@ def _of_splits(paths: Sequence[Path], table: Path, splits: Sequence[str]) -> lis
     """
     cases = read_cases(table)
     wanted = tuple("/" + case.file for case in cases if case.split in splits)
-    named = {stem_of(Path(case.file).name) for case in cases}
-    barred = {stem_of(Path(case.file).name) for case in cases if case.split not in splits}
-    if not any(stem_of(path.name) in named for path in paths):
+    named = {name_without_suffix(Path(case.file).name) for case in cases}
+    barred = {
+        name_without_suffix(Path(case.file).name) for case in cases if case.split not in splits
+    }
+    if not any(name_without_suffix(path.name) in named for path in paths):
         raise CaseError(
             f"{table} names no image below --images; expected the table of these images"
         )
     return [
         path
         for path in paths
-        if stem_of(path.name) not in barred or ("/" + path.as_posix()).endswith(wanted)
+        if name_without_suffix(path.name) not in barred or ("/" + path.as_posix()).endswith(wanted)
     ]
 
 
@@ -207,12 +209,14 @@ class UnlabelledDataset(Dataset[dict[str, Tensor]]):
         epoch, index = key
         settings = self.settings
         rng = np.random.default_rng((settings.seed, epoch if self.train else VAL, index))
-        image = crop(self.squares[index], settings, rng if self.train else None)
+        image = cut_crop(self.squares[index], settings, rng if self.train else None)
         kept = rng.permutation(settings.patches)[: settings.kept]
         return {"image": torch.from_numpy(image[None]), "kept": torch.from_numpy(kept)}
 
 
-def crop(square: np.ndarray, settings: CropSettings, rng: np.random.Generator | None) -> np.ndarray:
+def cut_crop(
+    square: np.ndarray, settings: CropSettings, rng: np.random.Generator | None
+) -> np.ndarray:
     """(size_px, size_px) float32 grey 0..1: a random view of a square, or the whole of it.
 
     No flips: left and right are anatomy here. Proportions are kept; what is turned in is black.

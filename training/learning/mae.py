@@ -26,7 +26,7 @@ from model.network.vit import Block, sincos_positions
 from training.learning.checkpoint import CheckpointError, load_strictly
 
 GREY_MEAN, GREY_STD = 30 / 255, 46.4 / 255  # of ultrasound images; the encoder's input scale
-FILE = "mae.safetensors"  # in a run's folder
+MAE_FILE = "mae.safetensors"  # in a run's folder
 
 
 class AutoencoderConfig(BaseModel):
@@ -87,7 +87,7 @@ class Encoder(nn.Module):
         tokens = self.patch_embed((image - GREY_MEAN) / GREY_STD).flatten(2).transpose(1, 2)
         tokens = tokens + self.position_embedding
         if kept is not None:
-            tokens = take(tokens, kept)
+            tokens = take_tokens(tokens, kept)
         maps = None
         for k, block in enumerate(self.blocks):
             assert isinstance(block, Block)
@@ -143,7 +143,7 @@ class MaskedAutoencoder(nn.Module):
         return found
 
 
-def take(tokens: Tensor, kept: Tensor) -> Tensor:
+def take_tokens(tokens: Tensor, kept: Tensor) -> Tensor:
     """(n, tokens, width), (n, k) -> (n, k, width)."""
     return tokens.gather(1, kept[..., None].expand(-1, -1, tokens.shape[2]))
 
@@ -160,7 +160,7 @@ def unpatchify(patches: Tensor, rows: int) -> Tensor:
     return F.fold(patches.transpose(1, 2), size, patch, stride=patch)
 
 
-def statistics(patches: Tensor, floor: float) -> tuple[Tensor, Tensor]:
+def patch_statistics(patches: Tensor, floor: float) -> tuple[Tensor, Tensor]:
     """Each patch's mean and deviation, (n, tokens, 1); the variance is unbiased, as in MAE."""
     variance = patches.var(dim=-1, keepdim=True)
     return patches.mean(dim=-1, keepdim=True), (variance + floor).sqrt()
@@ -172,7 +172,7 @@ def mae_loss(prediction: Tensor, image: Tensor, kept: Tensor, floor: float) -> T
     A prediction of zeros is each patch's mean: it scores 1, and less where patches are flat.
     """
     patches = patchify(image, round(prediction.shape[2] ** 0.5))
-    mean, deviation = statistics(patches, floor)
+    mean, deviation = patch_statistics(patches, floor)
     errors = ((prediction.float() - (patches - mean) / deviation) ** 2).mean(dim=-1)
     masked = torch.ones_like(errors).scatter(1, kept, 0.0)
     return (errors * masked).sum() / masked.sum()
@@ -192,7 +192,7 @@ def resize_positions(embedding: Tensor, rows: int, columns: int) -> Tensor:
     return planes.flatten(2).transpose(1, 2)
 
 
-class Pretrained(BaseModel):
+class MaeDescription(BaseModel):
     """The JSON beside a run's weights.
 
     `recipe` is written whole, as training.pretrain has it. Only the sizes are read back.
@@ -205,19 +205,19 @@ class Pretrained(BaseModel):
     val_explained: float
 
 
-def load_mae(path: Path) -> tuple[MaskedAutoencoder, Pretrained]:
+def load_mae(path: Path) -> tuple[MaskedAutoencoder, MaeDescription]:
     """The autoencoder of a run's folder, or of its .safetensors file, and its description.
 
     Raises:
         CheckpointError: a file missing or unreadable, or tensors that do not fit the description.
     """
-    path = path / FILE if path.is_dir() else path
+    path = path / MAE_FILE if path.is_dir() else path
     try:
-        described = Pretrained.model_validate(json.loads(path.with_suffix(".json").read_text()))
+        described = MaeDescription.model_validate(json.loads(path.with_suffix(".json").read_text()))
         tensors = load_file(path)
     except (OSError, json.JSONDecodeError, ValidationError, SafetensorError) as error:
         raise CheckpointError(
-            f"expected {FILE} and its .json as training.pretrain writes them, got {path}: {error}"
+            f"expected {MAE_FILE} and its .json as training.pretrain writes them, got {path}: {error}"
         ) from error
     mae = MaskedAutoencoder(described.recipe)
     load_strictly(mae, tensors, path.name)

@@ -50,7 +50,7 @@ class Muon(torch.optim.Optimizer):
         ahead = grad.lerp(momentum, MOMENTUM).flatten(1)  # Nesterov's
         factor = 0.2 * max(ahead.shape) ** 0.5
         kernel.mul_(1 - rate * self.weight_decay)
-        kernel.sub_(orthogonal(ahead).reshape_as(kernel), alpha=rate * factor)
+        kernel.sub_(orthogonalise(ahead).reshape_as(kernel), alpha=rate * factor)
 
     def state_dict(self) -> dict[str, Any]:
         """The states of both."""
@@ -64,14 +64,14 @@ class Muon(torch.optim.Optimizer):
         self._adamw.load_state_dict(state_dict["adamw"])
 
 
-def orthogonal(matrix: Tensor) -> Tensor:
+def orthogonalise(matrix: Tensor) -> Tensor:
     """(a, b) -> (a, b): its singular values set to about 1, by five steps of Newton-Schulz.
 
     Jordan et al. 2024 with their coefficients, but on the matrix times its transpose, which is
     small: the steps are polynomials in it and commute.
     """
     if len(matrix) > matrix.shape[1]:
-        return orthogonal(matrix.T).T
+        return orthogonalise(matrix.T).T
     matrix = matrix / matrix.norm().clamp(min=1e-7)
     gram, product = matrix @ matrix.T, torch.eye(len(matrix), device=matrix.device)
     a, b, c = 3.4445, -4.7750, 2.0315
@@ -83,7 +83,7 @@ def orthogonal(matrix: Tensor) -> Tensor:
     return product @ matrix
 
 
-def optimiser(network: nn.Module, recipe: TrainingRecipe) -> torch.optim.Optimizer:
+def make_optimiser(network: nn.Module, recipe: TrainingRecipe) -> torch.optim.Optimizer:
     """The recipe's optimiser of all parameters that are trained."""
     named = [(n, p) for n, p in network.named_parameters() if p.requires_grad]
     if recipe.optimiser == "muon":

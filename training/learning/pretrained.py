@@ -28,7 +28,7 @@ from training.learning.checkpoint import (
     load_weights,
     read_tensors,
 )
-from training.learning.mae import FILE, load_mae, resize_positions
+from training.learning.mae import MAE_FILE, load_mae, resize_positions
 from training.recipes import Recipe
 
 CHANNELS = 3  # of ImageNet's files
@@ -41,7 +41,7 @@ LEFT_OUT = re.compile(
 )
 
 
-def with_members(weights: Path | None, recipe: Recipe) -> Recipe:
+def adopt_members(weights: Path | None, recipe: Recipe) -> Recipe:
     """The recipe with the members of the weights to start from: all are trained on."""
     if not (weights and weights.exists() and isinstance(recipe.network, TransUNetConfig)):
         return recipe
@@ -50,7 +50,7 @@ def with_members(weights: Path | None, recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"network": network})
 
 
-def start_from(weights: Path, network: nn.Module, masks: bool) -> list[str]:
+def load_initial_weights(weights: Path, network: nn.Module, masks: bool) -> list[str]:
     """Load weights into a network; returns the parts left out, for which it has no use.
 
     These are a view head, which calibrate trains anew, and what gives masks where it gives none.
@@ -63,7 +63,7 @@ def start_from(weights: Path, network: nn.Module, masks: bool) -> list[str]:
     return sorted({part.group() for part in left_out if part})
 
 
-def start_pretrained(
+def load_pretrained_parts(
     network: nn.Module, pretrained: str | None, encoder_weights: Path | None
 ) -> list[LoadReport]:
     """Fill the bottleneck and the encoder of a network from what is given.
@@ -83,14 +83,18 @@ def start_pretrained(
         raise CheckpointError("pretrained weights are for one network: train each, then join them")
     reports = []
     if pretrained:
-        fill = usfm_into_bottleneck if pretrained.startswith("usfm:") else mae_into_bottleneck
+        fill = (
+            load_usfm_into_bottleneck
+            if pretrained.startswith("usfm:")
+            else load_mae_into_bottleneck
+        )
         reports.append(fill(Path(pretrained.removeprefix("usfm:")), network.bottleneck))
     if encoder_weights:
-        reports.append(imagenet_into_encoder(encoder_weights, network.encoder))
+        reports.append(load_imagenet_into_encoder(encoder_weights, network.encoder))
     return reports
 
 
-def mae_into_bottleneck(path: Path, bottleneck: ViTBottleneck) -> LoadReport:
+def load_mae_into_bottleneck(path: Path, bottleneck: ViTBottleneck) -> LoadReport:
     """The encoder's blocks, norm and position embedding of a pretraining run.
 
     The embedding is interpolated, not computed anew for the new grid: the blocks learned where in
@@ -98,7 +102,7 @@ def mae_into_bottleneck(path: Path, bottleneck: ViTBottleneck) -> LoadReport:
     """
     mae, described = load_mae(path)
     recipe, start = described.recipe, "encoder."
-    report = LoadReport(FILE if path.is_dir() else path.name)
+    report = LoadReport(MAE_FILE if path.is_dir() else path.name)
     tensors = {k.removeprefix(start): v for k, v in mae.state_dict().items() if k.startswith(start)}
     state = {key: value for key, value in tensors.items() if not key.startswith("patch_embed.")}
     report.left_out = [key for key in mae.state_dict() if key.removeprefix(start) not in state]
@@ -113,7 +117,7 @@ def mae_into_bottleneck(path: Path, bottleneck: ViTBottleneck) -> LoadReport:
     return report
 
 
-def usfm_into_bottleneck(path: Path, bottleneck: ViTBottleneck) -> LoadReport:
+def load_usfm_into_bottleneck(path: Path, bottleneck: ViTBottleneck) -> LoadReport:
     """The blocks and norm of a BEiT-style file, and its tables where the bottleneck has such.
 
     Left out are the patch embedding and the cls token, which the bottleneck has not, and for
@@ -151,7 +155,7 @@ def _fill(
     load_strictly(bottleneck, state, report.file)
 
 
-def imagenet_into_encoder(path: Path, encoder: nn.Module) -> LoadReport:
+def load_imagenet_into_encoder(path: Path, encoder: nn.Module) -> LoadReport:
     """ResNet-50's weights under torchvision's keys, but for the classifier `fc`.
 
     For one input channel the first layer is summed over its three: what it makes of grey as RGB.

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from model.network.vit import Block, relative_index
 from model.predictor import Provider, load_predictor
 from training.learning.checkpoint import load_strictly
-from training.learning.mae import Encoder, Features, load_mae, resize_positions, take
+from training.learning.mae import Encoder, Features, load_mae, resize_positions, take_tokens
 from training.learning.pretrained import BeitWeights, read_beit
 from training.recipes import Recipe
 
@@ -64,7 +64,7 @@ class Beit(nn.Module):
         tokens = self.patch_embed((image - self.mean) / self.std).flatten(2).transpose(1, 2)
         index = self.index
         if kept is not None:
-            tokens = take(tokens, kept)
+            tokens = take_tokens(tokens, kept)
             with_cls = F.pad(kept + 1, (1, 0))
             index = index[with_cls[:, :, None], with_cls[:, None, :]]
         tokens = torch.cat([self.cls_token.expand(len(tokens), -1, -1).to(tokens.dtype), tokens], 1)
@@ -168,7 +168,7 @@ class Ensemble:
         return batch | mixed
 
 
-def teachers_of(
+def load_ensemble(
     files: Sequence[Path], recipe: Recipe, masks: int, device: torch.device
 ) -> Ensemble | None:
     """The ensemble, or None where there are no files; ValueError as `Ensemble`, or by half."""

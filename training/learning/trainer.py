@@ -44,7 +44,7 @@ from training.data.dataset import (
     TrainLoader,
     chances,
     further_cases,
-    read_grey,
+    read_frame,
     train_loader,
 )
 from training.data.near_duplicates import near_duplicate_groups, split_by_group
@@ -53,9 +53,9 @@ from training.evaluation.pictures import sample_sheet
 from training.evaluation.predict import predict_cases, torch_predictor
 from training.learning.checkpoint import Checkpoint, save_weights
 from training.learning.losses import total_loss
-from training.learning.optimisers import optimiser
-from training.learning.pretrained import start_from, start_pretrained, with_members
-from training.learning.teachers import Ensemble, teachers_of
+from training.learning.optimisers import make_optimiser
+from training.learning.pretrained import adopt_members, load_initial_weights, load_pretrained_parts
+from training.learning.teachers import Ensemble, load_ensemble
 from training.recipes import Recipe, TrainingRecipe, add_recipe_arguments, recipe_from_arguments
 
 FRACTIONS = (0.8, 0.2, 0.0)  # the paper's 4:1
@@ -93,7 +93,7 @@ class Processes:
 
 
 @contextlib.contextmanager
-def processes(device: str = "auto") -> Iterator[Processes]:
+def join_processes(device: str = "auto") -> Iterator[Processes]:
     """Join torchrun's processes (nccl on CUDA, gloo on the CPU), or stand alone."""
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if device == "cuda" and not torch.cuda.is_available():
@@ -139,7 +139,7 @@ class Trainer(ABC, Generic[AnyRecipe]):
             self.wrapped = DistributedDataParallel(self.network)
         ema = running_average(recipe.ema_decay)
         self.average = AveragedModel(self.network, multi_avg_fn=ema, use_buffers=True)
-        self.optimiser = optimiser(self.network, recipe)
+        self.optimiser = make_optimiser(self.network, recipe)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(
             self.optimiser, lambda step: recipe.rate_factor(step, steps)
         )
@@ -305,7 +305,7 @@ class FitSettings:
         steps: in place of the recipe's epochs: as many as make about so many steps.
         all: split val trains too, and the last weights are kept.
         max_minutes: stop after the epoch in which these end.
-        device: auto, cuda or cpu, for `processes`.
+        device: auto, cuda or cpu, for `join_processes`.
     """
 
     data: Path
@@ -389,7 +389,7 @@ def fit(settings: FitSettings, recipe: Recipe, place: Processes) -> None:
     """
     checkpoint = _checkpoint(settings)
     start = settings.output / "best.safetensors" if settings.resume else settings.init
-    recipe = with_members(start, recipe)
+    recipe = adopt_members(start, recipe)
     settings.output.mkdir(parents=True, exist_ok=True)
     more = further_cases(settings.more, settings.data, settings.images)
     cases = split_cases(settings, recipe, place)
@@ -405,14 +405,14 @@ def fit(settings: FitSettings, recipe: Recipe, place: Processes) -> None:
     masks = len(CLASSES) if settings.masks else 0
     network = build_network(recipe.network, masks)
     if settings.init and not settings.resume:
-        left_out = start_from(settings.init, network, bool(masks))
+        left_out = load_initial_weights(settings.init, network, bool(masks))
         if left_out and place.leads:
             print(f"of {settings.init.name} these are left out: {', '.join(left_out)}")
     if not settings.resume:
-        for report in start_pretrained(network, settings.pretrained, settings.encoder_weights):
+        for report in load_pretrained_parts(network, settings.pretrained, settings.encoder_weights):
             if place.leads:
                 print(report)
-    teachers = teachers_of(settings.teachers, recipe, masks, place.device)
+    teachers = load_ensemble(settings.teachers, recipe, masks, place.device)
     trainer = LandmarkTrainer(network, recipe, len(loader), place, teachers)
     spent = trainer.resume(checkpoint) if settings.resume else 0.0
     if place.leads:
@@ -530,7 +530,7 @@ def split_cases(settings: FitSettings, recipe: Recipe, place: Processes) -> dict
         if not all(groups):
             if place.leads:
                 print("no group column: comparing the images to find near-duplicates")
-            images = (read_grey(settings.images / case.file, case.frame)[0] for case in cases)
+            images = (read_frame(settings.images / case.file, case.frame)[0] for case in cases)
             groups = [f"g{group:04d}" for group in near_duplicate_groups(images)]
         splits = split_by_group(groups, FRACTIONS, recipe.seed)
         cases = [

@@ -21,8 +21,8 @@ from model.network import TransUNet
 from model.spec import ModelSpec
 from training.data.augment import augment
 from training.data.case_table import Case
-from training.data.dataset import read_grey
-from training.data.scenes import SCENES, SPOILED, Draw, Grey
+from training.data.dataset import read_frame
+from training.data.scenes import DISTORTIONS, SCENES, Draw, Grey
 from training.recipes import COMPACT
 
 RIGHT_DRAWS, OTHER_DRAWS = 5, 3  # of every image
@@ -73,7 +73,7 @@ def samples(
     cases: Sequence[Case], images: Path, others: Sequence[Path], size: int, rng: Draw
 ) -> Iterator[Sample]:
     """(size, size) images and whether each is right: for each right one, a spoiled and a drawn."""
-    spoilers, scenes = list(SPOILED.values()), list(SCENES.values())
+    spoilers, scenes = list(DISTORTIONS.values()), list(SCENES.values())
     for case in cases:
         square = _square(images / case.file, size)
         for _ in range(RIGHT_DRAWS):
@@ -147,6 +147,6 @@ def learn(head: nn.Module, x: Tensor, right: Tensor, weight: Tensor) -> None:
 
 
 def _square(path: Path, size: int) -> Grey:
-    grey, pixel_shape = read_grey(path)
+    grey, pixel_shape = read_frame(path)
     square = Letterbox(grey.shape[1], grey.shape[0], size, pixel_shape).apply(grey)
     return np.clip(np.rint(square), 0, 255).astype(np.uint8)
