@@ -19,7 +19,7 @@ from test.phantom import phantom
 from training import fit
 from training.data.augment import augment
 from training.data.case_table import Case, read_cases, write_cases
-from training.data.dataset import EpochSampler, LandmarkDataset, chances
+from training.data.dataset import EpochSampler, LandmarkDataset, sampling_probabilities
 from training.learning.checkpoint import CheckpointError, load_weights
 from training.learning.losses import heatmap_cross_entropy, heatmap_mse, mask_loss
 from training.learning.trainer import number_format, running_average
@@ -205,9 +205,11 @@ def test_many_frames_of_one_scan_need_not_count_as_many_scans():
     shares = []
     for balance in (0.0, 0.5, 1.0):
         recipe = COMPACT.model_copy(update={"balance": balance})
-        weights = chances(LandmarkDataset(cases, Path(), None, recipe, train=True))
+        weights = sampling_probabilities(LandmarkDataset(cases, Path(), None, recipe, train=True))
         drawn = [
-            k for e in range(200) for _, k in epoch_of(EpochSampler(12, 1, chances=weights), e)
+            k
+            for e in range(200)
+            for _, k in epoch_of(EpochSampler(12, 1, probabilities=weights), e)
         ]
         shares.append(np.mean(np.array(drawn) < 9))
     np.testing.assert_allclose(shares, [9 / 12, 3 / 6, 1 / 4], atol=0.03)

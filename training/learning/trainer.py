@@ -42,9 +42,9 @@ from training.data.dataset import (
     EpochSampler,
     LandmarkDataset,
     TrainLoader,
-    chances,
     further_cases,
     read_frame,
+    sampling_probabilities,
     train_loader,
 )
 from training.data.near_duplicates import near_duplicate_groups, split_by_group
@@ -397,7 +397,9 @@ def fit(settings: FitSettings, recipe: Recipe, place: Processes) -> None:
     dataset = LandmarkDataset(
         cases["train"], settings.images, settings.masks, recipe, True, more, styles
     )
-    order = EpochSampler(len(dataset), recipe.seed, place.rank, place.world, chances(dataset))
+    order = EpochSampler(
+        len(dataset), recipe.seed, place.rank, place.world, sampling_probabilities(dataset)
+    )
     loader = train_loader(dataset, order, recipe.batch, recipe.workers)
     if settings.steps:
         recipe = recipe.model_copy(update={"epochs": max(1, round(settings.steps / len(loader)))})

@@ -22,7 +22,7 @@ from model.spec import ModelSpec
 from training.data.augment import augment
 from training.data.case_table import Case
 from training.data.dataset import read_frame
-from training.data.scenes import DISTORTIONS, SCENES, Draw, Grey
+from training.data.scenes import DISTORTIONS, SCENES, GreyImage
 from training.recipes import COMPACT
 
 RIGHT_DRAWS, OTHER_DRAWS = 5, 3  # of every image
@@ -38,7 +38,7 @@ CHANGES = COMPACT.augmentation.model_copy(
         "erase": 0.2,
     }
 )
-Sample = tuple[Grey, bool]
+Sample = tuple[GreyImage, bool]
 
 
 def train_view_head(
@@ -70,7 +70,7 @@ def train_view_head(
 
 
 def samples(
-    cases: Sequence[Case], images: Path, others: Sequence[Path], size: int, rng: Draw
+    cases: Sequence[Case], images: Path, others: Sequence[Path], size: int, rng: np.random.Generator
 ) -> Iterator[Sample]:
     """(size, size) images and whether each is right: for each right one, a spoiled and a drawn."""
     spoilers, scenes = list(DISTORTIONS.values()), list(SCENES.values())
@@ -87,7 +87,11 @@ def samples(
 
 
 def features(
-    network: TransUNet, spec: ModelSpec, seen: Iterator[Sample], rng: Draw, count: int
+    network: TransUNet,
+    spec: ModelSpec,
+    seen: Iterator[Sample],
+    rng: np.random.Generator,
+    count: int,
 ) -> tuple[Tensor, Tensor]:
     """(n, channels, side, side) float16 features of changed samples, and (n,) which are right."""
     device = next(network.parameters()).device
@@ -111,7 +115,7 @@ def features(
     return torch.cat(rows), torch.tensor(right)
 
 
-def change_image(image: Grey, rng: Draw) -> np.ndarray:
+def change_image(image: GreyImage, rng: np.random.Generator) -> np.ndarray:
     """An image as another examination might have it; its sides and its top stay where they are.
 
     In every second one the marks at the top are gone, so that the anatomy is looked at.
@@ -146,7 +150,7 @@ def learn(head: nn.Module, x: Tensor, right: Tensor, weight: Tensor) -> None:
     head.eval()
 
 
-def _square(path: Path, size: int) -> Grey:
+def _square(path: Path, size: int) -> GreyImage:
     grey, pixel_shape = read_frame(path)
     square = Letterbox(grey.shape[1], grey.shape[0], size, pixel_shape).apply(grey)
     return np.clip(np.rint(square), 0, 255).astype(np.uint8)
