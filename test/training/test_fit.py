@@ -109,7 +109,7 @@ def test_init_starts_from_weights_and_refuses_others(folder, tmp_path, capsys):
     clicks = ["--recipe", "compact", "--data", str(folder / "cases.csv"), "--device", "cpu", *TINY]
     clicks += ["--images", str(folder / "images"), "--output", str(tmp_path / "d"), *init]
     assert fit.main([*clicks, "--max-minutes", "0"]) == 0
-    assert "of best.safetensors these are left out: head.masks" in capsys.readouterr().out
+    assert "best.safetensors: these parts are left out: head.masks" in capsys.readouterr().out
 
 
 def test_averaged_weights_start_as_the_mean_and_then_decay():

@@ -178,10 +178,10 @@ def test_a_fold_that_stopped_goes_on(data, tmp_path, monkeypatch, capsys):
     flags = ("--folds", "2", "--only", "0", *TINY, "--device", "cpu")
     epoch, stop = loop.Trainer.train_epoch, "stopped in the second epoch"
 
-    def until_the_second(self, loader):
+    def until_the_second(self, loader, loss):
         if self.epoch == 1:
             raise OSError(stop)
-        return epoch(self, loader)
+        return epoch(self, loader, loss)
 
     monkeypatch.setattr(loop.Trainer, "train_epoch", until_the_second)
     assert run(data, tmp_path, *flags) == 2 and stop in capsys.readouterr().err

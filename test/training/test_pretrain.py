@@ -26,15 +26,16 @@ from training.learning.mae import (
     take_tokens,
     unpatchify,
 )
-from training.learning.trainer import Processes
+from training.learning.trainer import Processes, Trainer
 from training.pretrain import (
     COMPACT,
     PAPER,
+    PretrainLoss,
     PretrainRecipe,
-    PretrainTrainer,
     Student,
     attention_divergence,
     distillation_loss,
+    validate,
 )
 
 SMALL = [
@@ -308,11 +309,12 @@ def test_explained_is_0_for_a_network_that_knows_each_patchs_mean_alone():
     nn.init.zeros_(student.mae.decoder.predict.weight)
     averaging = TINY.model_copy(update={"ema_decay": 0.9})
     for recipe in (averaging, TINY):
-        trainer = PretrainTrainer(student, recipe, 1, place, None)
-        mae, explained, distillation = trainer.validate(data)
+        network = Trainer(student, recipe, 1, place).evaluated_network
+        loss = PretrainLoss(recipe, None)
+        mae, explained, distillation = validate(network, loss, data, place.device)
         assert 0.5 < mae <= 1 and (explained, distillation) == (0, 0)
         nn.init.normal_(student.mae.decoder.predict.weight)
-        changed = trainer.validate(data)[1]
+        changed = validate(network, loss, data, place.device)[1]
         assert changed == 0 if recipe is averaging else changed < 0  # the average has not moved
         nn.init.zeros_(student.mae.decoder.predict.weight)
 

@@ -178,8 +178,8 @@ def read_cases(path: Path | str) -> list[Case]:
         frame = _parse_frame(known.pop("frame", None), where, optional["frame"])
         if known.get("split") not in (None, *SPLITS):
             raise CaseError(
-                f"{where}, column {optional['split']}: expected {', '.join(SPLITS)} or an empty cell, "
-                f"got {_quote(row[optional['split']])}"
+                f"{where}, column {optional['split']}: expected {', '.join(SPLITS)} or an empty "
+                f"cell, got {_quote(row[optional['split']])}"
             )
         if angle and row[angle]:
             aop_deg = _parse_degrees(row[angle], where, angle)
@@ -310,8 +310,8 @@ def _parse_point(text: str, where: str, column: str) -> tuple[float, float]:
         x = y = math.nan
     if not (math.isfinite(x) and math.isfinite(y)):
         raise CaseError(
-            f'{where}, column {column}: expected a point "(x, y)" in px, such as "(131.5, 82)", got '
-            f"{_quote(text)}"
+            f'{where}, column {column}: expected a point "(x, y)" in px, such as "(131.5, 82)", '
+            f"got {_quote(text)}"
         )
     return x, y
 

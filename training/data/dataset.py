@@ -28,9 +28,9 @@ from training.recipes import Recipe
 class LandmarkDataset(Dataset[dict[str, Tensor]]):
     """Labelled images as network inputs, with target heatmaps; the key is (epoch, index).
 
-    A sample holds `image` (channels, size, size), `heatmaps` (3, cells, cells), `visible` (3,), 1 for
-    a landmark within the frame, and `index`; with a folder of masks also `masks` (2, cells, cells)
-    and `has_mask`, 0 or 1.
+    A sample holds `image` (channels, size, size), `heatmaps` (3, cells, cells), `visible` (3,),
+    which is 1 for a landmark in the frame, and `index`. With a folder of masks it also holds
+    `masks` (2, cells, cells) and `has_mask`, 0 or 1.
 
     Args:
         cases: labelled images; each `file` is a path below `images`.
