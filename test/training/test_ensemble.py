@@ -60,14 +60,14 @@ def test_the_training_aims_at_what_teachers_say(folder, taught, tmp_path, capsys
     assert "other --teachers" in capsys.readouterr().err
     assert run_fit(folder, tmp_path / "no share", "--teachers", str(own)) == 2
     assert run_fit(folder, tmp_path / "no teacher", "--teacher_share", "1") == 2
-    assert "given together" in capsys.readouterr().err
+    assert "must be given together" in capsys.readouterr().err
 
 
 def test_a_teacher_of_another_kind_is_refused(folder, taught, tmp_path, capsys):  # noqa: F811
     share = ["--teacher_share", "0.5"]
     flags = ["--teachers", str(taught[0]), *share, "--mean", "31"]
     assert run_fit(folder, tmp_path / "run", *flags) == 2
-    assert "its mean is 30.0, here 31.0" in capsys.readouterr().err
+    assert "its mean is 30.0, the network's is 31.0" in capsys.readouterr().err
     assert run_fit(folder, tmp_path / "run", *share, "--teachers", str(tmp_path / "no.onnx")) == 2
     assert "no model file" in capsys.readouterr().err
 

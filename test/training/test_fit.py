@@ -358,5 +358,11 @@ def test_weights_that_do_not_fit_are_refused(folder, tmp_path):
     with pytest.raises(CheckpointError, match="does not fit the network"):
         load_weights(tmp_path / "best.safetensors")
     path.unlink()
-    with pytest.raises(CheckpointError, match=r"best\.json"):
+    expected = (
+        r"expected weights best\.safetensors and best\.json in .*, as training\.fit writes them"
+    )
+    with pytest.raises(CheckpointError, match=rf"^{expected}; missing: best\.json$"):
+        load_weights(tmp_path / "best.safetensors")
+    (tmp_path / "best.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"missing: best\.safetensors and best\.json$"):
         load_weights(tmp_path / "best.safetensors")
