@@ -33,7 +33,7 @@ from model.predictor import Prediction, Predictor
 from model.spec import MaskShares, ModelSpec
 from model.uncertainty import QUANTITIES, Calibration, ErrorModel
 from training.data.case_table import Case, CaseError, count_splits, read_cases, require_images
-from training.data.dataset import read_grey
+from training.data.dataset import read_frame
 from training.data.sources import images_matching
 from training.evaluation.metrics import case_errors, mean_errors
 from training.evaluation.predict import CasePrediction, answer_of, kept_out, torch_predictor
@@ -183,7 +183,7 @@ def answer_cases(predictor: Predictor, cases: Sequence[Case], images: Path) -> l
     """What a network says of labelled cases."""
     answers = []
     for case in tqdm(cases, "answers", leave=False):
-        grey, pixel_shape = read_grey(images / case.file, case.frame)
+        grey, pixel_shape = read_frame(images / case.file, case.frame)
         found = predictor.predict(grey, pixel_shape)
         answer = answer_of(found, grey.shape, pixel_shape, predictor.spec)
         answers.append(CaseAnswer(case, found, answer))

@@ -36,8 +36,8 @@ import torch
 from model.images.source import ImageError
 from model.spec import MaskShares
 from training.data.case_table import Case, CaseError, read_cases, write_cases
-from training.data.dataset import read_grey
-from training.data.near_duplicates import clusters, deal
+from training.data.dataset import read_frame
+from training.data.near_duplicates import assign_parts, cluster_groups
 from training.evaluation.metrics import as_text, evaluate, mean_errors
 from training.evaluation.predict import (
     KEPT_OUT,
@@ -48,7 +48,7 @@ from training.evaluation.predict import (
     torch_predictor,
 )
 from training.learning.checkpoint import CheckpointError, load_weights, write_text
-from training.learning.trainer import FitSettings, fit, parse_fit, processes
+from training.learning.trainer import FitSettings, fit, join_processes, parse_fit
 from training.recipes import Recipe, mask_shares
 
 TEACHER = "aop.onnx"  # of a fold, as export.to_onnx makes it
@@ -149,9 +149,9 @@ def deal_out(options: FoldsOptions) -> list[Path]:
             "training.prepare --splits writes both"
         )
     if options.alike is not None:
-        images = (read_grey(options.images / case.file, case.frame)[0] for case in cases)
-        groups = [*clusters(images, groups, options.alike)]
-    parts = deal(groups, [1 / options.folds] * options.folds, options.seed)
+        images = (read_frame(options.images / case.file, case.frame)[0] for case in cases)
+        groups = [*cluster_groups(images, groups, options.alike)]
+    parts = assign_parts(groups, [1 / options.folds] * options.folds, options.seed)
     runs = [options.output / f"fold-{k}" for k in range(options.folds)]
     for k in options.only:
         run = runs[k]
@@ -208,7 +208,7 @@ def train(
         resume=resume,
     )
     try:
-        with processes(own.device) as place:
+        with join_processes(own.device) as place:
             fit(own, recipe.model_copy(update={"seed": seed}), place)
     except (ValueError, OSError) as error:
         raise CaseError(f"the training in {run} failed: {error}") from error

@@ -37,7 +37,7 @@ from training.data.case_table import (
     CaseError,
     read_cases,
     read_table,
-    write_rows,
+    write_csv,
 )
 from training.data.near_duplicates import DUPLICATE_CORRELATION
 from training.evaluation.metrics import mean_errors
@@ -244,7 +244,7 @@ def _add(
     print(f"round {len(history)}: val {mre_px:.2f} px, AoP {aop_deg:.2f} deg ({model})")
     history = [*history, row]
     written = [[f"{value:.10g}" for value in each.values()] for each in history]
-    write_rows(options.output / "rounds.csv", HISTORY, written)
+    write_csv(options.output / "rounds.csv", HISTORY, written)
     return history
 
 

@@ -18,14 +18,19 @@ from training.data.case_table import (
     SPLITS,
     Case,
     CaseError,
-    case_tables,
     cases_of_split,
+    find_case_tables,
     read_cases,
     read_table,
     require_images,
     write_cases,
 )
-from training.data.near_duplicates import BLOCK, near_duplicate_groups, split_by_group, thumbnail
+from training.data.near_duplicates import (
+    BLOCK_ROWS,
+    near_duplicate_groups,
+    split_by_group,
+    thumbnail,
+)
 from training.data.sources import read_mask
 from training.evaluation.pictures import SHEET_TILE
 
@@ -157,8 +162,8 @@ def test_mask_files(tmp_path: Path) -> None:
     (tmp_path / "text.png").write_text("no picture")
     cv2.imwrite(str(tmp_path / "colour.png"), np.dstack([mask] * 3))
     for name, reason in {
-        "cut.mha": "no MetaImage, or damaged",
-        "text.png": "no PNG, or damaged",
+        "cut.mha": "damaged or not a MetaImage",
+        "text.png": "damaged or not a PNG",
         "colour.png": "expected uint8 of",
         "none.png": "does not exist",
         "m.jpg": "read from .png or .mha",
@@ -216,7 +221,7 @@ def test_iugc_validation_folder(tmp_path: Path, header: str) -> None:
         '2.jpg,"(310, 80)","(200, 100)","(350, 201)"\n'
     )
     (tmp_path / "AoP_results.csv").write_text(f"{header}\n2.jpg,99.5,\n1.jpg,101.5,\n")
-    assert case_tables(tmp_path) == [tmp_path / "landmarks_data.csv"]
+    assert find_case_tables(tmp_path) == [tmp_path / "landmarks_data.csv"]
     cases = read_cases(tmp_path)
     assert [(case.file, case.aop_deg) for case in cases] == [("1.jpg", 101.5), ("2.jpg", 99.5)]
     np.testing.assert_array_equal(cases[1].landmarks_px, [[310, 80], [200, 100], [350, 201]])
@@ -354,11 +359,11 @@ def test_near_duplicates_form_chains() -> None:
 
 def test_groups_join_across_blocks_and_leave_constant_images_alone() -> None:
     rng = np.random.default_rng(1)
-    images = list(rng.integers(0, 256, (BLOCK + 40, 32, 32), np.uint8))
-    images[BLOCK + 5] = images[3]
+    images = list(rng.integers(0, 256, (BLOCK_ROWS + 40, 32, 32), np.uint8))
+    images[BLOCK_ROWS + 5] = images[3]
     images[7] = images[8] = np.full((32, 32), 9, np.uint8)
     groups = near_duplicate_groups(images)
-    assert groups[BLOCK + 5] == groups[3]
+    assert groups[BLOCK_ROWS + 5] == groups[3]
     assert len(set(groups)) == len(images) - 1
     assert near_duplicate_groups([]) == []
 

@@ -12,8 +12,8 @@ from model.drawing.text import Colour, Picture
 from model.frame import Letterbox, Pair, Pixels
 from model.masks import HEAD, SYMPHYSIS, outer_contour
 from training.data.case_table import Case
-from training.data.dataset import read_grey
-from training.data.sources import Source, one_frame, read_mask
+from training.data.dataset import read_frame
+from training.data.sources import CaseSource, read_mask, read_single_frame
 from training.evaluation.predict import CasePrediction
 
 TILE = 256  # px
@@ -31,7 +31,7 @@ def sample_sheet(
     tiles = []
     for k in spread(len(cases), count):
         case, found = cases[k], predictions[k]
-        tile, box = tile_of(*read_grey(images / case.file, case.frame), TILE)
+        tile, box = tile_of(*read_frame(images / case.file, case.frame), TILE)
         for points, colour in ((case.landmarks_px, TRUTH), (found.landmarks_px, PREDICTED)):
             mark(tile, box.to_input(points), [colour] * len(LANDMARKS), 4, 1)
         cells = np.clip(found.heatmaps.transpose(1, 2, 0), 0, 1) * 255
@@ -40,7 +40,7 @@ def sample_sheet(
     return with_legend(grid(tiles, 3), {"truth": TRUTH, "predicted": PREDICTED})
 
 
-def contact_sheet(cases: Sequence[Case], sources: Mapping[str, Source]) -> Picture:
+def contact_sheet(cases: Sequence[Case], sources: Mapping[str, CaseSource]) -> Picture:
     """Some cases with their landmarks and the outlines of their masks.
 
     Args:
@@ -63,9 +63,9 @@ def with_legend(sheet: Picture, names: Mapping[str, Colour]) -> Picture:
     return np.vstack([legend, sheet])
 
 
-def case_tile(case: Case, source: Source) -> Picture:
+def case_tile(case: Case, source: CaseSource) -> Picture:
     """(CAPTION + SHEET_TILE, SHEET_TILE, 3): one case."""
-    tile, box = tile_of(one_frame(source.image).pixels, (1, 1), SHEET_TILE)
+    tile, box = tile_of(read_single_frame(source.image).pixels, (1, 1), SHEET_TILE)
     if source.mask is not None:
         mask = read_mask(source.mask)
         for label, colour in MASK_COLOURS.items():

@@ -20,7 +20,7 @@ from model.measure import doubts, interval_of
 from model.predictor import Output, Prediction, Predictor
 from model.spec import ModelSpec
 from training.data.case_table import Case, CaseError, read_cases
-from training.data.dataset import read_grey
+from training.data.dataset import read_frame
 from training.learning.checkpoint import Checkpoint, load_weights
 
 KEPT_OUT = "test"  # the split of the cases that a fold keeps out: training.fit never reads it
@@ -65,7 +65,7 @@ def predict_cases(
     """Predictions in the order of the cases."""
     answers = []
     for case in tqdm(cases, "predict", leave=False):
-        grey, pixel_shape = read_grey(images / case.file, case.frame)
+        grey, pixel_shape = read_frame(images / case.file, case.frame)
         found = predictor.predict(grey, pixel_shape, decode)
         answers.append(answer_of(found, grey.shape, pixel_shape, predictor.spec))
     return answers

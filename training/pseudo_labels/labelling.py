@@ -18,8 +18,8 @@ from model.anatomy import LANDMARKS, Floats
 from model.drawing.text import DOUBT, Picture
 from model.frame import Pair, Pixels
 from model.predictor import Predictor, Provider, load_predictor
-from training.data.case_table import Case, CaseError, read_table, write_cases, write_rows
-from training.data.dataset import read_grey
+from training.data.case_table import Case, CaseError, read_table, write_cases, write_csv
+from training.data.dataset import read_frame
 from training.evaluation.metrics import radial_errors_px
 from training.evaluation.pictures import (
     CAPTION,
@@ -37,7 +37,7 @@ from training.evaluation.pictures import (
 from training.evaluation.predict import torch_predictor
 from training.evaluation.test_time_augmentation import predict_views
 from training.learning.checkpoint import load_weights, write_text
-from training.learning.trainer import processes
+from training.learning.trainer import join_processes
 from training.pseudo_labels.criteria import (
     Evidence,
     Objection,
@@ -144,7 +144,7 @@ def judge_labelled(
     """The evidence about labelled cases, and the mean radial error of each at 512 px."""
     found, sides = [], []
     for case in tqdm(cases, "judging val", leave=False):
-        grey, pixel_shape = read_grey(images / case.file, case.frame)
+        grey, pixel_shape = read_frame(images / case.file, case.frame)
         found.append(evidence_of(predictor, grey, pixel_shape))
         sides.append(max(grey.shape))
     truth = [case.landmarks_px for case in cases]
@@ -177,7 +177,7 @@ def load_teacher(path: Path, device: Provider) -> Predictor:
     if path.suffix == ".onnx":
         return load_predictor(path, device)
     network, checkpoint = load_weights(path)
-    with processes(device) as place:
+    with join_processes(device) as place:
         return torch_predictor(network.to(place.device), checkpoint.spec, place.device)
 
 
@@ -217,7 +217,7 @@ def write_tables(folder: Path, labels: Sequence[PseudoLabel], pool: Pool, source
         (*row.values(), source, *one.numbers)
         for (_, row), one in zip(table.rows, accepted, strict=True)
     ]
-    write_rows(path, [*table.header, "source", "sharpness", "spread_px"], rows)
+    write_csv(path, [*table.header, "source", "sharpness", "spread_px"], rows)
 
     refused: list[tuple[object, ...]]
     refused = [(c.file, c.frame, *objection, "", "") for c, objection in pool.rejected]
@@ -227,7 +227,7 @@ def write_tables(folder: Path, labels: Sequence[PseudoLabel], pool: Pool, source
             where = one.candidate.file, one.candidate.frame
             refused.append((*where, one.objections[0][0], reason, *one.numbers))
     header = ["Filename", "Frame", "criterion", "reason", "sharpness", "spread_px"]
-    write_rows(folder / "rejected.csv", header, refused)
+    write_csv(folder / "rejected.csv", header, refused)
 
 
 def sheet(labels: Sequence[PseudoLabel]) -> Picture:
