@@ -68,7 +68,7 @@ from training.data.sources import (
     read_mask,
     read_single_frame,
 )
-from training.evaluation.pictures import contact_sheet
+from training.evaluation.pictures import label_sheet
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ def prepare(options: PrepareOptions) -> None:
         options.output.stem + ".contact-sheet.png"
     )
     sheet.parent.mkdir(parents=True, exist_ok=True)
-    if not cv2.imwrite(str(sheet), contact_sheet(cases, {each.file: each for each in sources})):
+    if not cv2.imwrite(str(sheet), label_sheet(cases, {each.file: each for each in sources})):
         raise UnusableInput(f"the contact sheet cannot be written to {sheet}")
     print(f"look at {sheet} before you train")
 

@@ -46,7 +46,7 @@ from training.data.unlabelled import (
     read_squares,
     split_indices,
 )
-from training.evaluation.pictures import CAPTION, put_text, spread
+from training.evaluation.pictures import CAPTION, draw_text, spread_indices
 from training.learning.checkpoint import CheckpointError, save_weights
 from training.learning.mae import (
     MAE_FILE,
@@ -360,7 +360,7 @@ def keep(
     print("  ".join(f"{name} {value:g}" for name, value in row.items()), flush=True)
     sheet = None
     if epoch % SAMPLES_EVERY == 0 or epoch == recipe.epochs:
-        samples = [held_out[0, k] for k in spread(len(held_out), SAMPLES)]
+        samples = [held_out[0, k] for k in spread_indices(len(held_out), SAMPLES)]
         batch = {k: torch.stack([s[k] for s in samples]).to(device) for k in samples[0]}
         sheet = reconstructions(
             student.mae.eval(), batch["image"], batch["kept"], recipe.variance_floor
@@ -391,7 +391,7 @@ def reconstructions(
     sheet = (rows.clamp(0, 1) * 255).round().flatten(0, 2).to(torch.uint8).cpu().numpy()
     caption = np.zeros((CAPTION, sheet.shape[1]), np.uint8)
     for k, name in enumerate(COLUMNS):
-        put_text(caption, name, (4 + k * image.shape[-1], CAPTION - 5))
+        draw_text(caption, name, (4 + k * image.shape[-1], CAPTION - 5))
     return cv2.vconcat([caption, sheet])
 
 

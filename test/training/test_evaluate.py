@@ -17,7 +17,7 @@ from model.results.schemas import CaseEntry, Results, points_by_name
 from training import evaluate
 from training.data.case_table import Case, read_cases, write_cases
 from training.data.dataset import read_frame
-from training.evaluation.challenge_jobs import kind_of
+from training.evaluation.challenge_jobs import detect_kind
 from training.evaluation.metrics import radial_errors_px, summarise
 
 POINTS = np.array([[60.0, 20.0], [20.0, 30.0], [90.0, 60.0]])
@@ -207,8 +207,8 @@ def test_a_table_with_words_of_doubt(folder):
 )
 def test_the_content_tells_the_kind(tmp_path, data, kind):
     (tmp_path / "results.csv").write_bytes(data)
-    assert kind_of(tmp_path / "results.csv") == kind
-    assert kind_of(tmp_path) == "table"
+    assert detect_kind(tmp_path / "results.csv") == kind
+    assert detect_kind(tmp_path) == "table"
 
 
 @pytest.mark.parametrize(
