@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from model.images import limits as reading
+from model.images import limits
 from model.images.source import GreyFrame, ImageError, open_image
 from test.image_files import (
     BIG,
@@ -237,7 +237,7 @@ def test_packed_but_not_said_to_be(tmp_path: Path) -> None:
 
 def test_what_holds_no_pixels(tmp_path: Path) -> None:
     path = dicom(tmp_path / "a.dcm", GREY[None], more={0x7FE00010: b""})
-    with pytest.raises(ImageError, match="holds no pixels: it is no image, or cut off"):
+    with pytest.raises(ImageError, match="holds no pixels: it is not an image, or it was cut off"):
         open_image(path)
     path.write_bytes(path.read_bytes()[:-3])
     with pytest.raises(ImageError, match="is damaged"):
@@ -353,12 +353,12 @@ def test_loop_that_vanishes_while_it_is_read(tmp_path: Path) -> None:
 
 
 def test_loops_larger_than_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reading, "MAX_BYTES", STACK.nbytes - 1)
+    monkeypatch.setattr(limits, "MAX_BYTES", STACK.nbytes - 1)
     assert_stack(dicom(tmp_path / "a.dcm", STACK), STACK)
-    with pytest.raises(ImageError, match="fewer bytes a pixel"):
+    with pytest.raises(ImageError, match="fewer bytes per pixel"):
         open_image(dicom(tmp_path / "a.dcm", np.tile(GREY, (3, 2))[None]))
     long = jpeg(RGB) + bytes(STACK.nbytes)
-    with pytest.raises(ImageError, match="fewer bytes a pixel"):
+    with pytest.raises(ImageError, match="fewer bytes per pixel"):
         open_image(dicom(tmp_path / "a.dcm", RGB[None], "YBR_FULL_422", jpeg=[long]))
 
 

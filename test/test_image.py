@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 
 from model.frame import Geometry
-from model.images import limits as reading
-from model.images import pictures as raster
+from model.images import limits, pictures
 from model.images.source import (
     SUFFIXES,
     BadFrame,
@@ -123,7 +122,7 @@ def test_tiff_pages_of_other_sizes_and_pyramids(tmp_path: Path) -> None:
         open_image(path)
 
 
-@pytest.mark.parametrize("largest", [0, raster._LARGEST_ARRAY])
+@pytest.mark.parametrize("largest", [0, pictures._MAX_ARRAY_BYTES])
 @pytest.mark.parametrize("kind", [np.uint8, np.float64])
 def test_tiff_pages_are_found_without_reading_those_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, largest: int, kind: type
@@ -132,7 +131,7 @@ def test_tiff_pages_are_found_without_reading_those_before(
     path = tmp_path / "a.tif"
     pages = [RGB[..., ::-1], RGB[::-1, :, ::-1], STACK[0]]
     assert cv2.imwritemulti(str(path), [page.astype(kind) for page in pages])
-    monkeypatch.setattr(raster, "_LARGEST_ARRAY", largest)
+    monkeypatch.setattr(pictures, "_MAX_ARRAY_BYTES", largest)
     real, read = cv2.imreadmulti, []
     monkeypatch.setattr(
         cv2, "imreadmulti", lambda *args, **more: read.append(args[1]) or real(*args, **more)
@@ -328,7 +327,7 @@ def test_png_with_an_impossible_chunk(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("suffix", [*makers(), ".jpg"])
 def test_too_small(tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reading, "MIN_SIDE", H + 1)
+    monkeypatch.setattr(limits, "MIN_SIDE", H + 1)
     path = makers()[suffix](tmp_path) if suffix != ".jpg" else write(tmp_path / "a.jpg", GREY)
     with pytest.raises(ImageError, match="60 x 40 px is too small: a side needs 41 px"):
         open_image(path)

@@ -188,7 +188,7 @@ def test_spacing_that_cannot_be(tmp_path: Path, suffix: str, spacing: bytes) -> 
     assert_stack(path, STACK)
     frame = next(open_image(path).frames())
     assert frame.geometry.spacing_mm is None
-    assert "cannot be: lengths are in px only" in frame.warnings[0]
+    assert "is impossible: lengths are given in px only" in frame.warnings[0]
     assert 0 not in frame.geometry.world_spacing
     np.testing.assert_allclose(
         frame.geometry.from_world(frame.geometry.to_world([[7, 11]], 2)), [[7, 11, 2]]
@@ -216,7 +216,7 @@ def test_axes_that_span_no_space(tmp_path: Path) -> None:
     assert_stack(path, STACK)
     frame = next(open_image(path).frames())
     assert frame.geometry == Geometry((0.5, 0.25), (0.5, 0.25, 2.0))
-    assert "not turned" in frame.warnings[0]
+    assert "taken as unrotated" in frame.warnings[0]
 
 
 # ---- Real files
