@@ -19,8 +19,9 @@ sys.path.append(str(HERE))  # an ingestion program may load this file alone, by 
 
 from export.codabench_pydantic import SETTINGS, WEIGHTS, read_models  # noqa: E402
 from model.anatomy import Floats  # noqa: E402
+from model.frame import Pixels  # noqa: E402
 from model.heatmap import Heatmaps  # noqa: E402
-from model.images.grey import Grey, to_grey  # noqa: E402
+from model.images.grey import to_grey  # noqa: E402
 from model.images.limits import ImageError  # noqa: E402
 from model.network import build_network  # noqa: E402
 from model.predictor import Output, Predictor  # noqa: E402
@@ -67,7 +68,7 @@ class model:
         return Output(maps.numpy())
 
 
-def _grey(image: Image) -> Grey:
+def _grey(image: Image) -> Pixels:
     pixels = np.asarray(image.convert("RGB"))
     try:
         return to_grey(pixels)

@@ -69,7 +69,7 @@ class _Rewriter(ast.NodeTransformer):
     def visit_Module(self, node: ast.Module) -> ast.Module:
         self.generic_visit(node)
         aliases = [
-            statement  # such as Grey = A | B; annotations are not evaluated
+            statement  # such as Pixels = A | B; annotations are not evaluated
             for statement in node.body
             if isinstance(statement, ast.Assign)
             and any(isinstance(part, ast.BitOr) for part in ast.walk(statement))

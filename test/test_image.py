@@ -1,4 +1,4 @@
-"""Recognition, pictures, values and refusals of every kind of image file that can come."""
+"""Every kind of image file: how it is recognised, what its values become, when it is refused."""
 
 import gzip
 import os
@@ -127,7 +127,7 @@ def test_tiff_pages_of_other_sizes_and_pyramids(tmp_path: Path) -> None:
 def test_tiff_pages_are_found_without_reading_those_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, largest: int, kind: type
 ) -> None:
-    """But in a file that is larger than an array of OpenCV's."""
+    """Except in a file that is larger than the largest array of OpenCV."""
     path = tmp_path / "a.tif"
     pages = [RGB[..., ::-1], RGB[::-1, :, ::-1], STACK[0]]
     assert cv2.imwritemulti(str(path), [page.astype(kind) for page in pages])
@@ -284,7 +284,7 @@ def test_truncated_files(tmp_path: Path, suffix: str, kept: float) -> None:
 
 @pytest.mark.parametrize("kind", [np.uint8, np.uint16, np.float32])
 def test_tiff_with_its_pixels_cut(tmp_path: Path, kind: type) -> None:
-    """The directory stands first, so that only reading the pixels can find out."""
+    """The directory comes first, so the damage shows only when the pixels are read."""
     pillow = pytest.importorskip("PIL.Image")
     pillow.fromarray(GREY.astype(kind)).save(tmp_path / "a.tif")
     data = (tmp_path / "a.tif").read_bytes()
@@ -309,7 +309,7 @@ def test_jpeg_with_its_last_lines_cut_or_with_bytes_behind(tmp_path: Path) -> No
 def test_pipe_is_not_waited_for(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"a{suffix}"
     os.mkfifo(path)
-    ours = os.open(path, os.O_RDWR)  # so that a reader would get something
+    ours = os.open(path, os.O_RDWR)  # a reader would get something
     os.write(ours, bytes(2**14))
     with pytest.raises(ImageError, match="it is a pipe"):
         open_image(path)

@@ -1,4 +1,4 @@
-"""What a file claims is looked at before its pixels are read, so that none fills the memory."""
+"""A header's claims are checked before pixels are read, so that no file fills the memory."""
 
 import struct
 import subprocess
@@ -124,13 +124,13 @@ def claim_tiff(path: Path) -> Path:
 
 
 def growth(action: Callable[[], object]) -> int:
-    """Bytes by which the process grows at most while it acts."""
+    """The most bytes by which the process grows during the action."""
 
     def peak() -> int:
         status = Path("/proc/self/status").read_text()
         return int(status.partition("VmHWM:")[2].split()[0]) * 1024
 
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = peak()
     action()
     return peak() - before
@@ -161,10 +161,10 @@ on_linux = pytest.mark.skipif(sys.platform != "linux", reason="bounded and measu
 def test_gigabytes_are_refused_from_the_header(
     tmp_path: Path, name: str, claim: Callable[[Path], Path], reason: str
 ) -> None:
-    """Each frame has a lawful size; all of them, or the values of a pixel, are too many."""
+    """Each frame has a valid size, but there are too many frames, or values in a pixel."""
     path = claim(tmp_path / name)
     assert path.stat().st_size < 2**17
-    refuse(path, reason)  # with what is imported late
+    refuse(path, reason)  # imports what is imported late
     assert growth(lambda: refuse(path, reason)) < 2**24
 
 
@@ -178,7 +178,7 @@ def test_what_is_too_much_is_told_as_more_than_the_limit() -> None:
     "old", [struct.pack("<HH2s2xI", 2, 1, b"OB", 2), item(JPEG)[:8]], ids=["header", "pixels"]
 )
 def test_dicom_elements_longer_than_their_file(tmp_path: Path, old: bytes) -> None:
-    """GDCM makes room for them before it looks."""
+    """GDCM allocates them before it reads."""
     before = resource.getrlimit(resource.RLIMIT_DATA)
     path = dicom(tmp_path / "a.dcm", RGB[None], colours="YBR_FULL_422", jpeg=[JPEG])
     assert single(path).pixels.shape == (H, W)
@@ -219,7 +219,7 @@ def test_frames_are_lazy(tmp_path: Path, suffix: str) -> None:
         assert cv2.imwritemulti(str(path), list(stack))
     else:
         save(path, stack)
-    open_image(path)  # whatever is imported late
+    open_image(path)  # imports what is imported late
     tracemalloc.start()
     for k, frame in enumerate(open_image(path).frames()):
         assert np.array_equal(frame.pixels, stack[k])

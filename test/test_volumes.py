@@ -84,7 +84,7 @@ def test_truncated_stack_gives_the_frames_that_are_there(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("suffix", [".mha", ".mhd"])
 def test_packed_metaimage_with_less_than_it_claims(tmp_path: Path, suffix: str) -> None:
-    """ITK would fill up with zeros, or unpack the sixth frame for ever."""
+    """ITK would fill it up with zeros, or never end on the sixth frame."""
     path = save(tmp_path / f"a{suffix}", STACK, packed=True)
     assert_stack(path, STACK)
     edit(path, b"DimSize = 60 40 5", b"DimSize = 60 40 6")

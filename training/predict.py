@@ -16,7 +16,7 @@ from tqdm import tqdm
 from model.anatomy import Floats, angle_of_progression, implausibilities
 from model.frame import Pair
 from model.heatmap import Decode, Heatmaps
-from model.measure import doubts, interval_of
+from model.measure import aop_interval, reasons_for_doubt
 from model.predictor import Output, Prediction, Predictor
 from model.spec import ModelSpec
 from training.cases import Case, CaseError, read_cases
@@ -86,13 +86,13 @@ def answer_of(
         angle,
         found.confidence,
         found.heatmaps,
-        reasons=(*reasons, *doubts(found, spec)),
+        reasons=(*reasons, *reasons_for_doubt(found, spec)),
     )
     if found.expected is None or spec.calibration is None:
         return answer
     return replace(
         answer,
-        aop_interval_deg=interval_of(found, angle, spec),
+        aop_interval_deg=aop_interval(found, angle, spec),
         expected_error_px=found.expected.landmarks_px,
         expected_aop_error_deg=found.expected.aop_deg,
     )

@@ -2,16 +2,14 @@
 
 import cv2
 import numpy as np
-import numpy.typing as npt
 
+from model.frame import Pixels
 from model.images.limits import ImageError, Raw
-
-Grey = npt.NDArray[np.uint8] | npt.NDArray[np.float32]
 
 BT_601 = (0.299, 0.587, 0.114)  # weights of R, G and B in luminance, the same as OpenCV's
 
 
-def to_grey(raw: Raw) -> Grey:
+def to_grey(raw: Raw) -> Pixels:
     """(H, W[, channels]) of any type -> (H, W) in 0..255.
 
     Integers that all lie in 0..255 stay as they are, in uint8. Other values are stretched to

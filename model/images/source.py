@@ -20,9 +20,9 @@ from typing import NoReturn
 
 import numpy as np
 
-from model.frame import Geometry
+from model.frame import Geometry, Pixels
 from model.images.formats import SUFFIXES, format_of, is_dicom, is_supported_name
-from model.images.grey import Grey, to_grey
+from model.images.grey import to_grey
 from model.images.limits import (
     MAX_FRAMES,
     ImageError,
@@ -55,7 +55,7 @@ class GreyFrame:
         slice_index: z index of the frame in the world of `geometry`.
     """
 
-    pixels: Grey
+    pixels: Pixels
     index: int | None
     slice_index: int
     geometry: Geometry
