@@ -263,7 +263,7 @@ def fit_error_model(terms: Floats, errors: Floats) -> ErrorModel:
     here. A term by which the error would fall is left out: doubt never makes an answer better.
 
     Args:
-        terms: (n, 2) as of `model.uncertainty.evidence`. errors: (n,), not negative.
+        terms: (n, 2) as of `model.uncertainty.error_terms`. errors: (n,), not negative.
     """
     errors = np.maximum(errors, 1e-3)
     known = [column[np.isfinite(column)] for column in terms.T]

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from model.frame import Geometry, Pixels
 from model.images.source import GreyFrame
-from model.measure import measure
+from model.measure import measure_frame
 from model.predictor import ModelError, Predictor, load_predictor
 from training.data.case_table import CaseError, cases_of_split
 from training.data.dataset import read_frame
@@ -78,7 +78,7 @@ def count(
 
     def judge(kind: str, pixels: Pixels, pixel_shape: tuple[float, float]) -> None:
         frame = GreyFrame(pixels, None, 0, Geometry(pixel_shape))
-        entry = measure(kind, kind, frame, predictor)
+        entry = measure_frame(kind, kind, frame, predictor)
         doubted, seen = counts.get(kind, (0, 0))
         counts[kind] = doubted + (entry.doubtful is not False), seen + 1
 

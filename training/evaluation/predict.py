@@ -16,7 +16,7 @@ from tqdm import tqdm
 from model.anatomy import Floats, angle_of_progression, implausibilities
 from model.frame import Pair
 from model.heatmap import Decode, Heatmaps
-from model.measure import doubts, interval_of
+from model.measure import aop_interval, reasons_for_doubt
 from model.predictor import Output, Prediction, Predictor
 from model.spec import ModelSpec
 from training.data.case_table import Case, CaseError, read_cases
@@ -87,13 +87,13 @@ def case_prediction(
         angle,
         prediction.confidence,
         prediction.heatmaps,
-        reasons=(*reasons, *doubts(prediction, spec)),
+        reasons=(*reasons, *reasons_for_doubt(prediction, spec)),
     )
     if prediction.expected is None or spec.calibration is None:
         return answer
     return replace(
         answer,
-        aop_interval_deg=interval_of(prediction, angle, spec),
+        aop_interval_deg=aop_interval(prediction, angle, spec),
         expected_error_px=prediction.expected.landmarks_px,
         expected_aop_error_deg=prediction.expected.aop_deg,
     )
