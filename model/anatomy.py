@@ -3,6 +3,8 @@
 Points are (x, y) in px, integer coordinates at pixel centres, in the order of `Landmark`.
 """
 
+from __future__ import annotations
+
 from enum import IntEnum
 from typing import Any
 
@@ -23,8 +25,8 @@ class Landmark(IntEnum):
 LANDMARKS: tuple[str, ...] = tuple(landmark.name for landmark in Landmark)
 
 # Limits of `implausibilities`: the extremes of the 730 training images of PSFHS, each widened by
-# a fifth. Lengths are fractions of the image's longer side. test/test_anatomy.py requires that
-# 99.5 % of real cases pass.
+# a fifth. Lengths are fractions of the image's longer side. A test requires that 99.5 % of real
+# cases pass.
 SYMPHYSIS_LENGTH = (0.12, 0.42)
 TANGENT_LENGTH = (0.09, 0.65)
 AOP_DEG = (51.0, 180.0)

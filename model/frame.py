@@ -7,8 +7,11 @@ centred on black. Pixels that are not square are scaled to square ones, because 
 anatomy in its true proportions.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Union
 
 import cv2
 import numpy as np
@@ -16,7 +19,8 @@ import numpy.typing as npt
 
 from model.anatomy import Floats
 
-Pixels = npt.NDArray[np.uint8] | npt.NDArray[np.float32]  # (H, W), grey or class numbers
+# (H, W), grey or class numbers
+Pixels = Union[npt.NDArray[np.uint8], npt.NDArray[np.float32]]
 
 Pair = tuple[float, float]  # (along x, along y)
 Triple = tuple[float, float, float]

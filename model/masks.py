@@ -5,6 +5,8 @@ ellipse is fitted to each of the two classes. The ends of the symphysis's major 
 x) and PS2. FH1 is where the tangent from PS1 touches the head's ellipse on the side away from PS2.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 
 import cv2
@@ -140,7 +142,7 @@ def landmarks_from_mask(mask: npt.NDArray[np.uint8]) -> Floats:
         )
     landmarks = landmarks_from_ellipses(fit_ellipse(mask, SYMPHYSIS), fit_ellipse(mask, HEAD))
     height, width = mask.shape
-    for landmark, (x, y) in zip(LANDMARKS, landmarks, strict=True):
+    for landmark, (x, y) in zip(LANDMARKS, landmarks):
         if not (-0.5 <= x <= width - 0.5 and -0.5 <= y <= height - 0.5):
             raise MaskError(
                 f"{landmark} would lie outside the image of {width}x{height} px, "

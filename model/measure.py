@@ -11,7 +11,7 @@ from model.frame import Pair
 from model.heatmap import Decode
 from model.images.source import BadFrame, GreyFrame
 from model.predictor import EngineError, Prediction, Predictor
-from model.results.schemas import PX_DECIMALS, CaseEntry, NamedPoint, named
+from model.results.schemas import PX_DECIMALS, CaseEntry, NamedPoint, points_by_name
 from model.spec import ModelSpec
 from model.uncertainty import Bounds, interval_deg
 
@@ -64,8 +64,8 @@ def measure_frame(
         reasons = [exchange_sides(reason) for reason in reasons]
     return CaseEntry(
         status="ok",
-        landmarks_px=named(landmarks),
-        landmarks_mm=named(geometry.to_mm(landmarks)),
+        landmarks_px=points_by_name(landmarks),
+        landmarks_mm=points_by_name(geometry.to_mm(landmarks)),
         aop_deg=angle,
         confidence=dict(zip(LANDMARKS, prediction.confidence.tolist(), strict=True)),
         view_score=prediction.view_score,

@@ -15,7 +15,7 @@ chmod 755 "$images"
 "$python" - "$data" "$images" <<'PY'
 import shutil, sys
 from pathlib import Path
-from training.cases import read_cases
+from training.data.case_table import read_cases
 data, images = map(Path, sys.argv[1:])
 for case in read_cases(data / "cases.csv"):
     if case.split == "test":
@@ -25,4 +25,4 @@ time ./test/run_local.sh "$images" >"$images.log" 2>&1 || { tail -20 "$images.lo
 tail -3 "$images.log"
 "$python" -m training.evaluate --data "$data/cases.csv" --split test --images "$data/images" \
   --predictions test/output/landmarks.csv --output test/output/figures.json
-"$python" test/gate.py test/output/figures.json model/weights/MODEL_CARD.md
+"$python" test/container/gate.py test/output/figures.json model/weights/MODEL_CARD.md

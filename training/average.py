@@ -15,7 +15,8 @@ from pathlib import Path
 
 import torch
 
-from training.checkpoint import CheckpointError, load_weights, save_weights
+from model.network import without_view_head
+from training.learning.checkpoint import CheckpointError, load_weights, save_weights
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -44,8 +45,7 @@ def average(files: Sequence[Path], output: Path) -> None:
     """
     loaded = [load_weights(file) for file in files]
     _, described = loaded[0]
-    plain = {"view_channels": 0} if hasattr(described.network, "view_channels") else {}
-    networks = [checkpoint.network.model_copy(update=plain) for _, checkpoint in loaded]
+    networks = [without_view_head(checkpoint.network) for _, checkpoint in loaded]
     for file, network in zip(files, networks, strict=True):
         if network != networks[0]:
             raise CheckpointError(f"{file} is of another network than {files[0]}: no mean of them")

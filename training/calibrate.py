@@ -19,7 +19,7 @@ import argparse
 import contextlib
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,18 +28,18 @@ import torch
 from tqdm import tqdm
 
 from model.anatomy import Floats
-from model.network import TransUNet, build_network
+from model.network import TransUNet, TransUNetConfig, build_network, without_view_head
 from model.predictor import Prediction, Predictor
 from model.spec import MaskShares, ModelSpec
 from model.uncertainty import QUANTITIES, Calibration, ErrorModel
-from training.cases import Case, CaseError, count_splits, read_cases, require_images
-from training.checkpoint import Checkpoint, CheckpointError, load_weights, save_weights
-from training.data import read_grey
-from training.metrics import case_errors, mean_errors
-from training.predict import CasePrediction, answer_of, kept_out, torch_predictor
+from training.data.case_table import Case, CaseError, count_splits, read_cases, require_images
+from training.data.dataset import read_frame
+from training.data.sources import images_matching
+from training.evaluation.metrics import case_errors, mean_errors
+from training.evaluation.predict import CasePrediction, case_prediction, load_folds, torch_predictor
+from training.learning.checkpoint import Checkpoint, CheckpointError, load_weights, save_weights
+from training.learning.view_head import train_view_head
 from training.recipes import mask_shares
-from training.sources import images_matching
-from training.view import train_view_head
 
 LEVEL = 0.9
 VIEW_CHANNELS = 16
@@ -107,9 +107,11 @@ def calibrate(options: CalibrateOptions) -> None:
     config = checkpoint.network
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if options.others:
-        if not (isinstance(network, TransUNet) and train and val):
+        if not (
+            isinstance(network, TransUNet) and isinstance(config, TransUNetConfig) and train and val
+        ):
             raise CaseError("--others needs a transunet, and cases of split train and val")
-        config = config.model_copy(update={"view_channels": VIEW_CHANNELS})
+        config = replace(config, view_channels=VIEW_CHANNELS)
         network = with_view_head(network, build_network(config, checkpoint.masks)).to(device)
         others = images_matching(options.others)
         train_view_head(network, spec, train, options.images, others, options.seed)
@@ -181,9 +183,9 @@ def answer_cases(predictor: Predictor, cases: Sequence[Case], images: Path) -> l
     """What a network says of labelled cases."""
     answers = []
     for case in tqdm(cases, "answers", leave=False):
-        grey, pixel_shape = read_grey(images / case.file, case.frame)
+        grey, pixel_shape = read_frame(images / case.file, case.frame)
         found = predictor.predict(grey, pixel_shape)
-        answer = answer_of(found, grey.shape, pixel_shape, predictor.spec)
+        answer = case_prediction(found, grey.shape, pixel_shape, predictor.spec)
         answers.append(CaseAnswer(case, found, answer))
     return answers
 
@@ -200,11 +202,9 @@ def answer_folds(
     Raises:
         CheckpointError: their network is not that of the weights.
     """
-    without_view = {"view_channels": 0}
     answers = []
-    for network, other, cases in kept_out(folds):
-        configs = (one.network.model_copy(update=without_view) for one in (checkpoint, other))
-        if len(set(configs)) > 1:
+    for network, other, cases in load_folds(folds):
+        if without_view_head(checkpoint.network) != without_view_head(other.network):
             raise CheckpointError(f"{folds} holds another network than {options.weights}")
         predictor = torch_predictor(network.to(device), spec, device)
         answers += answer_cases(predictor, cases, options.images)

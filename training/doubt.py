@@ -21,12 +21,12 @@ from model.frame import Geometry, Pixels
 from model.images.source import GreyFrame
 from model.measure import measure_frame
 from model.predictor import ModelError, Predictor, load_predictor
-from training.agreement import coverage_interval
-from training.cases import CaseError, cases_of_split
-from training.checkpoint import write_text
-from training.data import read_grey
-from training.scenes import SCENES, SPOILED
-from training.sources import images_matching
+from training.data.case_table import CaseError, cases_of_split
+from training.data.dataset import read_frame
+from training.data.scenes import DISTORTIONS, SCENES
+from training.data.sources import images_matching
+from training.evaluation.statistics import coverage_interval
+from training.learning.checkpoint import write_text
 
 SCENE_SIZE = 384  # px
 Counts = dict[str, tuple[int, int]]  # kind -> doubted, of how many
@@ -83,13 +83,13 @@ def count(
         counts[kind] = doubted + (entry.doubtful is not False), seen + 1
 
     for path, frame in tqdm(paths, "split", leave=False):
-        grey, pixel_shape = read_grey(path, frame)
+        grey, pixel_shape = read_frame(path, frame)
         judge("as they are", grey, pixel_shape)
         whole = np.clip(np.rint(grey), 0, 255).astype(np.uint8)
-        for kind, spoil in SPOILED.items():
+        for kind, spoil in DISTORTIONS.items():
             judge(kind, spoil(whole, rng), pixel_shape)
     for path in tqdm(others, "others", leave=False):
-        judge("other views", *read_grey(path))
+        judge("other views", *read_frame(path))
     for kind, draw in tqdm(SCENES.items(), "scenes", leave=False):
         for _ in range(scenes):
             judge(kind, draw(SCENE_SIZE, rng), (1.0, 1.0))

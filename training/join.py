@@ -12,18 +12,19 @@ import argparse
 import shutil
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from model.network import TransUNet, TransUNetConfig, build_network
-from training.cases import CaseError
-from training.checkpoint import (
+from training.data.case_table import CaseError
+from training.evaluation.predict import finished_folds, splits_of_fold
+from training.learning.checkpoint import (
     Checkpoint,
     CheckpointError,
     load_strictly,
     load_weights,
     save_weights,
 )
-from training.predict import finished_folds, splits_of_fold
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -87,9 +88,9 @@ def join(files: Sequence[Path], output: Path) -> None:
         )
     transunets = [network for network, _ in loaded if isinstance(network, TransUNet)]
     networks = [part for network in transunets for part in (network, *network.members)]
-    plain = {"view_channels": 0, "members": ()}
-    configs = [part.model_copy(update=plain) for one in own for part in (one, *one.members)]
-    config = configs[0].model_copy(update={"members": tuple(configs[1:])})
+    configs = [part for one in own for part in (one, *one.members)]
+    first, *others = (replace(part, view_channels=0, members=()) for part in configs)
+    config = replace(first, members=tuple(others))
     tensors = {
         f"members.{k - 1}.{name}" if k else name: tensor
         for k, network in enumerate(networks)
@@ -104,7 +105,7 @@ def join(files: Sequence[Path], output: Path) -> None:
         "calibration": None,
         "metrics": {},
         "val_trained": any(one.spec.val_trained for one in described),
-        "recipe": spec.recipe | {"network": config.model_dump(mode="json")},
+        "recipe": spec.recipe | {"network": asdict(config)},
     }
     joined = Checkpoint(
         network=config, masks=described[0].masks, spec=spec.model_copy(update=changes)

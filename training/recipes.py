@@ -9,6 +9,7 @@ those of the network too (`--network.vit_depth 4`), is a flag.
 import argparse
 import json
 import math
+from dataclasses import fields
 from typing import Any, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
@@ -88,7 +89,9 @@ class Recipe(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str = Field("paper", description="the recipe's name")
-    network: NetworkConfig = Field(TransUNetConfig(), description="the network's sizes")
+    network: NetworkConfig = Field(
+        TransUNetConfig(), discriminator="kind", description="the network's sizes"
+    )
     mean: float = Field(114.5, description="grey value subtracted from the input")
     std: float = Field(57.6, description="grey value that divides the input")
     sigma_cells: float = Field(4.0, description="sigma of the target Gaussians, heatmap cells")
@@ -275,14 +278,19 @@ def mask_shares(text: str) -> MaskShares:
         raise argparse.ArgumentTypeError(f"expected {expected}; got {text!r}") from error
 
 
-def _fields(model: BaseModel, prefix: str = "") -> list[tuple[str, str]]:
+def _fields(model: BaseModel | NetworkConfig, prefix: str = "") -> list[tuple[str, str]]:
+    """(path, description) of every field that is a flag."""
+    if isinstance(model, BaseModel):
+        texts = {name: field.description for name, field in type(model).model_fields.items()}
+    else:
+        texts = {field.name: field.metadata.get("description") for field in fields(model)}
     found = []
-    for name, field in type(model).model_fields.items():
+    for name, text in texts.items():
         value = getattr(model, name)
-        if isinstance(value, BaseModel):
+        if isinstance(value, BaseModel | NetworkConfig):
             found += _fields(value, f"{prefix}{name}.")
         elif name != "kind":
-            found.append((prefix + name, field.description or ""))
+            found.append((prefix + name, text or ""))
     return found
 
 
