@@ -165,7 +165,7 @@ def test_all_files_together(folder: Path, outcome: Outcome) -> None:
     assert collided["status"] == "ok"
     assert {collided["case"], outcome.entry("a__b.png")["case"]} == {"a__b", "a__b-2"}
     spacing = outcome.entry("zero.mha")
-    assert spacing["spacing_mm"] is None and "0 x 0 mm cannot be" in spacing["warnings"][0]
+    assert spacing["spacing_mm"] is None and "0 x 0 mm is impossible" in spacing["warnings"][0]
     assert not [name for name in tree(folder.parent / "out") if "partial" in name]
 
 
