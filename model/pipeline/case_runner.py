@@ -16,7 +16,13 @@ from model.drawing.overlay import LONGEST, encode_png, overlay_picture
 from model.drawing.text import Picture
 from model.images.limits import MemoryBudget
 from model.images.source import BadFrame, GreyFrame, ImageError, ImageSource, open_image
-from model.measure import bad_frame, failed_entry, measure, points_of, within_budget
+from model.measure import (
+    bad_frame_entry,
+    failed_entry,
+    measure_frame,
+    named_points,
+    warn_if_late,
+)
 from model.pipeline.cases import InputCase
 from model.pipeline.options import RunOptions
 from model.predictor import Predictor
@@ -95,7 +101,7 @@ def answer_case(
         journal.reserve(source.frame_count - 1)
     except (ImageError, OSError) as error:
         reason = str(error) if isinstance(error, ImageError) else _write_fault(error)
-        record(bad_frame(case.name, case.file, BadFrame(None, reason)))
+        record(bad_frame_entry(case.name, case.file, BadFrame(None, reason)))
         return None
     answers = _answer_frames(case, source, start, predictor, options, budget, stop)
     empty_loop = partial(LoopSummary, case.name, case.file, source.frame_count)
@@ -152,8 +158,8 @@ def _answer_frame(
 ) -> Answer:
     """Predict one frame and write its pictures."""
     if isinstance(frame, BadFrame):
-        return Answer(bad_frame(case.name, case.file, frame))
-    entry = measure(case.name, case.file, frame, predictor, options.decode, options.mirror)
+        return Answer(bad_frame_entry(case.name, case.file, frame))
+    entry = measure_frame(case.name, case.file, frame, predictor, options.decode, options.mirror)
     if entry.status == "failed":
         return Answer(entry)
     folder = frame_folder(options.output / case.folder, frame.index)
@@ -170,7 +176,7 @@ def _answer_frame(
         return Answer(failed_entry(entry, _write_fault(error)))
     stages = {"read": read_ms, **entry.milliseconds, "overlay": _ms_since(start)}
     entry = entry.model_copy(update={"milliseconds": stages})
-    return Answer(entry, points_of(entry, frame, options.frame_of_answers == "world"), picture)
+    return Answer(entry, named_points(entry, frame, options.frame_of_answers == "world"), picture)
 
 
 def plain_picture(frame: GreyFrame) -> Picture:
@@ -255,7 +261,7 @@ def _write_answer(answers: Sequence[Answer], folder: Path, options: RunOptions) 
         failed_entry(answer.entry, _write_fault(error)) if error and answer.points else answer.entry
         for answer in answers
     ]
-    return [within_budget(entry, options.latency_budget_ms) for entry in entries]
+    return [warn_if_late(entry, options.latency_budget_ms) for entry in entries]
 
 
 def _ms_since(start: float) -> float:
