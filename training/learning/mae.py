@@ -10,55 +10,17 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    SerializeAsAny,
-    ValidationError,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from model.network.vit import Block, sincos_positions
 from training.learning.checkpoint import CheckpointError, load_strictly
+from training.recipes import PretrainRecipe
 
 GREY_MEAN, GREY_STD = 30 / 255, 46.4 / 255  # of ultrasound images; the encoder's input scale
 FILE = "mae.safetensors"  # in a run's folder
-
-
-class AutoencoderConfig(BaseModel):
-    """Sizes of a masked autoencoder; the defaults are the paper's, and MAE's where it is silent."""
-
-    model_config = ConfigDict(frozen=True)
-
-    image_size: int = Field(224, description="side of a crop, px")
-    patch: int = Field(16, description="side of a patch, px")
-    width: int = Field(192, description="the encoder's width: the bottleneck's, to fit into it")
-    depth: int = Field(12, description="blocks of the encoder: the bottleneck's, to fit into it")
-    heads: int = Field(12, description="attention heads of the encoder, likewise")
-    decoder_width: int = Field(96, description="the decoder's width")
-    decoder_depth: int = Field(1, description="blocks of the decoder")
-    decoder_heads: int = Field(3, description="attention heads of the decoder")
-
-    @model_validator(mode="after")
-    def _fits(self) -> "AutoencoderConfig":
-        if self.image_size % self.patch:
-            raise ValueError(
-                f"image_size {self.image_size} is not a multiple of patch {self.patch}"
-            )
-        for part in ("", "decoder_"):
-            width, heads = getattr(self, f"{part}width"), getattr(self, f"{part}heads")
-            if width % heads or width % 4:
-                raise ValueError(f"{part}width {width} is not a multiple of 4 and of {heads} heads")
-        return self
-
-    @property
-    def grid(self) -> int:
-        """Patches along a side."""
-        return self.image_size // self.patch
 
 
 class Features(NamedTuple):
@@ -71,7 +33,7 @@ class Features(NamedTuple):
 class Encoder(nn.Module):
     """Patches to features; its blocks and norm are those of the network's bottleneck."""
 
-    def __init__(self, config: AutoencoderConfig) -> None:
+    def __init__(self, config: PretrainRecipe) -> None:
         super().__init__()
         width, grid = config.width, config.grid
         self.patch_embed = nn.Conv2d(1, width, config.patch, config.patch)
@@ -100,7 +62,7 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """Features of the kept patches to the grey values of all."""
 
-    def __init__(self, config: AutoencoderConfig) -> None:
+    def __init__(self, config: PretrainRecipe) -> None:
         super().__init__()
         width, grid = config.decoder_width, config.grid
         self.embed = nn.Linear(config.width, width)
@@ -129,7 +91,7 @@ class Decoder(nn.Module):
 class MaskedAutoencoder(nn.Module):
     """Encoder and decoder of one configuration."""
 
-    def __init__(self, config: AutoencoderConfig) -> None:
+    def __init__(self, config: PretrainRecipe) -> None:
         super().__init__()
         self.encoder, self.decoder = Encoder(config), Decoder(config)
         for module in self.modules():
@@ -193,14 +155,11 @@ def resize_positions(embedding: Tensor, rows: int, columns: int) -> Tensor:
 
 
 class Pretrained(BaseModel):
-    """The JSON beside a run's weights.
-
-    `recipe` is written whole, as training.pretrain has it. Only the sizes are read back.
-    """
+    """The JSON beside a run's weights."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    recipe: SerializeAsAny[AutoencoderConfig]
+    recipe: PretrainRecipe
     epoch: int
     val_explained: float
 

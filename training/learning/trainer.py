@@ -56,7 +56,13 @@ from training.learning.losses import total_loss
 from training.learning.optimisers import optimiser
 from training.learning.pretrained import start_from, start_pretrained, with_members
 from training.learning.teachers import Ensemble, teachers_of
-from training.recipes import Recipe, TrainingRecipe, add_recipe_arguments, recipe_from_arguments
+from training.recipes import (
+    RECIPES,
+    Recipe,
+    TrainingRecipe,
+    add_recipe_arguments,
+    recipe_from_arguments,
+)
 
 FRACTIONS = (0.8, 0.2, 0.0)  # the paper's 4:1
 SAMPLES_EVERY = 8  # epochs between two sample sheets
@@ -372,12 +378,12 @@ def parse_fit(
     parser.add_argument("--resume", action="store_true", help="go on from RUN/checkpoint.pt")
     parser.add_argument("--max-minutes", type=float, help="stop after the epoch in which they end")
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
-    add_recipe_arguments(parser)
+    add_recipe_arguments(parser, RECIPES)
     args = parser.parse_args(arguments)
     values = {field.name: getattr(args, field.name) for field in dataclasses.fields(FitSettings)}
     values["more"] = tuple((table, folder) for table, folder in args.more)
     values["teachers"] = tuple(args.teachers)
-    return FitSettings(**values), recipe_from_arguments(args)
+    return FitSettings(**values), recipe_from_arguments(args, RECIPES)
 
 
 def fit(settings: FitSettings, recipe: Recipe, place: Processes) -> None:
