@@ -1,6 +1,6 @@
 """The fault table: what may be wrong with input, output or model, a row each.
 
-Run in the container under the flags of a challenge platform where AOP_IMAGE names it (test/container/strict.py).
+Run in the container where AOP_IMAGE names an image (test/container/strict.py).
 All faulty files lie in one folder beside good ones: none may cost another its answer.
 """
 

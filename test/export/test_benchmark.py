@@ -108,7 +108,7 @@ def test_a_failed_gate_is_named(place, capsys):
         (["--peer", "tiny=other.safetensors"], "a model and a peer are called tiny"),
         (["--model", "tiny=other.onnx"], "two models are called tiny"),
         (["--peers", "--peer", "more=missing.onnx"], "no model file at missing.onnx"),
-        (["--data", "missing.csv"], "missing.csv: cannot be read"),
+        (["--data", "missing.csv"], "missing.csv: the table cannot be read"),
         (["--input", "missing"], "no image below missing"),
         (["--data", "a.csv", "--input", "."], "leave one out"),
         (["--peers", "--provider", "cuda"], "--provider cuda: this ONNX Runtime has no CUDA"),
