@@ -37,32 +37,38 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from training.data.case_table import CaseError, read_table, write_rows
+from training.data.case_table import CaseError, read_table, write_csv
 from training.data.dataset import EpochSampler, train_loader
 from training.data.unlabelled import (
     CropSettings,
-    ImageChoice,
+    ImageSelection,
     UnlabelledDataset,
     add_image_arguments,
     find_images,
-    image_choice,
+    image_selection,
     read_squares,
     split_indices,
 )
-from training.evaluation.pictures import CAPTION, put_text, spread
+from training.evaluation.pictures import CAPTION, draw_text, spread_indices
 from training.learning.checkpoint import CheckpointError, save_weights
 from training.learning.mae import (
-    FILE,
+    MAE_FILE,
     Features,
+    MaeDescription,
     MaskedAutoencoder,
-    Pretrained,
     mae_loss,
+    patch_statistics,
     patchify,
-    statistics,
     unpatchify,
 )
 from training.learning.teachers import Beit, MaeTeacher, load_teacher
-from training.learning.trainer import Processes, Trainer, log_epoch, processes
+from training.learning.trainer import (
+    Processes,
+    Trainer,
+    join_processes,
+    log_epoch,
+    mixed_precision,
+)
 from training.recipes import (
     PRETRAIN_RECIPES,
     PretrainRecipe,
@@ -80,14 +86,14 @@ class PretrainOptions:
     """What a pretraining reads and where it writes; its recipe says how it trains.
 
     Args:
-        choice: the images.
+        selection: the images.
         output: the run's folder.
         resume: go on from the checkpoint in it.
         max_minutes: stop after the epoch in which these end.
         device: auto, cuda or cpu.
     """
 
-    choice: ImageChoice
+    selection: ImageSelection
     output: Path
     resume: bool = False
     max_minutes: float | None = None
@@ -98,7 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status."""
     args = _parser().parse_args(arguments)
     options = PretrainOptions(
-        choice=image_choice(args),
+        selection=image_selection(args),
         output=args.output,
         resume=args.resume,
         max_minutes=args.max_minutes,
@@ -106,15 +112,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     try:
         recipe = recipe_from_arguments(args, PRETRAIN_RECIPES)
-        with processes(options.device) as place:
-            pretrain(options, recipe, place)
+        with join_processes(options.device) as processes:
+            pretrain(options, recipe, processes)
     except (CaseError, CheckpointError, ValueError, OSError) as error:
         print(f"training.pretrain: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-def pretrain(options: PretrainOptions, recipe: PretrainRecipe, place: Processes) -> None:
+def pretrain(options: PretrainOptions, recipe: PretrainRecipe, processes: Processes) -> None:
     """Train until the recipe's epochs or --max-minutes are over.
 
     Raises:
@@ -129,37 +135,38 @@ def pretrain(options: PretrainOptions, recipe: PretrainRecipe, place: Processes)
         )
         raise CaseError(f"{options.output}: {what}, or choose another --output")
     teacher, teacher_report = load_teacher(recipe.teacher, recipe.grid)
-    names, squares = read_squares(find_images(options.choice), recipe.image_size)
+    names, squares = read_squares(find_images(options.selection), recipe.image_size)
     train, val = split_indices(len(squares), recipe.val_share, recipe.seed)
     options.output.mkdir(parents=True, exist_ok=True)
-    note_images(options.output / "images.csv", names, set(val), options.resume, place)
+    note_images(options.output / "images.csv", names, set(val), options.resume, processes)
     crops = crop_settings(recipe)
-    order = EpochSampler(len(train), recipe.seed, place.rank, place.world)
+    order = EpochSampler(len(train), recipe.seed, processes.rank, processes.world)
     train_data = UnlabelledDataset([squares[k] for k in train], crops)
     val_data = UnlabelledDataset([squares[k] for k in val], crops, train=False)
     loader = train_loader(train_data, order, recipe.batch, recipe.workers)
     torch.manual_seed(recipe.seed)
     student = Student(recipe, teacher.width if teacher else None)
-    trainer = PretrainTrainer(student, recipe, len(loader), place, teacher)
+    loss = PretrainLoss(recipe, teacher.to(processes.device) if teacher else None)
+    trainer = Trainer(student, recipe, len(loader), processes)
     seconds_before = trainer.resume(checkpoint) if options.resume else 0.0
-    if place.leads:
+    if processes.leads:
         counts = f"{len(train)} images train, {len(val)} val"
-        print(f"{teacher_report}\n{counts}, {place.world} x {place.device}")
+        print(f"{teacher_report}\n{counts}, {processes.world} x {processes.device}")
     start = time.monotonic() - seconds_before
     while trainer.epoch < recipe.epochs:
-        loss = trainer.train_epoch(loader)
+        mean_loss = trainer.train_epoch(loader, loss)
         seconds = time.monotonic() - start
-        if place.leads:
-            record_pretraining(trainer, options.output, val_data, loss, seconds)
-        place.barrier()
-        if place.any(options.max_minutes is not None and seconds > 60 * options.max_minutes):
-            if place.leads:
+        if processes.leads:
+            finish_pretrain_epoch(trainer, loss, options.output, val_data, mean_loss, seconds)
+        processes.barrier()
+        if processes.any(options.max_minutes is not None and seconds > 60 * options.max_minutes):
+            if processes.leads:
                 print(f"--max-minutes reached after epoch {trainer.epoch}; --resume goes on")
             return
 
 
 def note_images(
-    path: Path, names: Sequence[str], val: set[int], resume: bool, place: Processes
+    path: Path, names: Sequence[str], val: set[int], resume: bool, processes: Processes
 ) -> None:
     """Write down which images train and which are val.
 
@@ -173,8 +180,8 @@ def note_images(
     if resume:
         if [list(row.values()) for _, row in read_table(path).rows] != rows:
             raise CaseError(f"the images are not those of {path}: resume with the same ones")
-    elif place.leads:
-        write_rows(path, ["Filename", "split"], rows)
+    elif processes.leads:
+        write_csv(path, ["Filename", "split"], rows)
 
 
 def crop_settings(recipe: PretrainRecipe) -> CropSettings:
@@ -244,31 +251,28 @@ def attention_divergence(student: Tensor, teacher: Tensor) -> Tensor:
     return (teacher * (teacher.log() - student.log())).sum(dim=-1).mean()
 
 
-class PretrainTrainer(Trainer[PretrainRecipe]):
-    """The trainer of the pretraining.
+class PretrainLoss:
+    """Eq. 1 of the paper for one batch after another.
 
     Args:
-        steps: batches in an epoch.
-        teacher: None trains a plain masked autoencoder.
+        teacher: on the device of the student; None leaves L_MAE alone.
     """
 
-    def __init__(
-        self,
-        student: Student,
-        recipe: PretrainRecipe,
-        steps: int,
-        place: Processes,
-        teacher: Beit | MaeTeacher | None,
-    ) -> None:
-        super().__init__(student, recipe, steps, place)
-        self.teacher = teacher.to(place.device) if teacher else None
+    def __init__(self, recipe: PretrainRecipe, teacher: Beit | MaeTeacher | None) -> None:
+        self.recipe, self.teacher = recipe, teacher
         self.parts: list[tuple[float, float]] = []  # L_MAE and distillation in each step so far
 
-    def losses(self, network: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def __call__(self, network: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        """The loss of a batch; `parts` gets its two terms."""
+        mae, distillation = self.measure_parts(network, batch)
+        self.parts.append((mae.item(), distillation.item()))
+        return distillation + self.recipe.mae_weight * mae
+
+    def measure_parts(self, network: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """L_MAE and the distillation loss of a batch."""
         recipe, image, kept = self.recipe, batch["image"], batch["kept"]
         truth: Features | None = None
-        with self.autocast:
+        with mixed_precision(image.device):
             prediction, features = network(image, kept)
             if self.teacher is not None:
                 shown = kept if recipe.teacher_sees == "kept" else None
@@ -279,58 +283,34 @@ class PretrainTrainer(Trainer[PretrainRecipe]):
             return mae, torch.zeros_like(mae)
         return mae, distillation_loss(features, truth, recipe)
 
-    def loss(self, batch: dict[str, Tensor]) -> Tensor:
-        """Eq. 1 of the paper; `parts` gets its two terms."""
-        mae, distillation = self.losses(self.wrapped, batch)
-        self.parts.append((mae.item(), distillation.item()))
-        return distillation + self.recipe.mae_weight * mae
-
-    @property
-    def student(self) -> Student:
-        """The student with the weights that count: averaged ones if the recipe averages."""
-        student = self.evaluated
-        assert isinstance(student, Student)  # the trained one, or the average's copy of it
-        return student
-
-    @torch.no_grad()
-    def validate(self, val_data: UnlabelledDataset) -> tuple[float, float, float]:
-        """L_MAE, explained share of variance and distillation loss on whole val images.
-
-        The share is of the variance within masked patches. It is 0 if only each patch's mean is
-        known, and negative if the prediction is worse than that.
-        """
-        network, recipe = self.evaluated.eval(), self.recipe
-        keys = [(0, k) for k in range(len(val_data))]
-        sums = np.zeros(3)
-        for loaded in DataLoader(val_data, batch_size=min(64, recipe.batch), sampler=keys):
-            batch = {name: tensor.to(self.place.device) for name, tensor in loaded.items()}
-            image, kept = batch["image"], batch["kept"]
-            mae, distillation = self.losses(network, batch)
-            blank = image.new_zeros(len(image), recipe.grid**2, recipe.patch**2)
-            blank_mae = mae_loss(blank, image, kept, recipe.variance_floor)
-            sums += len(image) * np.array([mae.item(), blank_mae.item(), distillation.item()])
-        mae, blank_mae, distillation = (sums / len(val_data)).tolist()
-        return mae, 1 - mae / blank_mae if blank_mae else 0.0, distillation
-
 
 # ---- What is written after each epoch
 
 
-def record_pretraining(
-    trainer: PretrainTrainer, folder: Path, val_data: UnlabelledDataset, loss: float, seconds: float
+def finish_pretrain_epoch(
+    trainer: Trainer,
+    loss: PretrainLoss,
+    folder: Path,
+    val_data: UnlabelledDataset,
+    mean_loss: float,
+    seconds: float,
 ) -> None:
     """Validate, log, save the weights that count, and write the checkpoint.
 
     Args:
-        loss: mean loss of the epoch. seconds: that the training has run, resumed parts included.
+        loss: holds the parts of the epoch's losses, which are emptied.
+        mean_loss: of the epoch.
+        seconds: how long the training has run, its earlier parts included.
     """
-    recipe, epoch = trainer.recipe, trainer.epoch
-    val_mae, val_explained, val_distillation = trainer.validate(val_data)
-    mae, distillation = np.mean(trainer.parts, axis=0)
-    trainer.parts.clear()
+    recipe, epoch, device = loss.recipe, trainer.epoch, trainer.processes.device
+    student = trainer.evaluated_network
+    assert isinstance(student, Student)  # the trained one, or the average's copy of it
+    val_mae, val_explained, val_distillation = measure_val(student, loss, val_data, device)
+    mae, distillation = np.mean(loss.parts, axis=0)
+    loss.parts.clear()
     row: dict[str, float] = {
         "epoch": epoch,
-        "loss": round(loss, 5),
+        "loss": round(mean_loss, 5),
         "mae": round(float(mae), 5),
         "distillation": round(float(distillation), 5),
         "val_mae": round(val_mae, 5),
@@ -342,19 +322,38 @@ def record_pretraining(
     print("  ".join(f"{name} {value:g}" for name, value in row.items()), flush=True)
     sheet = None
     if epoch % EPOCHS_PER_SHEET == 0 or epoch == recipe.epochs:
-        samples = [val_data[0, k] for k in spread(len(val_data), IMAGES_PER_SHEET)]
-        batch = {
-            key: torch.stack([sample[key] for sample in samples]).to(trainer.place.device)
-            for key in samples[0]
-        }
-        autoencoder = trainer.student.mae.eval()
-        sheet = draw_reconstructions(
-            autoencoder, batch["image"], batch["kept"], recipe.variance_floor
+        samples = [val_data[0, k] for k in spread_indices(len(val_data), IMAGES_PER_SHEET)]
+        image, kept = (
+            torch.stack([sample[key] for sample in samples]).to(device) for key in ("image", "kept")
         )
+        sheet = draw_reconstructions(student.mae.eval(), image, kept, recipe.variance_floor)
     log_epoch(folder, row, "reconstructions", sheet)
-    described = Pretrained(recipe=recipe, epoch=epoch, val_explained=val_explained)
-    save_weights(folder / FILE, trainer.student.mae.state_dict(), described)
+    described = MaeDescription(recipe=recipe, epoch=epoch, val_explained=val_explained)
+    save_weights(folder / MAE_FILE, student.mae.state_dict(), described)
     trainer.save(folder / "checkpoint.pt", seconds)
+
+
+@torch.no_grad()
+def measure_val(
+    student: Student, loss: PretrainLoss, val_data: UnlabelledDataset, device: torch.device
+) -> tuple[float, float, float]:
+    """L_MAE, explained share of variance, and distillation loss on whole val images.
+
+    The share is of the variance within masked patches. It is 0 if only each patch's mean is known,
+    and negative if the prediction is worse than that.
+    """
+    network, recipe = student.eval(), loss.recipe
+    keys = [(0, k) for k in range(len(val_data))]
+    sums = np.zeros(3)
+    for loaded in DataLoader(val_data, batch_size=min(64, recipe.batch), sampler=keys):
+        batch = {name: tensor.to(device) for name, tensor in loaded.items()}
+        image, kept = batch["image"], batch["kept"]
+        mae, distillation = loss.measure_parts(network, batch)
+        blank = image.new_zeros(len(image), recipe.grid**2, recipe.patch**2)
+        blank_mae = mae_loss(blank, image, kept, recipe.variance_floor)
+        sums += len(image) * np.array([mae.item(), blank_mae.item(), distillation.item()])
+    mae, blank_mae, distillation = (sums / len(val_data)).tolist()
+    return mae, 1 - mae / blank_mae if blank_mae else 0.0, distillation
 
 
 @torch.no_grad()
@@ -368,7 +367,7 @@ def draw_reconstructions(
     """
     grid = round(autoencoder.encoder.position_embedding.shape[1] ** 0.5)
     patches = patchify(image, image.shape[-1] // grid)
-    mean, deviation = statistics(patches, floor)
+    mean, deviation = patch_statistics(patches, floor)
     seen = torch.zeros_like(mean).scatter(1, kept[..., None], 1.0)
     full = autoencoder(image, kept).float() * deviation + mean
     columns = [patches, patches * seen, mean.expand_as(patches)]
@@ -377,7 +376,7 @@ def draw_reconstructions(
     sheet = (rows.clamp(0, 1) * 255).round().flatten(0, 2).to(torch.uint8).cpu().numpy()
     caption = np.zeros((CAPTION, sheet.shape[1]), np.uint8)
     for k, name in enumerate(RECONSTRUCTION_COLUMNS):
-        put_text(caption, name, (4 + k * image.shape[-1], CAPTION - 5))
+        draw_text(caption, name, (4 + k * image.shape[-1], CAPTION - 5))
     return cv2.vconcat([caption, sheet])
 
 

@@ -41,14 +41,19 @@ from training.data.case_table import (
     CaseError,
     read_cases,
     read_table,
-    write_rows,
+    write_csv,
 )
 from training.data.near_duplicates import DUPLICATE_CORRELATION
 from training.evaluation.metrics import mean_errors
 from training.evaluation.predict import predict_cases
 from training.learning.checkpoint import load_weights, write_text
-from training.pseudo_labels.labelling import Rule, label, load_teacher
-from training.pseudo_labels.pool import Pool, excluded, find_pool, labelled_apart
+from training.pseudo_labels.labelling import AcceptanceRule, label_pool, load_any_predictor
+from training.pseudo_labels.pool import (
+    Pool,
+    exclusions_of_training_table,
+    find_pool,
+    parse_exclusion,
+)
 from training.recipes import RECIPES, Recipe, add_recipe_arguments, recipe_from_arguments
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -95,6 +100,11 @@ class PseudoLabelOptions:
     recipe: Recipe
     recipe_flags: Mapping[str, str]
 
+    @property
+    def rule(self) -> AcceptanceRule:
+        """The rule for the thresholds."""
+        return AcceptanceRule(self.accept, self.precision, self.precision_px)
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status."""
@@ -129,16 +139,17 @@ def pseudo_label(options: PseudoLabelOptions) -> None:
         ValueError, OSError: data, teacher or settings cannot be used, or no label is good enough.
     """
     check_student(options)
-    apart = labelled_apart(options.data, options.images)
-    apart += [excluded(table, Path(images)) for table, images in options.exclude]
+    exclusions = exclusions_of_training_table(options.data, options.images)
+    exclusions += [parse_exclusion(table, Path(images)) for table, images in options.exclude]
     write_settings(options)
-    pool = find_pool(options.unlabelled, apart, options.duplicate_correlation)
+    pool = find_pool(options.unlabelled, exclusions, options.duplicate_correlation)
     print(f"{len(pool.candidates)} images to label, {len(pool.rejected)} left out or unreadable")
     val = [case for case in read_cases(options.data) if case.split == "val"]
     if options.rounds:
         run_rounds(options, pool, val)
     else:
-        label_pool(options, options.teacher, pool, val, options.output)
+        teacher, folder = options.teacher, options.output
+        label_pool(teacher, options.device, pool, val, options.images, options.rule, folder)
 
 
 def run_rounds(options: PseudoLabelOptions, pool: Pool, val: Sequence[Case]) -> None:
@@ -151,7 +162,9 @@ def run_rounds(options: PseudoLabelOptions, pool: Pool, val: Sequence[Case]) -> 
         folder = options.output / f"round-{number}"
         student = folder / "student" / "best.safetensors"
         if number == len(history):
-            accepted = label_pool(options, teacher, pool, val, folder)
+            accepted = label_pool(
+                teacher, options.device, pool, val, options.images, options.rule, folder
+            )
             train_student(options, pool.root, folder, teacher)
             history = record_round(options, history, accepted, student, val)
         *earlier, now = [row["val_mre_px"] for row in history[: number + 1]]
@@ -164,14 +177,6 @@ def run_rounds(options: PseudoLabelOptions, pool: Pool, val: Sequence[Case]) -> 
         teacher = student
         for suffix in (".json", ".safetensors"):
             shutil.copyfile(student.with_suffix(suffix), options.output / f"best{suffix}")
-
-
-def label_pool(
-    options: PseudoLabelOptions, teacher: Path, pool: Pool, val: Sequence[Case], folder: Path
-) -> int:
-    """Let a teacher label the pool, with the thresholds asked for; returns how many it accepts."""
-    rule = Rule(options.accept, options.precision, options.precision_px)
-    return label(teacher, options.device, pool, val, options.images, rule, folder)
 
 
 def train_student(options: PseudoLabelOptions, root: Path, folder: Path, teacher: Path) -> None:
@@ -271,13 +276,13 @@ def record_round(
     options: PseudoLabelOptions, history: History, accepted: int, model: Path, val: Sequence[Case]
 ) -> History:
     """Measure a model on val and add it to the history and to rounds.csv; returns the history."""
-    predictor = load_teacher(model, options.device)
+    predictor = load_any_predictor(model, options.device)
     mre_px, aop_deg = mean_errors(predict_cases(predictor, val, options.images), val)
     row = dict(zip(HISTORY_COLUMNS, (len(history), accepted, mre_px, aop_deg), strict=True))
     print(f"round {len(history)}: val {mre_px:.2f} px, AoP {aop_deg:.2f} deg ({model})")
     history = [*history, row]
     rows = [[f"{value:.10g}" for value in each.values()] for each in history]
-    write_rows(options.output / "rounds.csv", HISTORY_COLUMNS, rows)
+    write_csv(options.output / "rounds.csv", HISTORY_COLUMNS, rows)
     return history
 
 
