@@ -129,7 +129,7 @@ def test_each_fold_is_taught_by_networks_that_kept_out_the_same_cases(
 
 
 def test_groups_that_look_alike_are_dealt_together(data, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(folds, "train", lambda *_: None)
+    monkeypatch.setattr(folds, "train_fold", lambda *_: None)
     assert run(data, tmp_path, "--folds", "2", "--alike", "-1") == 0  # all are alike
     first, second = (read_cases(tmp_path / f"fold-{k}" / "cases.csv") for k in (0, 1))
     assert {case.split for case in first} != {case.split for case in second}

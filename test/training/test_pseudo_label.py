@@ -447,8 +447,8 @@ def teacher(tmp_path, monkeypatch) -> Path:
     """Random weights; their landmarks count as plausible, since what is tested are the rounds."""
     monkeypatch.setattr("training.pseudo_labels.criteria.implausibilities", lambda *_: [])
     parser = argparse.ArgumentParser()
-    add_recipe_arguments(parser)
-    recipe = recipe_from_arguments(parser.parse_args(TINY))
+    add_recipe_arguments(parser, RECIPES)
+    recipe = recipe_from_arguments(parser.parse_args(TINY), RECIPES)
     torch.manual_seed(3)
     network = build_network(recipe.network, 0)
     described = Checkpoint(network=recipe.network, masks=0, spec=recipe.spec())
