@@ -38,7 +38,7 @@ from model.drawing.text import Picture
 from model.heatmap import Heatmaps
 from model.predictor import Provider
 from training.data.case_table import Case, CaseError, read_cases, write_cases
-from training.data.dataset import read_grey
+from training.data.dataset import read_frame
 from training.evaluation.metrics import case_errors
 from training.evaluation.pictures import draw_circles, draw_text, letterboxed_tile
 from training.evaluation.predict import predict_cases, torch_predictor
@@ -489,7 +489,7 @@ def _of_groups(cases: Sequence[Case]) -> list[Case]:
 
 def _tile(case: Case, maps: Heatmaps, images: Path) -> Picture:
     """(TILE, TILE, 3): heatmaps over the image."""
-    tile, box = letterboxed_tile(*read_grey(images / case.file, case.frame), TILE)
+    tile, box = letterboxed_tile(*read_frame(images / case.file, case.frame), TILE)
     scaled = maps / np.maximum(maps.max(axis=(1, 2), keepdims=True), 1e-6)
     heat = cv2.resize(np.clip(scaled, 0, 1).transpose(1, 2, 0), (TILE, TILE))
     shown = np.clip(0.6 * tile + 200 * heat, 0, 255).astype(np.uint8)

@@ -1,6 +1,7 @@
-"""The container's contract (DESIGN, section 5) where all goes well, on synthetic images."""
+"""The container's contract when all goes well, on synthetic images."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -72,7 +73,7 @@ FOLDERS = {
 
 def test_every_case_is_answered_in_its_folder(answered: Run) -> None:
     assert (answered.status, answered.err) == (0, "")
-    assert "11 answered, of them" in answered.out and "0 failed" in answered.out
+    assert re.search(r"11 answered, \d+ of them doubtful; 0 failed\n", answered.out)
     expected = [f"{folder}/{name}" for folder in FOLDERS.values() for name in ANSWERS]
     sheets = [f"{stack}/contact-sheet.png" for stack in ("cine", "pages")]
     assert tree(answered.folder) == sorted([*expected, *sheets, "results.json", "landmarks.csv"])
@@ -120,7 +121,9 @@ def test_answer_files_say_what_results_say(answered: Run) -> None:
         assert [*found] == [*LANDMARKS] and found == entry["confidence"]
         picture = cv2.imread(str(answered.folder / folder / "overlay.png"))
         expected = (640, 512) if file not in ("planes.mha", "cine.nrrd") else (533, 640)
-        assert picture.shape[1] == expected[0] and picture.shape[0] > expected[1]  # and the words
+        assert (
+            picture.shape[1] == expected[0] and picture.shape[0] > expected[1]
+        )  # the text is below
 
 
 @pytest.mark.parametrize("frame_of_answers", ["world", "pixel"])
@@ -188,6 +191,7 @@ def test_equal_scenes_get_equal_answers_whatever_the_file(answered: Run) -> None
     )
 
 
+@pytest.mark.slow
 def test_same_input_gives_the_same_bytes(clinic: Path, answered: Run, tmp_path: Path) -> None:
     shutil.copytree(answered.folder, tmp_path / "out")  # an earlier run lies there
     again = run(clinic, tmp_path / "out")
@@ -233,6 +237,7 @@ def test_names_of_answers_and_overlay_by_option(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("below", ["", "series"])
 def test_job_of_a_dicom_folder_answers_all_frames_at_once(tmp_path: Path, below: str) -> None:
     folder = job(tmp_path / "in") / below
@@ -262,6 +267,7 @@ def test_job_of_a_dicom_folder_answers_all_frames_at_once(tmp_path: Path, below:
     assert load(result.folder / THREE)["angle"][1] == points[3 * middle]["point"]
 
 
+@pytest.mark.slow
 def test_frames_of_a_job_have_their_z(tmp_path: Path) -> None:
     stack = np.stack([made(1), made(2)])
     volume(job(tmp_path / "in") / "a.mha", stack, Spacing=(0.5, 0.5, 2), Origin=(0, 0, 5))

@@ -23,6 +23,8 @@ from training.data.case_table import Case, write_cases
 from training.learning.checkpoint import Checkpoint, save_weights
 from training.recipes import COMPACT, PAPER, RECIPES
 
+pytestmark = pytest.mark.slow  # they export and time networks
+
 RECIPE = COMPACT.model_copy(update={"network": SMALL, "sigma_cells": 1.5})
 STRIDE_8 = replace(SMALL, up_widths=(10, 8), vit_depth=1)
 
@@ -108,7 +110,7 @@ def test_a_failed_gate_is_named(place, capsys):
         (["--peer", "tiny=other.safetensors"], "a model and a peer are called tiny"),
         (["--model", "tiny=other.onnx"], "two models are called tiny"),
         (["--peers", "--peer", "more=missing.onnx"], "no model file at missing.onnx"),
-        (["--data", "missing.csv"], "missing.csv: cannot be read"),
+        (["--data", "missing.csv"], "missing.csv: the table cannot be read"),
         (["--input", "missing"], "no image below missing"),
         (["--data", "a.csv", "--input", "."], "leave one out"),
         (["--peers", "--provider", "cuda"], "--provider cuda: this ONNX Runtime has no CUDA"),

@@ -18,10 +18,10 @@ from test.model.test_network import SMALL
 from test.phantom import phantom
 from training import calibrate, doubt, fit
 from training.data.case_table import Case, read_cases, write_cases
-from training.data.dataset import read_grey
+from training.data.dataset import read_frame
 from training.evaluation.metrics import case_errors
 from training.evaluation.predict import predict_cases, torch_predictor
-from training.learning import view_head as view
+from training.learning import view_head
 from training.learning.checkpoint import Checkpoint, load_weights, save_weights
 from training.recipes import COMPACT
 
@@ -61,7 +61,7 @@ def run(folder: Path, output: str, *more: str, weights: str = "plain.safetensors
 @pytest.fixture(scope="module")
 def calibrated(folder: Path) -> Path:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(view, "EPOCHS", 2)
+        patch.setattr(view_head, "EPOCHS", 2)
         others = ("--others", str(folder / "others"), "a_*")
         assert run(folder, "out/aop.safetensors", *others, "--doubted", "0.1") == 0
     return folder / "out" / "aop.safetensors"
@@ -74,12 +74,13 @@ def answers(folder: Path, weights: Path, split: str = "val") -> list:
     return predict_cases(predictor, cases, folder / "images")
 
 
+@pytest.mark.slow
 def test_landmarks_stay_and_errors_and_intervals_come(folder: Path, calibrated: Path) -> None:
     before, after = (answers(folder, w) for w in (folder / "plain.safetensors", calibrated))
     for one, other in zip(before, after, strict=True):
         np.testing.assert_array_equal(one.landmarks_px, other.landmarks_px)
         assert one.aop_interval_deg is None and one.expected_error_px is None
-        if other.aop_interval_deg is None:  # for want of an angle, of outlines or of the view
+        if other.aop_interval_deg is None:  # no angle, no outlines, or a doubted view
             assert other.reasons
         else:
             low, high = other.aop_interval_deg
@@ -93,6 +94,7 @@ def test_landmarks_stay_and_errors_and_intervals_come(folder: Path, calibrated: 
     assert np.mean(expected) == pytest.approx(np.mean(error), rel=0.05)
 
 
+@pytest.mark.slow
 def test_no_more_of_val_is_doubted_than_asked(folder: Path, calibrated: Path) -> None:
     odd = {k for k, one in enumerate(answers(folder, folder / "plain.safetensors")) if one.reasons}
     after = {k for k, one in enumerate(answers(folder, calibrated)) if one.reasons}
@@ -100,6 +102,7 @@ def test_no_more_of_val_is_doubted_than_asked(folder: Path, calibrated: Path) ->
     assert load_weights(calibrated)[1].spec.calibration.view_below == 0.5
 
 
+@pytest.mark.slow
 def test_a_view_head_learns_where_things_are() -> None:
     draw = torch.Generator().manual_seed(1)
     x = torch.randn(600, 5, 4, 4, generator=draw)
@@ -108,27 +111,29 @@ def test_a_view_head_learns_where_things_are() -> None:
     x[~right, 2, 1, 3] += 5  # on the right
     torch.manual_seed(0)
     head = ViewHead(5, 4, 6)
-    view.learn(head, x[:500], right[:500].float(), torch.ones(500))
+    view_head.train_head(head, x[:500], right[:500].float(), torch.ones(500))
     found = head(x[500:]).detach() > 0.5
     assert not head.training and (found == right[500:]).float().mean() > 0.95
 
 
+@pytest.mark.slow
 def test_samples_are_right_as_they_are_and_wrong_spoiled_drawn_or_other(folder: Path) -> None:
     cases = read_cases(folder / "cases.csv")[:3]
     others = sorted((folder / "others").iterdir())[:2]
     rng = np.random.default_rng(0)
-    found = list(view.samples(cases, folder / "images", others, 64, rng))
+    found = list(view_head.draw_samples(cases, folder / "images", others, 64, rng))
     right = [image for image, is_right in found if is_right]
-    assert len(right) == 3 * view.RIGHT_DRAWS
-    assert len(found) == 3 * len(right) + 2 * view.OTHER_DRAWS
+    assert len(right) == 3 * view_head.RIGHT_DRAWS
+    assert len(found) == 3 * len(right) + 2 * view_head.OTHER_DRAWS
     for k, case in enumerate(cases):
-        grey = read_grey(folder / "images" / case.file)[0]
-        np.testing.assert_array_equal(right[k * view.RIGHT_DRAWS], grey)
-    seen = [view.change_image(right[0], rng) for _ in range(20)]
-    without_marks = [bool((one[: round(64 * view.MARKS)] == 0).all()) for one in seen]
+        grey = read_frame(folder / "images" / case.file)[0]
+        np.testing.assert_array_equal(right[k * view_head.RIGHT_DRAWS], grey)
+    seen = [view_head.change_image(right[0], rng) for _ in range(20)]
+    without_marks = [bool((one[: round(64 * view_head.MARK_HEIGHT)] == 0).all()) for one in seen]
     assert 0 < sum(without_marks) < 20 and len({one.tobytes() for one in seen}) == 20
 
 
+@pytest.mark.slow
 def test_the_exported_model_tells_the_same(folder: Path, calibrated: Path) -> None:
     output = folder / "aop.onnx"
     data = ["--data", str(folder / "cases.csv"), "--images", str(folder / "images")]
@@ -151,6 +156,7 @@ def test_the_exported_model_tells_the_same(folder: Path, calibrated: Path) -> No
     assert found["as they are"] == [after, VAL]
 
 
+@pytest.mark.slow
 def test_a_calibrated_model_is_calibrated_anew_and_trained_further(
     folder: Path, calibrated: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -167,6 +173,7 @@ def test_a_calibrated_model_is_calibrated_anew_and_trained_further(
     assert "left out: head.masks, view.judge, view.narrow" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_what_cannot_be_calibrated_is_said(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -25,6 +25,8 @@ from training.learning import teachers
 from training.learning import trainer as loop
 from training.learning.checkpoint import load_weights
 
+pytestmark = pytest.mark.slow  # they train networks
+
 ONE_EPOCH = [*TINY, "--epochs", "1", "--device", "cpu"]
 
 
@@ -111,7 +113,7 @@ def test_each_fold_is_taught_by_networks_that_kept_out_the_same_cases(
         assert to_onnx.main(["--run", str(fold), "--output", str(fold / folds.TEACHER)]) == 0
     taught, original = [], teachers.teachers_of
     monkeypatch.setattr(
-        loop, "teachers_of", lambda files, *rest: taught.append(files) or original(files, *rest)
+        loop, "load_ensemble", lambda files, *rest: taught.append(files) or original(files, *rest)
     )
     flags = ("--teachers", str(finished), *ONE_EPOCH, "--teacher_share", "0.5")
     assert run(data, tmp_path / "on", "--folds", "2", "--only", "1", *flags) == 0
@@ -127,7 +129,7 @@ def test_each_fold_is_taught_by_networks_that_kept_out_the_same_cases(
 
 
 def test_groups_that_look_alike_are_dealt_together(data, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(folds, "train", lambda *_: None)
+    monkeypatch.setattr(folds, "train_fold", lambda *_: None)
     assert run(data, tmp_path, "--folds", "2", "--alike", "-1") == 0  # all are alike
     first, second = (read_cases(tmp_path / f"fold-{k}" / "cases.csv") for k in (0, 1))
     assert {case.split for case in first} != {case.split for case in second}
@@ -178,10 +180,10 @@ def test_a_fold_that_stopped_goes_on(data, tmp_path, monkeypatch, capsys):
     flags = ("--folds", "2", "--only", "0", *TINY, "--device", "cpu")
     epoch, stop = loop.Trainer.train_epoch, "stopped in the second epoch"
 
-    def until_the_second(self, loader):
+    def until_the_second(self, loader, loss):
         if self.epoch == 1:
             raise OSError(stop)
-        return epoch(self, loader)
+        return epoch(self, loader, loss)
 
     monkeypatch.setattr(loop.Trainer, "train_epoch", until_the_second)
     assert run(data, tmp_path, *flags) == 2 and stop in capsys.readouterr().err

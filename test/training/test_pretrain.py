@@ -14,7 +14,7 @@ from test.phantom import phantom
 from test.support.beit_file import beit_tensors
 from training import pretrain, recipes
 from training.data.case_table import Case, write_cases
-from training.data.unlabelled import UnlabelledDataset, crop, split_indices
+from training.data.unlabelled import UnlabelledDataset, cut_crop, split_indices
 from training.learning.checkpoint import CheckpointError
 from training.learning.mae import (
     Features,
@@ -23,19 +23,21 @@ from training.learning.mae import (
     mae_loss,
     patchify,
     resize_positions,
-    take,
+    take_tokens,
     unpatchify,
 )
-from training.learning.trainer import Processes
+from training.learning.trainer import Processes, Trainer
 from training.pretrain import (
-    COMPACT,
-    PAPER,
-    PretrainRecipe,
-    PretrainTrainer,
+    PretrainLoss,
     Student,
     attention_divergence,
+    crop_settings,
     distillation_loss,
+    measure_val,
 )
+from training.recipes import PRETRAIN_COMPACT as COMPACT
+from training.recipes import PRETRAIN_PAPER as PAPER
+from training.recipes import PretrainRecipe
 
 SMALL = [
     "--image_size", "32", "--patch", "8", "--width", "16", "--depth", "2", "--heads", "2",
@@ -118,30 +120,30 @@ def test_what_is_masked_is_not_seen():
 
 def test_mask_ratio_and_draws():
     squares = [np.full((40, 40), 90, np.uint8), phantom(1, 40, 40).image]
-    assert (PAPER.grid, PAPER.crops.kept) == (14, 49)
-    data = UnlabelledDataset(squares, COMPACT.crops)
+    assert (PAPER.grid, crop_settings(PAPER).kept) == (14, 49)
+    data = UnlabelledDataset(squares, crop_settings(COMPACT))
     first, again, later, other = data[0, 1], data[0, 1], data[1, 1], data[0, 0]
     assert first["image"].shape == (1, 128, 128) and len(first["kept"].unique()) == 16
     assert all(torch.equal(first[key], again[key]) for key in first)
     assert not torch.equal(first["kept"], later["kept"])
     assert not torch.equal(first["image"], later["image"])
     assert not torch.equal(first["kept"], other["kept"])
-    val = UnlabelledDataset(squares, COMPACT.crops, train=False)
+    val = UnlabelledDataset(squares, crop_settings(COMPACT), train=False)
     assert torch.equal(val[0, 1]["kept"], val[5, 1]["kept"])
 
 
 def test_whole_crop_is_the_image_and_crops_turn_no_sides():
     square = cv2.GaussianBlur(phantom(2, 64, 64).image, (0, 0), 2)
     recipe = COMPACT.model_copy(update={"image_size": 64})
-    assert np.abs(crop(square, recipe.crops, None) * 255 - square).max() < 1e-3
+    assert np.abs(cut_crop(square, crop_settings(recipe), None) * 255 - square).max() < 1e-3
     half = COMPACT.model_copy(update={"image_size": 32})
     mean = square.reshape(32, 2, 32, 2).mean(axis=(1, 3))
-    assert np.abs(crop(square, half.crops, None) * 255 - mean).max() < 0.51
+    assert np.abs(cut_crop(square, crop_settings(half), None) * 255 - mean).max() < 0.51
     marked = np.zeros((64, 64), np.uint8)
     marked[20:30, 8:20], marked[34:44, 40:60] = 120, 240  # darker spot above and left
     mild = recipe.model_copy(update={"crop_area": (0.8, 1.0)})
     for seed in range(20):
-        view = crop(marked, mild.crops, np.random.default_rng(seed))
+        view = cut_crop(marked, crop_settings(mild), np.random.default_rng(seed))
         dark, bright = (view > 0.1) & (view < 0.6), view > 0.75
         (y1, x1), (y2, x2) = (np.argwhere(spot).mean(axis=0) for spot in (dark, bright))
         assert x1 < x2 and y1 < y2
@@ -181,6 +183,7 @@ def test_positions_resized_edge_to_edge():
     assert (columns - centres).abs().max() < 0.06  # torch's bicubic bends a ramp by 3/64
 
 
+@pytest.mark.slow
 def test_resume_continues_exactly(folder, tmp_path, capsys):
     assert run(folder, tmp_path / "whole", "--ema_decay", "0.5") == 0
     parts = [tmp_path / "parts", "--ema_decay", "0.5"]
@@ -208,6 +211,7 @@ def test_resume_continues_exactly(folder, tmp_path, capsys):
     assert "holds a training" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_run_holds_weights_and_pictures(folder, tmp_path):
     assert run(folder, tmp_path, "--epochs", "1") == 0
     mae, described = load_mae(tmp_path)
@@ -228,8 +232,13 @@ def test_run_holds_weights_and_pictures(folder, tmp_path):
     (tmp_path / "mae.json").write_text(json.dumps(text))
     with pytest.raises(CheckpointError, match=r"missing encoder\.blocks\.2"):
         load_mae(tmp_path)
+    text["recipe"]["decoder_mlp"] = 2
+    (tmp_path / "mae.json").write_text(json.dumps(text))
+    with pytest.raises(CheckpointError, match=r"recipe\.decoder_mlp\n.*not permitted"):
+        load_mae(tmp_path)
 
 
+@pytest.mark.slow
 def test_which_images_are_taken(folder, tmp_path, capsys):
     assert run(folder, tmp_path / "a", "--leave-out", "test_*", "--epochs", "1") == 0
     assert len(names_in(tmp_path / "a")) == 9
@@ -252,6 +261,7 @@ def test_which_images_are_taken(folder, tmp_path, capsys):
     assert "no image is left" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_unreadable_images_are_named_and_left(folder, tmp_path, capsys):
     (tmp_path / "images").mkdir()
     for k in range(3):
@@ -266,6 +276,7 @@ def test_unreadable_images_are_named_and_left(folder, tmp_path, capsys):
     assert {"0.png", "loop.tif#0", "loop.tif#19"} <= names and len(names) == 3 + 16
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["features", "attention", "features+attention"])
 @pytest.mark.parametrize("sees", ["image", "kept"])
 def test_a_larger_model_of_our_own_teaches(folder, tmp_path, target, sees, capsys):
@@ -279,6 +290,7 @@ def test_a_larger_model_of_our_own_teaches(folder, tmp_path, target, sees, capsy
     assert "24 wide" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_usfm_teaches_on_another_grid(folder, tmp_path, capsys):
     torch.save({"model": beit_tensors()}, tmp_path / "usfm.pth")
     more = ["--teacher", f"usfm:{tmp_path / 'usfm.pth'}", "--target", "features+attention"]
@@ -291,6 +303,7 @@ def test_usfm_teaches_on_another_grid(folder, tmp_path, capsys):
     assert saved["match.weight"].shape == (24, 16)
 
 
+@pytest.mark.slow
 def test_it_learns_an_image(folder, tmp_path):
     (tmp_path / "images").mkdir()
     for k in range(12):
@@ -303,16 +316,19 @@ def test_it_learns_an_image(folder, tmp_path):
 
 
 def test_explained_is_0_for_a_network_that_knows_each_patchs_mean_alone():
-    data = UnlabelledDataset([phantom(k, 40, 40).image for k in range(3)], TINY.crops, train=False)
+    data = UnlabelledDataset(
+        [phantom(k, 40, 40).image for k in range(3)], crop_settings(TINY), train=False
+    )
     place, student = Processes(0, 1, torch.device("cpu")), Student(TINY, None)
     nn.init.zeros_(student.mae.decoder.predict.weight)
     averaging = TINY.model_copy(update={"ema_decay": 0.9})
     for recipe in (averaging, TINY):
-        trainer = PretrainTrainer(student, recipe, 1, place, None)
-        mae, explained, distillation = trainer.validate(data)
+        network = Trainer(student, recipe, 1, place).evaluated_network
+        loss = PretrainLoss(recipe, None)
+        mae, explained, distillation = measure_val(network, loss, data, place.device)
         assert 0.5 < mae <= 1 and (explained, distillation) == (0, 0)
         nn.init.normal_(student.mae.decoder.predict.weight)
-        changed = trainer.validate(data)[1]
+        changed = measure_val(network, loss, data, place.device)[1]
         assert changed == 0 if recipe is averaging else changed < 0  # the average has not moved
         nn.init.zeros_(student.mae.decoder.predict.weight)
 
@@ -357,4 +373,4 @@ def test_every_field_is_a_flag_and_values_are_checked(folder, tmp_path, capsys):
 
 def test_take_picks_tokens():
     tokens = torch.arange(24.0).reshape(2, 4, 3)
-    assert torch.equal(take(tokens, torch.tensor([[3, 0], [1, 1]]))[1], tokens[1, [1, 1]])
+    assert torch.equal(take_tokens(tokens, torch.tensor([[3, 0], [1, 1]]))[1], tokens[1, [1, 1]])

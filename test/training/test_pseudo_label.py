@@ -450,8 +450,8 @@ def teacher(tmp_path, monkeypatch) -> Path:
     """Random weights, whose landmarks count as plausible so that the rounds can be tested."""
     monkeypatch.setattr("training.pseudo_labels.criteria.implausibilities", lambda *_: [])
     parser = argparse.ArgumentParser()
-    add_recipe_arguments(parser)
-    recipe = recipe_from_arguments(parser.parse_args(TINY))
+    add_recipe_arguments(parser, RECIPES)
+    recipe = recipe_from_arguments(parser.parse_args(TINY), RECIPES)
     torch.manual_seed(3)
     network = build_network(recipe.network, 0)
     described = Checkpoint(network=recipe.network, masks=0, spec=recipe.spec())
@@ -466,6 +466,7 @@ def run_rounds(folder: Path, teacher: Path, rounds: int, *more: object) -> int:
     return pseudo_label.main([str(word) for word in given])
 
 
+@pytest.mark.slow
 def test_two_rounds_from_end_to_end(folder, teacher, monkeypatch):
     more = ["--scratch", "--epochs", "4", "--learning_rate", "0.003"]
     assert run_rounds(folder, teacher, 2, *more) == 0
@@ -505,6 +506,7 @@ def copy_teacher_as_student(options, root, folder, teacher):
         shutil.copyfile(teacher.with_suffix(suffix), folder / "student" / f"best{suffix}")
 
 
+@pytest.mark.slow
 def test_rounds_stop_where_val_no_longer_improves(folder, teacher, monkeypatch, capsys):
     monkeypatch.setattr(pseudo_label, "train_student", copy_teacher_as_student)
     assert run_rounds(folder, teacher, 5) == 0
@@ -531,6 +533,7 @@ def test_a_student_that_cannot_start_from_the_teacher_is_refused_first(folder, t
     assert not (teacher / "out").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scratch", [True, False])
 def test_an_interrupted_training_is_resumed_with_the_same_flags(
     folder, teacher, monkeypatch, capsys, scratch

@@ -15,8 +15,8 @@ from model.drawing.text import Colour, Picture
 from model.frame import Letterbox, Pair, Pixels
 from model.masks import HEAD, SYMPHYSIS, outer_contour
 from training.data.case_table import Case
-from training.data.dataset import read_grey
-from training.data.sources import Source, one_frame, read_mask
+from training.data.dataset import read_frame
+from training.data.sources import CaseSource, read_mask, read_single_frame
 from training.evaluation.predict import CasePrediction
 
 TRUTH, PREDICTED = (80, 220, 80), (255, 80, 255)
@@ -36,7 +36,7 @@ def sample_sheet(
     tiles = []
     for k in spread_indices(len(cases), count):
         case, prediction = cases[k], predictions[k]
-        tile, box = letterboxed_tile(*read_grey(images / case.file, case.frame), SAMPLE_TILE)
+        tile, box = letterboxed_tile(*read_frame(images / case.file, case.frame), SAMPLE_TILE)
         for shown, colour in ((case, TRUTH), (prediction, PREDICTED)):
             points = box.to_input(shown.landmarks_px)
             draw_circles(tile, points, [colour] * len(LANDMARKS), 4, 1)
@@ -46,7 +46,7 @@ def sample_sheet(
     return add_legend(tile_grid(tiles, 3), {"truth": TRUTH, "predicted": PREDICTED})
 
 
-def label_sheet(cases: Sequence[Case], sources: Mapping[str, Source]) -> Picture:
+def label_sheet(cases: Sequence[Case], sources: Mapping[str, CaseSource]) -> Picture:
     """Up to 48 cases with their labelled landmarks and the outlines of their masks.
 
     Args:
@@ -69,9 +69,9 @@ def add_legend(sheet: Picture, names: Mapping[str, Colour]) -> Picture:
     return np.vstack([legend, sheet])
 
 
-def case_tile(case: Case, source: Source) -> Picture:
+def case_tile(case: Case, source: CaseSource) -> Picture:
     """(CAPTION + SHEET_TILE, SHEET_TILE, 3): one case below its name and angle."""
-    tile, box = letterboxed_tile(one_frame(source.image).pixels, (1, 1), SHEET_TILE)
+    tile, box = letterboxed_tile(read_single_frame(source.image).pixels, (1, 1), SHEET_TILE)
     if source.mask is not None:
         mask = read_mask(source.mask)
         for label, colour in MASK_COLOURS.items():

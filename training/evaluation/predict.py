@@ -16,11 +16,11 @@ from tqdm import tqdm
 from model.anatomy import Floats, angle_of_progression, implausibilities
 from model.frame import Pair
 from model.heatmap import Decode, Heatmaps
-from model.measure import doubts, interval_of
+from model.measure import aop_interval, reasons_for_doubt
 from model.predictor import Output, Prediction, Predictor
 from model.spec import ModelSpec
 from training.data.case_table import Case, CaseError, read_cases
-from training.data.dataset import read_grey
+from training.data.dataset import read_frame
 from training.learning.checkpoint import Checkpoint, load_weights
 
 # In the table of a fold, the split of its held-out cases: training.fit never reads this split.
@@ -66,7 +66,7 @@ def predict_cases(
     """Predictions in the order of the cases, whose files lie in the folder `images`."""
     predictions = []
     for case in tqdm(cases, "predict", leave=False):
-        grey, pixel_shape = read_grey(images / case.file, case.frame)
+        grey, pixel_shape = read_frame(images / case.file, case.frame)
         prediction = predictor.predict(grey, pixel_shape, decode)
         predictions.append(case_prediction(prediction, grey.shape, pixel_shape, predictor.spec))
     return predictions
@@ -87,13 +87,13 @@ def case_prediction(
         angle,
         prediction.confidence,
         prediction.heatmaps,
-        reasons=(*reasons, *doubts(prediction, spec)),
+        reasons=(*reasons, *reasons_for_doubt(prediction, spec)),
     )
     if prediction.expected is None or spec.calibration is None:
         return answer
     return replace(
         answer,
-        aop_interval_deg=interval_of(prediction, angle, spec),
+        aop_interval_deg=aop_interval(prediction, angle, spec),
         expected_error_px=prediction.expected.landmarks_px,
         expected_aop_error_deg=prediction.expected.aop_deg,
     )

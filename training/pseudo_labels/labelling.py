@@ -18,8 +18,8 @@ from model.anatomy import LANDMARKS, Floats
 from model.drawing.text import DOUBT, Picture
 from model.frame import Pair, Pixels
 from model.predictor import Predictor, Provider, load_predictor
-from training.data.case_table import Case, CaseError, read_table, write_cases, write_rows
-from training.data.dataset import read_grey
+from training.data.case_table import Case, CaseError, read_table, write_cases, write_csv
+from training.data.dataset import read_frame
 from training.evaluation.metrics import radial_errors_px
 from training.evaluation.pictures import (
     CAPTION,
@@ -37,7 +37,7 @@ from training.evaluation.pictures import (
 from training.evaluation.predict import torch_predictor
 from training.evaluation.test_time_augmentation import predict_variants
 from training.learning.checkpoint import load_weights, write_text
-from training.learning.trainer import processes
+from training.learning.trainer import join_processes
 from training.pseudo_labels.criteria import (
     Evidence,
     Objection,
@@ -181,7 +181,7 @@ def evidence_on_labelled(
     """The evidence about labelled cases, and the (n,) mean radial error of each, px at 512."""
     evidence, sides_px = [], []
     for case in tqdm(cases, "predict val", leave=False):
-        grey, pixel_shape = read_grey(images / case.file, case.frame)
+        grey, pixel_shape = read_frame(images / case.file, case.frame)
         evidence.append(predict_evidence(predictor, grey, pixel_shape))
         sides_px.append(max(grey.shape))
     predicted = [one.landmarks_px for one in evidence]
@@ -218,7 +218,7 @@ def load_any_predictor(path: Path, device: Provider) -> Predictor:
     if path.suffix == ".onnx":
         return load_predictor(path, device)
     network, checkpoint = load_weights(path)
-    with processes(device) as place:
+    with join_processes(device) as place:
         return torch_predictor(network.to(place.device), checkpoint.spec, place.device)
 
 
@@ -245,7 +245,7 @@ def write_tables(folder: Path, labels: Sequence[PseudoLabel], pool: Pool, source
         (*row.values(), source, *label.measures)
         for (_, row), label in zip(table.rows, accepted, strict=True)
     ]
-    write_rows(path, [*table.header, "source", "sharpness", "spread_px"], rows)
+    write_csv(path, [*table.header, "source", "sharpness", "spread_px"], rows)
 
     rejected: list[tuple[object, ...]] = [
         (candidate.file, candidate.frame, *objection, "", "")
@@ -257,7 +257,7 @@ def write_tables(folder: Path, labels: Sequence[PseudoLabel], pool: Pool, source
             where = label.candidate.file, label.candidate.frame
             rejected.append((*where, label.objections[0][0], reason, *label.measures))
     header = ["Filename", "Frame", "criterion", "reason", "sharpness", "spread_px"]
-    write_rows(folder / "rejected.csv", header, rejected)
+    write_csv(folder / "rejected.csv", header, rejected)
 
 
 def example_sheet(labels: Sequence[PseudoLabel]) -> Picture:

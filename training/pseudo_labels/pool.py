@@ -16,9 +16,9 @@ from tqdm import tqdm
 
 from model.images.source import BadFrame, GreyFrame, ImageError, is_supported_name, open_image
 from training.data.case_table import SPLITS, Case, CaseError, read_cases
-from training.data.dataset import read_grey
+from training.data.dataset import read_frame
 from training.data.near_duplicates import Thumbnail, near_duplicate_groups, thumbnail
-from training.data.sources import by_stem, stem_of
+from training.data.sources import files_by_name, name_without_suffix
 from training.pseudo_labels.criteria import Objection
 
 
@@ -151,7 +151,9 @@ def _list_files(root: Path, folders: Sequence[Path]) -> list[Candidate]:
     for folder in folders:
         if not folder.is_dir():
             raise CaseError(f"--unlabelled {folder} is not a folder")
-        paths = [path for same in by_stem(folder, is_supported_name).values() for path in same]
+        paths = [
+            path for same in files_by_name(folder, is_supported_name).values() for path in same
+        ]
         for path in sorted(paths):
             file = path.relative_to(root).as_posix()
             name = _name_without_suffix(path.relative_to(folder).as_posix())
@@ -187,7 +189,7 @@ def _find_look_alikes(
     for exclusion, case in tqdm(labelled, "comparing", leave=False):
         path = exclusion.images / case.file
         try:
-            labelled_thumbnails.append(thumbnail(read_grey(path, case.frame)[0]))
+            labelled_thumbnails.append(thumbnail(read_frame(path, case.frame)[0]))
         except ImageError as error:
             raise CaseError(
                 f"{path}: {error}; images that look like it could not be left out"
@@ -202,4 +204,4 @@ def _find_look_alikes(
 
 def _name_without_suffix(file: str) -> str:
     path = Path(file)
-    return (path.parent / stem_of(path.name)).as_posix()
+    return (path.parent / name_without_suffix(path.name)).as_posix()
