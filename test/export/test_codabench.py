@@ -88,13 +88,13 @@ def weights(tmp_path_factory):
     return path
 
 
-def unpacked(bundle, folder):
+def unpack(bundle, folder):
     with zipfile.ZipFile(bundle) as archive:
         archive.extractall(folder)
     return folder
 
 
-def alone(code, folder, *arguments):
+def run_alone(code, folder, *arguments):
     """Run code in a process whose folder and search path know nothing of this repository."""
     kept = {name: text for name, text in os.environ.items() if name != "PYTHONPATH"}
     command = [sys.executable, "-c", code, *map(str, arguments)]
@@ -107,9 +107,9 @@ def alone(code, folder, *arguments):
 
 def largest_difference(submission, images, folder):
     """In px between the bundle's landmarks and process.py's, of all images in a folder."""
-    bundle = unpacked(submission, folder / "bundle")
+    bundle = unpack(submission, folder / "bundle")
     files = sorted(images.iterdir())
-    answers, modules, packages = json.loads(alone(INGESTION, bundle, bundle, *files))
+    answers, modules, packages = json.loads(run_alone(INGESTION, bundle, bundle, *files))
     ours = [ROOT / name for name in ("model", "training", "export", "test", "process.py")]
     assert not [name for name in modules if any(Path(name).is_relative_to(own) for own in ours)]
     assert str(bundle / "aop" / "masks.py") in modules and packages == []
@@ -160,12 +160,12 @@ def test_bundle_is_flat_and_says_what_it_is(submission):
 
 @pytest.mark.slow
 def test_bundle_is_loaded_by_path_saves_and_takes_any_picture(submission, tmp_path):
-    bundle = unpacked(submission, tmp_path / "bundle")
+    bundle = unpack(submission, tmp_path / "bundle")
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     image = tmp_path / "image.npy"
     np.save(image, phantom(3).image)
-    alone(BY_PATH, elsewhere, bundle, image)
+    run_alone(BY_PATH, elsewhere, bundle, image)
 
 
 @pytest.mark.slow
@@ -197,10 +197,10 @@ def test_every_kind_of_network_runs_on_its_own(tmp_path, config):
     described = Checkpoint(network=config, masks=0, spec=recipe.spec(0))
     bundle = tmp_path / "a.zip"
     codabench.write_zip(bundle, codabench.bundle_files(network, described, "a", "b", tmp_path))
-    assert codabench.check(bundle, network, described)[0] < 0.01
+    assert codabench.compare_with_predictor(bundle, network, described)[0] < 0.01
 
 
-def refused(capsys, folder, weights, output):
+def refusal(capsys, folder, weights, output):
     """The sentence that export.codabench ends with; nothing is written."""
     before = sorted(folder.rglob("*"))
     assert codabench.main(["--weights", str(weights), "--output", str(output)]) == 2
@@ -210,8 +210,8 @@ def refused(capsys, folder, weights, output):
 
 @pytest.mark.slow
 def test_nothing_is_written_where_the_landmarks_differ(weights, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(codabench, "check", lambda *_: (0.11, 4))
-    assert "differ" in refused(capsys, tmp_path, weights, tmp_path / "a.zip")
+    monkeypatch.setattr(codabench, "compare_with_predictor", lambda *_: (0.11, 4))
+    assert "differ" in refusal(capsys, tmp_path, weights, tmp_path / "a.zip")
 
 
 @pytest.mark.slow
@@ -221,7 +221,7 @@ def test_check_sees_another_networks_weights(weights, tmp_path):
     codabench.write_zip(bundle, codabench.bundle_files(network, described, "a", "b", tmp_path))
     torch.manual_seed(1)
     other = build_network(SMALL, masks=2).eval()
-    assert codabench.check(bundle, other, described)[0] > 1
+    assert codabench.compare_with_predictor(bundle, other, described)[0] > 1
 
 
 @pytest.mark.slow
@@ -229,22 +229,22 @@ def test_check_sees_another_networks_weights(weights, tmp_path):
 def test_nothing_is_written_where_the_bundle_needs_more(
     weights, tmp_path, monkeypatch, capsys, line
 ):
-    sources = codabench.sources()
+    sources = codabench.bundle_sources()
     sources["aop/masks.py"] = f"{line}\n".encode()
-    monkeypatch.setattr(codabench, "sources", lambda: sources)
-    message = refused(capsys, tmp_path, weights, tmp_path / "a.zip")
+    monkeypatch.setattr(codabench, "bundle_sources", lambda: sources)
+    message = refusal(capsys, tmp_path, weights, tmp_path / "a.zip")
     assert "does not run on its own" in message and line.split()[1].split(".")[0] in message
 
 
 def test_what_is_missing_is_named(weights, tmp_path, capsys):
-    assert "no.safetensors" in refused(
+    assert "no.safetensors" in refusal(
         capsys, tmp_path, tmp_path / "no.safetensors", tmp_path / "a.zip"
     )
     lonely = tmp_path / "lonely.safetensors"
     lonely.write_bytes(weights.read_bytes())
-    assert "lonely.json" in refused(capsys, tmp_path, lonely, tmp_path / "a.zip")
-    assert "is a folder" in refused(capsys, tmp_path, weights, tmp_path)
-    assert "there is no folder" in refused(capsys, tmp_path, weights, tmp_path / "no" / "a.zip")
+    assert "lonely.json" in refusal(capsys, tmp_path, lonely, tmp_path / "a.zip")
+    assert "is a folder" in refusal(capsys, tmp_path, weights, tmp_path)
+    assert "there is no folder" in refusal(capsys, tmp_path, weights, tmp_path / "no" / "a.zip")
 
 
 LATER = {  # what came to these modules after Python 3.9
@@ -308,9 +308,9 @@ def too_new_for_python_39(text):
     return found
 
 
-@pytest.mark.parametrize("name", sorted(codabench.sources()))
+@pytest.mark.parametrize("name", sorted(codabench.bundle_sources()))
 def test_sources_run_in_python_39_and_import_nothing_else(name):
-    sources = codabench.sources()
+    sources = codabench.bundle_sources()
     text = sources[name].decode()
     assert too_new_for_python_39(text) == []
     allowed = sys.stdlib_module_names | {"numpy", "torch", "PIL"}

@@ -12,8 +12,8 @@ from onnx import numpy_helper
 
 import process
 from export import quantise, rewrites
-from export.conversion import converted
-from export.rewrites import widened
+from export.conversion import convert_network
+from export.rewrites import widen_weights
 from model.network import UNetConfig, build_network
 from model.predictor import load_predictor
 from test.phantom import phantom
@@ -60,20 +60,20 @@ def test_int8_is_smaller_and_finds_the_same(arguments: list[str], tmp_path: Path
 @pytest.mark.parametrize(
     ("rewrite", "places", "gone"),
     [
-        (rewrites.stem_in_blocks, 2, set()),
-        (rewrites.without_transposed, 6, {"ConvTranspose"}),
-        (rewrites.heads_as_products, 4, set()),
-        (rewrites.fused_attention, 12, {"Squeeze", "Slice", "Shape"}),
+        (rewrites.rewrite_stem, 2, set()),
+        (rewrites.rewrite_transposed, 6, {"ConvTranspose"}),
+        (rewrites.rewrite_heads, 4, set()),
+        (rewrites.fuse_attention, 12, {"Squeeze", "Slice", "Shape"}),
     ],
 )
 def test_rewrites_change_no_value(
     rewrite: Callable[[rewrites.Graph], None], places: int, gone: set[str], tmp_path: Path
 ) -> None:
-    before = widened(onnx.load(process.SHIPPED_MODEL))
+    before = widen_weights(onnx.load(process.SHIPPED_MODEL))
     graph = rewrites.Graph(before)
     rewrite(graph)
     assert len(graph.replaced) == places  # of two networks
-    after = graph.done()
+    after = graph.build_model()
     kinds = [{node.op_type for node in model.graph.node} for model in (before, after)]
     assert gone <= kinds[0] - kinds[1]
     onnx.save(after, tmp_path / "after.onnx")
@@ -86,11 +86,11 @@ def test_rewrites_change_no_value(
 
 def test_other_networks_and_several_images_are_rewritten_too() -> None:
     small = UNET.model_copy(update={"network": UNetConfig(input_size=64, widths=(4, 8, 16))})
-    before = converted(build_network(small.network).eval(), small.spec())
+    before = convert_network(build_network(small.network).eval(), small.spec())
     images = np.random.default_rng(0).normal(size=(3, 3, 64, 64)).astype(np.float32)
     found = [
         ort.InferenceSession(model.SerializeToString()).run(None, {"image": images})[0]
-        for model in (before, rewrites.rewritten(before))
+        for model in (before, rewrites.rewrite_for_int8(before))
     ]
     assert found[0].shape == (3, 3, 8, 8) and np.ptp(found[0]) > 0.01
     np.testing.assert_allclose(found[0], found[1], atol=1e-6)

@@ -8,7 +8,7 @@ import onnxruntime
 import pytest
 
 from export.benchmarks import timing
-from export.benchmarks.report import cuda_text
+from export.benchmarks.summary import cuda_text
 from export.conversion import network_input
 from model.predictor import load_predictor
 from test.model.test_predictor import SPEC, write_model
