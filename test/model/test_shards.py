@@ -89,7 +89,7 @@ def test_parts_merge_to_what_one_run_gives(folder: Path, tmp_path: Path) -> None
         part = run(folder, out, "--no-overlay", "--shard", f"{k}/3", "--latency-budget-ms", "0.1")
         assert part.results == {} and f"results-{k}-of-3.json" in tree(out)
     merged = run(folder, out, "--merge")
-    assert merged.status == 1 and "'bad.png': the content is none" in merged.sentence
+    assert merged.status == 1 and "'bad.png': the content matches none" in merged.sentence
     for results in (merged.results, whole.results):
         for entry in results["cases"]:
             entry.pop("milliseconds")
