@@ -39,8 +39,14 @@ from training.data.case_table import Case, CaseError, count_splits, read_cases, 
 from training.data.dataset import read_frame
 from training.data.sources import images_matching
 from training.evaluation.metrics import case_errors, mean_errors
-from training.evaluation.predict import CasePrediction, case_prediction, load_folds, torch_predictor
-from training.learning.checkpoint import Checkpoint, CheckpointError, load_weights, save_weights
+from training.evaluation.predict import CasePrediction, case_prediction, torch_predictor
+from training.learning.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    load_folds,
+    load_weights,
+    save_weights,
+)
 from training.learning.view_head import train_view_head
 from training.recipes import parse_mask_shares
 

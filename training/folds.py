@@ -40,15 +40,15 @@ from training.data.case_table import Case, CaseError, read_cases, write_cases
 from training.data.dataset import read_frame
 from training.data.near_duplicates import assign_parts, cluster_groups
 from training.evaluation.metrics import format_metrics, mean_errors, summarise_by_device
-from training.evaluation.predict import (
+from training.evaluation.predict import CasePrediction, predict_cases, torch_predictor
+from training.learning.checkpoint import (
     HELD_OUT_SPLIT,
-    CasePrediction,
+    CheckpointError,
     load_folds,
-    predict_cases,
+    load_weights,
     splits_of_fold,
-    torch_predictor,
+    write_text,
 )
-from training.learning.checkpoint import CheckpointError, load_weights, write_text
 from training.learning.trainer import FitSettings, fit, join_processes, parse_fit
 from training.recipes import Recipe, parse_mask_shares
 

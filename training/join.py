@@ -21,13 +21,14 @@ from pathlib import Path
 
 from model.network import TransUNet, TransUNetConfig, build_network
 from training.data.case_table import CaseError
-from training.evaluation.predict import finished_folds, splits_of_fold
 from training.learning.checkpoint import (
     Checkpoint,
     CheckpointError,
+    finished_folds,
     load_strictly,
     load_weights,
     save_weights,
+    splits_of_fold,
 )
 
 

@@ -14,16 +14,10 @@ from model.uncertainty import QUANTITIES
 from test.training.test_fit import TINY, folder, run_fit  # noqa: F401
 from training import calibrate, evaluate, folds, join
 from training.data.case_table import read_cases, write_cases
-from training.evaluation.predict import (
-    HELD_OUT_SPLIT,
-    finished_folds,
-    load_folds,
-    predict_cases,
-    torch_predictor,
-)
+from training.evaluation.predict import predict_cases, torch_predictor
 from training.learning import teachers
 from training.learning import trainer as loop
-from training.learning.checkpoint import load_weights
+from training.learning.checkpoint import HELD_OUT_SPLIT, finished_folds, load_folds, load_weights
 
 pytestmark = pytest.mark.slow  # they train networks
 

@@ -13,8 +13,7 @@ from model.network import TransUNetConfig, build_network
 from test.model.test_network import SMALL
 from training import join
 from training.data.case_table import Case, write_cases
-from training.evaluation.predict import load_folds
-from training.learning.checkpoint import Checkpoint, load_weights, save_weights
+from training.learning.checkpoint import Checkpoint, load_folds, load_weights, save_weights
 from training.learning.losses import heatmap_cross_entropy, mask_loss, total_loss
 from training.recipes import COMPACT
 
