@@ -4,11 +4,11 @@
     python -m training.ablate ... --output RUNS --scale paper --device cuda
     python -m training.ablate ... --output RUNS --table-only      # the report of what is there
 
-Each row adds one part to the row above, and is measured on split `test`. Labelled are 300 images of
-device A from split `train`. All other images of `train` (devices A and B) and the images of HC18,
-but for its test_*, serve without labels. Val of device A alone chooses the best epoch, as if nobody
-had labelled device B. All trainings of a scale take the same number of steps, so a row with more
-images does not train for longer.
+Each row adds one part to the row above, and is measured on split `test`. The trainings see the
+labels of 300 images of device A in split `train`. All other images of `train` (devices A and B) and
+those of HC18, but for its test_*, serve without labels. Val of device A alone chooses the best
+epoch, as if nobody had labelled device B. All trainings of a scale take the same number of steps,
+so a row with more images does not train for longer.
 
 RUNS/results holds one JSON for each row and seed. Finished work is not repeated: the same command
 goes on where it stopped. At the end it writes RUNS/table.md, table.csv, plot.png and heatmaps.png
@@ -220,7 +220,7 @@ SCALES = {
         (*("--recipe", "compact", "--epochs", "60"),),
     ),
     "paper": Scale(
-        "the paper's: 512 px, ResNet-50, ViT-Tiny, 100 epochs of 75 steps; for a GPU",
+        "as in the paper: 512 px, ResNet-50, ViT-Tiny, 100 epochs of 75 steps; for a GPU",
         7500,
         ("--recipe", "unet"),
         ("--recipe", "paper"),
