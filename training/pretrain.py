@@ -41,8 +41,8 @@ from training.data.case_table import CaseError, read_table, write_csv
 from training.data.dataset import EpochSampler, train_loader
 from training.data.unlabelled import (
     CropSettings,
-    ImageSelection,
     UnlabelledDataset,
+    UnlabelledSelection,
     add_image_arguments,
     find_images,
     image_selection,
@@ -93,7 +93,7 @@ class PretrainOptions:
         device: auto, cuda or cpu.
     """
 
-    selection: ImageSelection
+    selection: UnlabelledSelection
     output: Path
     resume: bool = False
     max_minutes: float | None = None

@@ -117,7 +117,7 @@ def test_a_view_head_learns_where_things_are() -> None:
 
 
 @pytest.mark.slow
-def test_samples_are_right_as_they_are_and_wrong_spoiled_drawn_or_other(folder: Path) -> None:
+def test_samples_are_right_as_they_are_and_wrong_distorted_drawn_or_other(folder: Path) -> None:
     cases = read_cases(folder / "cases.csv")[:3]
     others = sorted((folder / "others").iterdir())[:2]
     rng = np.random.default_rng(0)

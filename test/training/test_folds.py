@@ -105,7 +105,7 @@ def test_each_fold_is_taught_by_networks_that_kept_out_the_same_cases(
 ):
     for fold in finished_folds(finished):
         assert to_onnx.main(["--run", str(fold), "--output", str(fold / folds.TEACHER)]) == 0
-    taught, original = [], teachers.teachers_of
+    taught, original = [], teachers.load_ensemble
     monkeypatch.setattr(
         loop, "load_ensemble", lambda files, *rest: taught.append(files) or original(files, *rest)
     )
