@@ -1,4 +1,4 @@
-"""The answers against grand-challenge's own JSON schemas, written down beside it."""
+"""The answers against grand-challenge's own JSON schemas, which lie in schemas/."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ FILES = {POINTS: "multiple-points", ANGLE: "float", THREE: "three-point-angle"}
 
 
 def load_strictly(path: Path) -> object:
-    """NaN and Infinity are no JSON, though Python reads them."""
+    """Read JSON, without the NaN and Infinity that Python would accept."""
 
     def refuse(text: str) -> object:
         raise ValueError(f"{path.name} holds {text}")
