@@ -1,4 +1,4 @@
-"""The benchmark: a run from end to end, what it refuses, and its peers."""
+"""The benchmark: a run from end to end, the command lines that it refuses, and its peers."""
 
 import json
 from dataclasses import replace
@@ -39,7 +39,7 @@ TINY = {"published": published}
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
-    """A training's folder `run`, labelled images, and the peers' cache."""
+    """A folder with a training (run/), labelled images and later the peers' cache."""
     root = tmp_path_factory.mktemp("benchmark")
     torch.manual_seed(0)
     (root / "run").mkdir()
@@ -64,7 +64,7 @@ def run(place: Path, *options: str) -> int:
 
 @pytest.fixture(scope="module")
 def tiny(place) -> Path:
-    """The ONNX file of the trained model, as a benchmark exports it."""
+    """The trained model's ONNX file, as the benchmark exports it."""
     (place / "cache").mkdir(exist_ok=True)
     return peers.trained_model("tiny", place / "run", place / "cache").file
 

@@ -1,4 +1,4 @@
-"""The Codabench bundle: it stands alone, answers as process.py does, and is whole or not there."""
+"""The Codabench bundle: it runs alone, answers as process.py does, and is written whole or not."""
 
 import ast
 import io
@@ -29,7 +29,7 @@ from training.recipes import COMPACT
 SHIPPED = ROOT / "model" / "weights" / "aop.safetensors"
 SIZES = [(256, 256), (512, 512), (640, 480), (190, 141), (301, 517)]
 
-# What Codabench's ingestion program does, and what it must not find in doing so.
+# Does what Codabench's ingestion program does; prints the answers and the imported modules.
 INGESTION = """
 import json, sys
 sys.path.insert(0, sys.argv[1])
@@ -40,8 +40,8 @@ assert network.load() is network
 answers = [network.predict(Image.open(name).convert("RGB")) for name in sys.argv[2:]]
 assert all(answer.shape == (6,) for answer in answers)
 files = [str(getattr(module, "__file__", "")) for module in sys.modules.values()]
-wanted = {"cv2", "pydantic", "safetensors", "onnxruntime", "SimpleITK"} & set(sys.modules)
-print(json.dumps([[answer.tolist() for answer in answers], files, sorted(wanted)]))
+unwanted = {"cv2", "pydantic", "safetensors", "onnxruntime", "SimpleITK"} & set(sys.modules)
+print(json.dumps([[answer.tolist() for answer in answers], files, sorted(unwanted)]))
 """
 BY_PATH = """
 import sys
@@ -95,7 +95,7 @@ def unpack(bundle, folder):
 
 
 def run_alone(code, folder, *arguments):
-    """Run code in a process whose folder and search path know nothing of this repository."""
+    """Run code in a process whose folder and search path do not lead to this repository."""
     kept = {name: text for name, text in os.environ.items() if name != "PYTHONPATH"}
     command = [sys.executable, "-c", code, *map(str, arguments)]
     done = subprocess.run(
@@ -106,7 +106,7 @@ def run_alone(code, folder, *arguments):
 
 
 def largest_difference(submission, images, folder):
-    """In px between the bundle's landmarks and process.py's, of all images in a folder."""
+    """Between the bundle's landmarks and process.py's for all images in a folder, px."""
     bundle = unpack(submission, folder / "bundle")
     files = sorted(images.iterdir())
     answers, modules, packages = json.loads(run_alone(INGESTION, bundle, bundle, *files))
@@ -247,7 +247,7 @@ def test_what_is_missing_is_named(weights, tmp_path, capsys):
     assert "there is no folder" in refusal(capsys, tmp_path, weights, tmp_path / "no" / "a.zip")
 
 
-LATER = {  # what came to these modules after Python 3.9
+LATER = {  # names that these modules have only after Python 3.9
     "itertools": {"batched", "pairwise"},
     "typing": {
         "Concatenate", "Never", "NotRequired", "ParamSpec", "Required", "Self", "TypeAlias",
@@ -256,26 +256,26 @@ LATER = {  # what came to these modules after Python 3.9
 }  # fmt: skip
 
 
-def parts(*trees):
-    """The nodes below some nodes, those too, by identity."""
+def node_ids(*trees):
+    """The ids of some nodes and of all nodes below them."""
     return {id(part) for tree in trees if tree is not None for part in ast.walk(tree)}
 
 
 def unions_at_run_time(tree):
-    """Lines with A | B of types: in annotations that are evaluated, in aliases, in isinstance."""
+    """Lines that evaluate A | B of types: in annotations, aliases and isinstance."""
     nodes = list(ast.walk(tree))
     functions = [node for node in nodes if isinstance(node, ast.FunctionDef)]
-    bodies = parts(*(line for function in functions for line in function.body))
-    annotations = parts(
+    bodies = node_ids(*(line for function in functions for line in function.body))
+    annotations = node_ids(
         *(getattr(node, name, None) for node in nodes for name in ("annotation", "returns"))
     )
     calls = [node for node in nodes if isinstance(node, ast.Call)]
-    of_types = parts(*(c for c in calls if getattr(c.func, "id", "") in ("isinstance", "cast")))
-    later = [node for node in tree.body if isinstance(node, ast.ImportFrom)]
-    if later and later[0].module == "__future__":
-        evaluated = of_types | (parts(tree) - bodies - annotations)
+    of_types = node_ids(*(c for c in calls if getattr(c.func, "id", "") in ("isinstance", "cast")))
+    imports = [node for node in tree.body if isinstance(node, ast.ImportFrom)]
+    if imports and imports[0].module == "__future__":
+        evaluated = of_types | (node_ids(tree) - bodies - annotations)
     else:
-        evaluated = of_types | annotations | (parts(tree) - bodies)
+        evaluated = of_types | annotations | (node_ids(tree) - bodies)
     return [
         f"line {node.lineno}: | of types"
         for node in nodes
@@ -284,7 +284,7 @@ def unions_at_run_time(tree):
 
 
 def too_new_for_python_39(text):
-    """What of a source Python 3.9 cannot run, a line each."""
+    """A line for each thing in a source that Python 3.9 cannot run."""
     try:
         tree = ast.parse(text, feature_version=(3, 9))
     except SyntaxError as error:

@@ -1,4 +1,4 @@
-"""The int8 model: smaller, as accurate, described; and not written where it errs more."""
+"""The int8 model: smaller, as accurate, described; not written if its error grows too much."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.slow  # they quantise the shipped model
 
 @pytest.fixture(scope="module")
 def arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """What to calibrate on: some phantoms as split val."""
+    """Options of the command: the shipped model, and some phantoms as split val."""
     folder = tmp_path_factory.mktemp("phantoms")
     cases = []
     for seed in range(8):
@@ -50,7 +50,7 @@ def test_int8_is_smaller_and_finds_the_same(arguments: list[str], tmp_path: Path
         assert "com.microsoft.nchwc" not in {domain for domain, _ in kinds}
     before, after = (load_predictor(p, "cpu") for p in (process.SHIPPED_MODEL, output))
     assert after.spec.name == f"{before.spec.name}-int8"
-    assert before.spec.val_trained  # so that its figures there say nothing
+    assert before.spec.val_trained  # trained on val, so its own metrics stay
     same = {"name"}
     assert after.spec.model_dump(exclude=same) == before.spec.model_dump(exclude=same)
     found = [predictor.predict(phantom(20).image).landmarks_px for predictor in (before, after)]

@@ -1,4 +1,4 @@
-"""Export: parity on landmarks, the spec inside the file, and nothing written where parity fails."""
+"""Export: parity on landmarks, the spec inside the file, and nothing written without parity."""
 
 from dataclasses import replace
 
