@@ -93,7 +93,7 @@ def write_bundle(options: BundleOptions) -> None:
     """Write the zip, after a check that it runs alone and finds the predictor's landmarks.
 
     Raises:
-        BundleError: it does not, or the output is no place for a file; nothing is written.
+        BundleError: the check failed, or the output path is not usable; nothing is written.
     """
     output = options.output
     if output.is_dir():

@@ -33,8 +33,8 @@ def arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         cv2.imwrite(str(folder / f"{seed}.png"), found.image)
         cases.append(Case(f"{seed}.png", found.landmarks_px, found.aop_deg, split="val"))
     write_cases(folder / "cases.csv", cases)
-    given = ["--model", str(process.SHIPPED_MODEL), "--images", str(folder)]
-    return [*given, "--data", str(folder / "cases.csv")]
+    flags = ["--model", str(process.SHIPPED_MODEL), "--images", str(folder)]
+    return [*flags, "--data", str(folder / "cases.csv")]
 
 
 def test_int8_is_smaller_and_finds_the_same(arguments: list[str], tmp_path: Path) -> None:
@@ -99,8 +99,8 @@ def test_other_networks_and_several_images_are_rewritten_too() -> None:
 def test_nothing_is_written_where_it_errs_more(
     arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    given = [*arguments, "--output", str(tmp_path / "aop.int8.onnx"), "--most-px", "-50"]
-    assert quantise.main(given) == 2
+    flags = [*arguments, "--output", str(tmp_path / "aop.int8.onnx"), "--most-px", "-50"]
+    assert quantise.main(flags) == 2
     assert "deg more on val" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
