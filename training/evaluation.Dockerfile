@@ -14,8 +14,8 @@ WORKDIR /opt/app
 COPY model/locks model/locks
 COPY training/requirements.txt training/
 RUN pip install --no-cache-dir --require-hashes -r model/locks/cpu.txt \
- && grep '^tqdm==' training/requirements.txt > tqdm.txt \
- && pip install --no-cache-dir -r tqdm.txt
+ && grep -E '^(scipy|tqdm)==' training/requirements.txt > needed.txt \
+ && pip install --no-cache-dir -r needed.txt
 COPY . .
 RUN python -m compileall -q model training
 
