@@ -1,46 +1,56 @@
-"""The page that `training.evaluate --report` writes: one HTML file, which needs nothing else.
+"""The page that `training.evaluate --report` writes: one HTML file that needs nothing else.
 
-Tables, agreement, errors by landmark, device and angle, whether the stated uncertainty is true, the
-best and the worst cases as pictures, and what was not answered. Errors in px are at 512 px.
+It shows tables, agreement, errors by landmark, device and angle, whether the stated uncertainty is
+true, the best and worst cases as pictures, and what was not answered. Errors in px are at 512 px.
 """
 
 import math
-from collections.abc import Sequence
-from itertools import islice
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice, pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
+import numpy.typing as npt
 
-from model.anatomy import LANDMARKS
+from model.anatomy import LANDMARKS, Floats
 from model.files import write_bytes
 from model.image import GreyFrame, ImageError, open_image
 from model.page import escape, page
 from training import figures as draw
-from training.agreement import Estimate
-from training.cases import Case
-from training.chart import interval, signed
-from training.metrics import REFERENCE_PX, SDR_PX, case_errors
-from training.report_parts import (
-    agreement,
-    calibration,
-    errors,
-    risk_and_coverage,
-    table,
+from training.agreement import (
+    BlandAltman,
+    Estimate,
+    area_under_risk_coverage,
+    bland_altman,
+    coverage_interval,
+    error_when_answering,
+    icc_2_1,
+    risk_coverage,
 )
-from training.scored import Figures, Scored, agreeing, estimate, held, share_of
+from training.cases import Case
+from training.figures import captioned, interval_text, legend, signed_text
+from training.metrics import REFERENCE_PX, SDR_PX, case_errors, summarise
 
 if TYPE_CHECKING:  # torch, which a report can do without
     from training.predict import CasePrediction
 
+Metrics = Mapping[str, object]  # as `training.metrics.summarise` returns them
+Indices = npt.NDArray[np.int_]  # (k,) of cases
+Columns = Mapping[str, Mapping[str, str]]  # of a table: column -> row -> cell
 
 TITLE = "Landmarks and angle of progression against labels"
 NOTE = (
-    "Labels of such images may come from segmentation masks (an ellipse fitted to each structure) "
-    "and not from an expert's clicks: see the description of the data. Errors are then distances "
-    "to what the masks say."
+    "The labels of such images may come from segmentation masks (an ellipse fitted to each "
+    "structure) and not from an expert's clicks: see the description of the data. The errors are "
+    "then distances to what the masks say."
 )
-EXAMPLES = 12  # best and worst cases
+EXAMPLES = 12  # best cases, and as many worst cases
+RANGES_DEG = (90, 110, 130, 150)  # where ranges of the label's angle meet
+ANSWERED = (1.0, 0.9, 0.8, 0.7, 0.5)  # shares of the cases
+LEAST_IN_A_BIN, MOST_BINS = 15, 10  # cases of similar expected error
 ROWS = {
     "mre_px": "Mean radial error, px",
     "median_re_px": "Median radial error, px",
@@ -51,14 +61,15 @@ ROWS = {
     "aop_error_p95_deg": "AoP, 95th percentile, deg",
 }
 METHOD = (
-    "<p>Written by <code>python -m training.evaluate --report</code> from a table of labels, the "
-    "answers and the images; the same input gives the same page.</p><p>Radial error: the distance "
-    "of answer and label. AoP: the angle PS2-PS1-FH1; its error is the absolute difference. "
-    "Intervals: bootstrap over cases (percentiles of 2,000 resamples); of shares in the 90 % "
-    "interval Clopper and Pearson, Biometrika 1934; of bias and limits Bland and Altman, Lancet "
-    "1986 and Stat Methods Med Res 1999; ICC(2,1) Shrout and Fleiss, Psychol Bull 1979, its "
-    "interval McGraw and Wong, Psychol Methods 1996; area under the risk-coverage curve Geifman et "
-    "al., ICLR 2019. Nothing is corrected for the number of comparisons.</p>"
+    "<p><code>python -m training.evaluate --report</code> wrote this page from a table of labels, "
+    "the answers and the images. The same input gives the same page.</p><p>Radial error: the "
+    "distance between answer and label. AoP: the angle PS2-PS1-FH1; its error is the absolute "
+    "difference. Sources of the intervals: bootstrap over cases (percentiles of 2,000 resamples) "
+    "for errors; Clopper and Pearson, Biometrika 1934, for shares in the 90 % interval; Bland and "
+    "Altman, Lancet 1986 and Stat Methods Med Res 1999, for bias and limits; McGraw and Wong, "
+    "Psychol Methods 1996, for ICC(2,1), which is that of Shrout and Fleiss, Psychol Bull 1979. "
+    "The area under the risk-coverage curve is that of Geifman et al., ICLR 2019. Nothing is "
+    "corrected for multiple comparisons.</p>"
 )
 STYLE = (
     draw.STYLE
@@ -79,12 +90,95 @@ figcaption b { color: var(--ink); } ul { columns: 16rem; } section { scroll-marg
 )
 
 
+@dataclass(frozen=True)
+class EvaluatedCases:
+    """Cases with their predictions, in the same order, and the errors.
+
+    radial_px: (n, 3) at 512 px. aop_error_deg: (n,); 180 if an answer has no angle.
+    """
+
+    cases: Sequence[Case]
+    predictions: "Sequence[CasePrediction]"
+    radial_px: Floats
+    aop_error_deg: Floats
+
+    @cached_property
+    def label_deg(self) -> Floats:
+        """(n,) angles of the labels."""
+        return np.array([case.aop_deg for case in self.cases])
+
+    @cached_property
+    def difference_deg(self) -> Floats:
+        """(n,) the answer's angle minus the label's; NaN if the answer has none."""
+        return np.array([found.aop_deg for found in self.predictions]) - self.label_deg
+
+    @property
+    def all_indices(self) -> Indices:
+        return np.arange(len(self.cases))
+
+    @cached_property
+    def devices(self) -> list[str]:
+        """Names of the devices; empty unless at least two are known."""
+        names = sorted({case.device for case in self.cases if case.device})
+        return names if len(names) > 1 else []
+
+    @cached_property
+    def groups(self) -> dict[str, Indices]:
+        """Name -> indices: all cases, and the cases of each device."""
+        device = np.array([case.device or "" for case in self.cases])
+        return {"all": self.all_indices} | {
+            f"device {name}": np.flatnonzero(device == name) for name in self.devices
+        }
+
+    def indices_with(self, field: str) -> Indices:
+        """The cases whose answer has an angle and a value in this field of `CasePrediction`."""
+        has = [getattr(found, field) is not None for found in self.predictions]
+        return np.flatnonzero(np.array(has) & np.isfinite(self.difference_deg))
+
+    def label_in_interval(self, chosen: Indices) -> npt.NDArray[np.bool_]:
+        """For each chosen case that has an interval: whether the interval holds the label."""
+        known = np.intersect1d(chosen, self.indices_with("aop_interval_deg"))
+        ends = np.array([self.predictions[k].aop_interval_deg for k in known]).reshape(-1, 2)
+        return (ends[:, 0] <= self.label_deg[known]) & (self.label_deg[known] <= ends[:, 1])
+
+    def metrics_of(self, chosen: Indices) -> Metrics:
+        """`training.metrics.summarise` of the chosen cases."""
+        return summarise(self.radial_px[chosen], self.aop_error_deg[chosen])
+
+    def agreement_of(self, chosen: Indices) -> tuple[BlandAltman | None, Estimate | None]:
+        """Bland-Altman and ICC(2,1) of the chosen cases that have an angle.
+
+        Either is None if it is not defined for them.
+        """
+        known = chosen[np.isfinite(self.difference_deg[chosen])]
+        if len(known) < 2:
+            return None, None
+        label, difference = self.label_deg[known], self.difference_deg[known]
+        try:
+            icc = icc_2_1(np.column_stack([label, label + difference]))
+        except ValueError:  # cases that do not differ
+            icc = None
+        return bland_altman(difference), icc
+
+    def name_of(self, k: int) -> str:
+        """The file, with the frame of a stack."""
+        case = self.cases[k]
+        return case.file if case.frame is None else f"{case.file}, frame {case.frame}"
+
+    def angles_text(self, k: int) -> str:
+        """Both angles of a case and their difference, in words."""
+        label, difference = self.label_deg[k], self.difference_deg[k]
+        if not math.isfinite(difference):
+            return f"label {label:.1f}°, answer without an angle"
+        return f"label {label:.1f}°, answer {label + difference:.1f}° ({signed_text(difference)}°)"
+
+
 def write_report(
     path: Path,
     cases: Sequence[Case],
     predictions: "Sequence[CasePrediction]",
     images: Path,
-    figures: Figures,
+    metrics: Mapping[str, Metrics],
     missing: Sequence[str],
     title: str = TITLE,
     note: str = NOTE,
@@ -92,26 +186,27 @@ def write_report(
     """Write the page, whole or not at all.
 
     Args:
-        cases, predictions: what was answered, in the same order; one or more.
+        cases, predictions: the answered cases, one or more, in the same order.
         images: folder of the cases' images.
-        figures: of `training.evaluate.evaluate`, for these cases.
+        metrics: group of cases ("all", "device A", ...) -> its metrics, for these cases.
         missing: names of cases without an answer.
-        title: of the page. note: what must be known of the labels.
+        title: the page's title.
+        note: what a reader must know about the labels.
 
     Raises:
-        ImageError: an image that is to be shown cannot be read.
+        ImageError: an image that the page shows cannot be read.
         OSError: the page cannot be written.
     """
-    scored = Scored(cases, predictions, *case_errors(predictions, cases))
+    evaluated = EvaluatedCases(cases, predictions, *case_errors(predictions, cases))
     sections = {
-        "Summary": summary(scored, figures, missing, note),
-        "All figures": all_figures(figures),
-        "Agreement": agreement(scored),
-        "Errors": errors(scored, figures),
-        "Calibration": calibration(scored),
-        "Risk and coverage": risk_and_coverage(scored),
-        "Cases": gallery(scored, images),
-        "Failures and doubt": failures(scored, missing),
+        "Summary": summary_section(evaluated, metrics["all"], missing, note),
+        "All figures": metrics_table(metrics),
+        "Agreement": agreement_section(evaluated),
+        "Errors": errors_section(evaluated, metrics),
+        "Calibration": calibration_section(evaluated),
+        "Risk and coverage": risk_section(evaluated),
+        "Cases": cases_section(evaluated, images),
+        "Failures and doubt": failures_section(evaluated, missing),
         "Method": METHOD,
     }
     ids = {name: name.lower().replace(" ", "-") for name in sections}
@@ -124,133 +219,439 @@ def write_report(
     write_bytes(path, html.encode())
 
 
-def summary(scored: Scored, figures: Figures, missing: Sequence[str], note: str) -> str:
-    """The figures that are asked for first, and what they are of."""
+# ---- Summary and all figures
+
+
+def summary_section(
+    evaluated: EvaluatedCases, metrics: Metrics, missing: Sequence[str], note: str
+) -> str:
+    """The key figures, and which cases they cover."""
     boxes = {
-        "Cases answered": (f"{len(scored.cases)}", f"{len(missing)} not answered"),
-        "Mean radial error": apart(estimate(figures["all"], "mre_px"), 2, " px"),
-        "Mean AoP error": apart(estimate(figures["all"], "aop_error_deg"), 2, "°"),
+        "Cases answered": (f"{len(evaluated.cases)}", f"{len(missing)} not answered"),
+        "Mean radial error": split_interval(estimate_of(metrics, "mre_px"), 2, " px"),
+        "Mean AoP error": split_interval(estimate_of(metrics, "aop_error_deg"), 2, "°"),
     }
-    found, icc = agreeing(scored, scored.everyone)
+    found, icc = evaluated.agreement_of(evaluated.all_indices)
     if found:
-        limits = f"limits {signed(found.lower.value)}° to {signed(found.upper.value)}°"
-        boxes["AoP bias"] = f"{signed(found.bias.value)}°", limits
+        limits = f"limits {signed_text(found.lower.value)}° to {signed_text(found.upper.value)}°"
+        boxes["AoP bias"] = f"{signed_text(found.bias.value)}°", limits
     if icc:
-        boxes["AoP ICC(2,1)"] = apart(icc, 3)
-    inside = held(scored, scored.everyone)
+        boxes["AoP ICC(2,1)"] = split_interval(icc, 3)
+    inside = evaluated.label_in_interval(evaluated.all_indices)
     if len(inside):
-        boxes["In the 90 % interval"] = apart(share_of(inside), 0, " %")
+        boxes["In the 90 % interval"] = split_interval(percentage(inside), 0, " %")
     key_figures = "".join(
         f"<div><dt>{name}</dt><dd>{value}<small>{more}</small></dd></div>"
         for name, (value, more) in boxes.items()
     )
-    parts = ", ".join(f"{name}: {len(of)}" for name, of in scored.groups.items() if name != "all")
-    words = f"{len(scored.cases)} cases" + (f" ({parts})." if parts else ".")
-    alike = {case.group for case in scored.cases if case.group}
+    groups = evaluated.groups.items()
+    parts = ", ".join(f"{name}: {len(chosen)}" for name, chosen in groups if name != "all")
+    words = f"{len(evaluated.cases)} cases" + (f" ({parts})." if parts else ".")
+    alike = {case.group for case in evaluated.cases if case.group}
     if alike:
         words += (
-            f" They come in {len(alike)} groups of near-duplicate images or of one patient, but "
-            "the intervals take each case as independent, and so are too narrow."
+            f" They fall in {len(alike)} groups; a group holds near-duplicate images or the images "
+            "of one patient. The intervals take each case as independent, so they are too narrow."
         )
     return (
         f'<dl class="figures">{key_figures}</dl><p class="note">{escape(note)}</p><p>'
         f"{escape(words)} Errors in px are at {REFERENCE_PX} px (px times {REFERENCE_PX} / the "
-        "image's longer side). What follows a figure in parentheses is its 95 % interval.</p>"
+        "image's longer side). Parentheses hold 95 % intervals.</p>"
     )
 
 
-def all_figures(figures: Figures) -> str:
-    """Every figure for all cases and for each device."""
+def metrics_table(metrics: Mapping[str, Metrics]) -> str:
+    """All metrics, a column for each group of cases."""
     columns = {}
-    for name, group in figures.items():
+    for name, group in metrics.items():
         cells = {"Cases": f"{group['cases']}"}
         for key, words in ROWS.items():
             scale, places = (100, 0) if key.startswith("sdr") else (1, 2)
-            found = Estimate(*(scale * value for value in estimate(group, key)))
-            cells[words] = interval(found, places)
+            found = Estimate(*(scale * value for value in estimate_of(group, key)))
+            cells[words] = interval_text(found, places)
         columns[name] = cells
     return table(columns)
 
 
-def gallery(scored: Scored, images: Path) -> str:
-    """The best and the worst cases by AoP error, as pictures."""
-    order = np.argsort(scored.aop_error_deg, kind="stable")
+# ---- Agreement
+
+
+def agreement_section(evaluated: EvaluatedCases) -> str:
+    """Bland-Altman plot and table, with ICC(2,1), of the angle."""
+    whole, _ = evaluated.agreement_of(evaluated.all_indices)
+    if whole is None:
+        return "<p>Agreement needs two cases with an angle.</p>"
+    columns = {}
+    for name, chosen in evaluated.groups.items():
+        found, icc = evaluated.agreement_of(chosen)
+        if found:
+            columns[name] = {
+                "Cases": f"{found.cases}",
+                "Bias, deg": interval_text(found.bias),
+                "SD, deg": f"{found.deviation:.1f}",
+                "Lower limit, deg": interval_text(found.lower),
+                "Upper limit, deg": interval_text(found.upper),
+                "ICC(2,1)": interval_text(icc, 3) if icc else "not defined",
+            }
+    known = np.flatnonzero(np.isfinite(evaluated.difference_deg))
+    label, difference = evaluated.label_deg[known], evaluated.difference_deg[known]
+    series, keys = device_series(evaluated, known)
+    words = [f"{evaluated.name_of(k)}: {evaluated.angles_text(k)}" for k in known.tolist()]
+    chart = draw.difference_chart(label + difference / 2, difference, series, words, whole)
+    caption = (
+        "Bland-Altman plot, one symbol for each case. Full line: bias. Dashed lines: limits of "
+        "agreement (bias ± 1.96 SD). Bands: their 95 % intervals. Dotted line: no difference."
+    )
+    return (
+        f'<div class="beside">{captioned(chart, keys, caption)}<div>{table(columns)}'
+        "<p>Differences are answer minus label: positive if the answer's angle is wider. "
+        "ICC(2,1): two-way random effects, absolute agreement, single reading.</p></div></div>"
+    )
+
+
+def device_series(evaluated: EvaluatedCases, chosen: Indices) -> tuple[list[int], str]:
+    """Series number of each chosen case by device, and the legend; no legend for one device."""
+    if not evaluated.devices:
+        return [0] * len(chosen), ""
+    names = [evaluated.cases[k].device or "not known" for k in chosen]
+    known = [*evaluated.devices, *(["not known"] if "not known" in names else [])]
+    return [known.index(name) for name in names], legend([f"device {name}" for name in known])
+
+
+# ---- Errors by landmark, device and angle
+
+
+def errors_section(evaluated: EvaluatedCases, metrics: Mapping[str, Metrics]) -> str:
+    """Errors by landmark, by device, and by range of the label's angle."""
+    angle_chart, angle_table = errors_by_angle(evaluated)
+    last = float(10 * np.ceil(np.percentile(evaluated.radial_px, 98) / 10 + 1e-9))
+    beyond = (evaluated.radial_px > last).sum()
+    landmark_chart = captioned(
+        draw.cumulative_chart(evaluated.radial_px, last),
+        legend(LANDMARKS, line=True),
+        f"By landmark: share of cases within an error. {beyond} of {evaluated.radial_px.size} "
+        f"landmarks are more than {last:.0f} px off.",
+    )
+    device_chart = captioned(
+        draw.groups_chart(
+            [f"{name}\nn = {group['cases']}" for name, group in metrics.items()],
+            [
+                [estimate_of(group, f"mre_{name}_px") for group in metrics.values()]
+                for name in LANDMARKS
+            ],
+            "mean radial error, px",
+            "Mean radial error by device and landmark",
+        ),
+        legend(LANDMARKS),
+        "By device: mean radial error of each landmark, with its 95 % interval.",
+    )
+    return (
+        f'<div class="charts">{landmark_chart}{device_chart}{angle_chart}</div>'
+        f"<h3>By landmark</h3>{landmark_table(evaluated, metrics['all'])}"
+        "<p>Shift: mean of answer minus label along the image's axes.</p>"
+        f"<h3>By AoP of the label</h3>{angle_table}"
+        "<p>Labels have errors too, so the lowest labels tend to be too low and the highest too "
+        "high. Expect a bias towards the middle even from a perfect reader.</p>"
+    )
+
+
+def landmark_table(evaluated: EvaluatedCases, metrics: Metrics) -> str:
+    """Radial error and systematic shift of each landmark."""
+    found = np.array([one.landmarks_px for one in evaluated.predictions])
+    truth = np.array([case.landmarks_px for case in evaluated.cases])
+    scale = REFERENCE_PX / np.array([one.longer_side_px for one in evaluated.predictions])
+    shift = ((found - truth) * scale[:, None, None]).mean(axis=0)
+    median, most = np.percentile(evaluated.radial_px, [50, 95], axis=0)
+    return table(
+        {
+            name: {
+                "Mean, px": interval_text(estimate_of(metrics, f"mre_{name}_px")),
+                "Median, px": f"{median[k]:.1f}",
+                "95th percentile, px": f"{most[k]:.1f}",
+                "Shift to the right, px": signed_text(shift[k, 0]),
+                "Shift down, px": signed_text(shift[k, 1]),
+            }
+            for k, name in enumerate(LANDMARKS)
+        }
+    )
+
+
+def errors_by_angle(evaluated: EvaluatedCases) -> tuple[str, str]:
+    """Chart and table of the errors by range of the label's angle."""
+    place = np.searchsorted(RANGES_DEG, evaluated.label_deg, side="right")
+    between = (f"{low}–{high}" for low, high in pairwise(RANGES_DEG))
+    names = [f"< {RANGES_DEG[0]}", *between, f"≥ {RANGES_DEG[-1]}"]
+    ranges = {name: of for k, name in enumerate(names) if len(of := np.flatnonzero(place == k))}
+    metrics = {name: evaluated.metrics_of(chosen) for name, chosen in ranges.items()}
+    columns = {}
+    for name, chosen in ranges.items():
+        differences = evaluated.difference_deg[chosen]
+        inside = evaluated.label_in_interval(chosen)
+        known = differences[np.isfinite(differences)]
+        columns[f"{name}°"] = {
+            "Cases": f"{len(chosen)}",
+            "AoP error, deg": interval_text(estimate_of(metrics[name], "aop_error_deg")),
+            "AoP bias, deg": signed_text(float(known.mean())) if len(known) else "–",
+            "Mean radial error, px": interval_text(estimate_of(metrics[name], "mre_px")),
+        }
+        if len(inside):
+            columns[f"{name}°"]["In the 90 % interval"] = f"{inside.sum()} of {len(inside)}"
+    chart = draw.groups_chart(
+        [f"{name}\nn = {len(chosen)}" for name, chosen in ranges.items()],
+        [[estimate_of(group, "aop_error_deg") for group in metrics.values()]],
+        "mean AoP error, deg",
+        "Mean error of the angle by range of the label",
+    )
+    caption = "By AoP of the label, deg: mean absolute error of the angle, with its 95 % interval."
+    return captioned(chart, "", caption), table(columns)
+
+
+# ---- Whether the stated uncertainty is true and useful
+
+
+def calibration_section(evaluated: EvaluatedCases) -> str:
+    """Whether intervals hold the label as often as they say, and errors are as expected."""
+    columns = {
+        name: calibration_cells(evaluated, chosen) for name, chosen in evaluated.groups.items()
+    }
+    if not any(columns.values()):
+        return (
+            "<p>These answers carry no intervals and no expected errors. Either the model is not "
+            "calibrated, or another reader gave them.</p>"
+        )
+    charts = []
+    known = evaluated.indices_with("expected_aop_error_deg")
+    if len(known):
+        expected = np.array([evaluated.predictions[k].expected_aop_error_deg for k in known])
+        bins = [calibration_bins(evaluated, known, expected, "aop_error_deg")]
+        chart = draw.calibration_chart(bins, "deg", "Observed over expected error of the angle")
+        caption = "AoP error of cases in bins of similar expected error. Dotted line: as expected."
+        charts.append(captioned(chart, "", caption))
+    known = evaluated.indices_with("expected_error_px")
+    if len(known):
+        scale = REFERENCE_PX / np.array([evaluated.predictions[k].longer_side_px for k in known])
+        expected = np.array([evaluated.predictions[k].expected_error_px for k in known]).T * scale
+        bins = [
+            calibration_bins(evaluated, known, of, f"mre_{name}_px")
+            for name, of in zip(LANDMARKS, expected, strict=True)
+        ]
+        chart = draw.calibration_chart(bins, "px", "Observed over expected radial error")
+        caption = "Radial error of each landmark, in the same way."
+        charts.append(captioned(chart, legend(LANDMARKS), caption))
+    return table(columns) + f'<div class="charts">{"".join(charts)}</div>'
+
+
+def calibration_cells(evaluated: EvaluatedCases, chosen: Indices) -> dict[str, str]:
+    """Coverage and width of the intervals of some cases, and their expected error, as cells."""
+    cells = {}
+    inside = evaluated.label_in_interval(chosen)
+    if len(inside):
+        share = percentage(inside)
+        known = np.intersect1d(chosen, evaluated.indices_with("aop_interval_deg"))
+        ends = np.array([evaluated.predictions[k].aop_interval_deg for k in known])
+        cells["Label in the 90 % interval"] = f"{inside.sum()} of {len(inside)}"
+        cells["Coverage, %"] = interval_text(share, 0)
+        cells["Coverage agrees with 90 %?"] = "yes" if share.low <= 90 <= share.high else "no"
+        cells["Median width, deg"] = f"{np.median(np.ptp(ends, axis=1)):.1f}"
+    known = np.intersect1d(chosen, evaluated.indices_with("expected_aop_error_deg"))
+    if len(known):
+        expected = [evaluated.predictions[k].expected_aop_error_deg for k in known]
+        observed = estimate_of(evaluated.metrics_of(known), "aop_error_deg")
+        cells["Expected AoP error, mean, deg"] = f"{np.mean(np.array(expected)):.1f}"
+        cells["Observed AoP error, mean, deg"] = interval_text(observed)
+    return cells
+
+
+def calibration_bins(
+    evaluated: EvaluatedCases, chosen: Indices, expected: Floats, key: str
+) -> list[tuple[float, Estimate]]:
+    """Bins of similar expected error: the mean expected error, and the observed metric `key`."""
+    count = max(1, min(MOST_BINS, len(chosen) // LEAST_IN_A_BIN))
+    parts = np.array_split(np.argsort(expected, kind="stable"), count)
+    return [
+        (float(expected[part].mean()), estimate_of(evaluated.metrics_of(chosen[part]), key))
+        for part in parts
+    ]
+
+
+def risk_section(evaluated: EvaluatedCases) -> str:
+    """Error of the answered cases if the least sure ones are left out."""
+    found, error = evaluated.predictions, evaluated.aop_error_deg
+    if all(one.expected_aop_error_deg is not None for one in found):
+        risk, words = np.array([one.expected_aop_error_deg for one in found]), "expected AoP error"
+    elif all(len(one.confidence) for one in found):
+        risk, words = -np.array([one.confidence.min() for one in found]), "lowest confidence"
+    else:
+        return (
+            "<p>These answers carry neither expected errors nor confidences, so there is no order "
+            "in which to leave cases out.</p>"
+        )
+    areas = area_under_risk_coverage(error, risk)
+    names = [
+        f"by {words}, area {areas.own:.2f}°",
+        f"best possible order, area {areas.best:.2f}°",
+        f"random order, area {areas.random:.2f}°",
+    ]
+    caption = (
+        "Mean AoP error of the answered cases if the least sure ones are left out. Area: the mean "
+        f"over all shares. The first {100 * draw.FIRST_SHARE:.0f} % are not drawn."
+    )
+    best = risk_coverage(error, error)[1]
+    columns: dict[str, dict[str, str]] = {
+        "AoP error, deg": {},
+        "Reduction against all, %": {},
+        "Best possible, deg": {},
+    }
+    for share in ANSWERED:
+        mean, part = error_when_answering(error, risk, share)
+        reduction = Estimate(*(100 * value for value in part))
+        cells = (
+            interval_text(mean, 2),
+            interval_text(reduction, 0) if share < 1 else "–",
+            f"{best[math.ceil(share * len(best) - 1e-9) - 1]:.2f}",
+        )
+        for column, cell in zip(columns.values(), cells, strict=True):
+            column[f"{100 * share:.0f} % answered"] = cell
+    chart = captioned(draw.risk_chart(error, risk), legend(names, line=True), caption)
+    return (
+        f'<div class="beside">{chart}<div>{table(columns)}<p>Cases are left out by {words}. The '
+        "best possible order is that of the errors themselves, which nobody knows in advance.</p>"
+        "</div></div>"
+    )
+
+
+# ---- Cases
+
+
+def cases_section(evaluated: EvaluatedCases, images: Path) -> str:
+    """Pictures of the worst and the best cases by AoP error."""
+    order = np.argsort(evaluated.aop_error_deg, kind="stable")
     best = order[: min(EXAMPLES, len(order) // 2)]
     worst = order[len(best) :][::-1][:EXAMPLES]
+    label = draw.reading_switch("truth", "label (truth): squares, full lines")
+    answer = draw.reading_switch("answer", "answer (prediction): circles, dashed lines")
     parts = [
-        f'<div class="controls">{draw.switch("truth", "label (truth): squares, full lines")}'
-        f"{draw.switch('answer', 'answer (prediction): circles, dashed lines')}</div>"
-        '<p class="dim">The angle opens at PS1 between PS2 and the tangent through FH1, which is '
-        "drawn on past it. The switches hide a drawing.</p>"
+        f'<div class="controls">{label}{answer}</div>'
+        '<p class="dim">The angle opens at PS1, between PS2 and the tangent through FH1. The '
+        "tangent is drawn a little past FH1. The switches hide a drawing.</p>"
     ]
     for words, chosen in (("worst", worst), ("best", best)):
-        cards = "".join(card(scored, int(k), images) for k in chosen)
+        cards = "".join(case_card(evaluated, k, images) for k in chosen.tolist())
         heading = f"<h3>The {len(chosen)} {words} by AoP error</h3>"
         parts += [f'{heading}<div class="cards">{cards}</div>'] if len(chosen) else []
     return "".join(parts)
 
 
-def card(scored: Scored, k: int, images: Path) -> str:
-    """One case's picture and what is to be said of it."""
-    case, found = scored.cases[k], scored.predictions[k]
-    words = f"{scored.name(k)}: {scored.angles(k)}"
+def case_card(evaluated: EvaluatedCases, k: int, images: Path) -> str:
+    """Picture and description of case number k."""
+    case, found = evaluated.cases[k], evaluated.predictions[k]
+    name, angles = evaluated.name_of(k), evaluated.angles_text(k)
     read = next(islice(open_image(images / case.file).frames(), case.frame or 0, None), None)
     if not isinstance(read, GreyFrame):
-        raise ImageError(f"{images / case.file}: {scored.name(k)} cannot be shown")
-    shape = read.geometry.pixel_shape
-    picture = draw.drawn_case(read.pixels, shape, case.landmarks_px, found.landmarks_px, words)
+        raise ImageError(f"{images / case.file}: {name} cannot be shown")
+    picture = draw.picture_of_case(
+        read.pixels,
+        read.geometry.pixel_shape,
+        case.landmarks_px,
+        found.landmarks_px,
+        f"{name}: {angles}",
+    )
     device = f" · device {case.device}" if case.device else ""
-    lines = [f"<b>{escape(scored.name(k))}</b>{escape(device)}", scored.angles(k)]
+    lines = [f"<b>{escape(name)}</b>{escape(device)}", angles]
     if found.aop_interval_deg is not None:
         low, high = found.aop_interval_deg
         outside = "" if low <= case.aop_deg <= high else ", label outside"
         lines.append(f"90 % interval {low:.1f}° to {high:.1f}°{outside}")
     if found.expected_aop_error_deg is not None:
         lines.append(f"expected error {found.expected_aop_error_deg:.1f}°")
-    radial = zip(LANDMARKS, scored.radial_px[k], strict=True)
+    radial = zip(LANDMARKS, evaluated.radial_px[k], strict=True)
     lines.append(", ".join(f"{name} {error:.1f}" for name, error in radial) + " px off")
     if found.reasons:
         lines.append(f'<span class="doubt">Not sure: {escape("; ".join(found.reasons))}</span>')
     return f'<figure class="card">{picture}<figcaption>{"<br>".join(lines)}</figcaption></figure>'
 
 
-def failures(scored: Scored, missing: Sequence[str]) -> str:
-    """What has no answer or no angle, and what is marked as doubtful."""
-    undefined = np.flatnonzero(~np.isfinite(scored.difference_deg))
+# ---- Failures and doubt
+
+
+def failures_section(evaluated: EvaluatedCases, missing: Sequence[str]) -> str:
+    """Cases without an answer or without an angle, and cases marked as doubtful."""
+    undefined = np.flatnonzero(~np.isfinite(evaluated.difference_deg)).tolist()
     parts = [
-        listed("Without an answer, and part of no figure", missing),
-        listed(
-            "Without an angle, since two landmarks coincide (an error of 180° in all means, left "
-            "out of agreement and coverage)",
-            [scored.name(k) for k in undefined],
+        named_list("Without an answer, and part of no figure", missing),
+        named_list(
+            "Without an angle, because two landmarks coincide (they count as an error of 180° in "
+            "means, and are left out of agreement and coverage)",
+            [evaluated.name_of(k) for k in undefined],
         ),
     ]
-    doubtful = [k for k, found in enumerate(scored.predictions) if found.reasons]
+    doubtful = [k for k, found in enumerate(evaluated.predictions) if found.reasons]
     if not doubtful:
         return "".join([*parts, "<p>Marked as doubtful: none.</p>"])
-    sure = np.setdiff1d(scored.everyone, doubtful)
+    sure = np.setdiff1d(evaluated.all_indices, doubtful)
     means = [
-        f"{len(of)} {words} with a mean AoP error of "
-        f"{interval(estimate(scored.figures(of), 'aop_error_deg'))} deg"
-        for words, of in (("doubtful", np.array(doubtful)), ("others", sure))
-        if len(of)
+        f"{len(chosen)} {words} with a mean AoP error of "
+        f"{interval_text(estimate_of(evaluated.metrics_of(chosen), 'aop_error_deg'))} deg"
+        for words, chosen in (("doubtful", np.array(doubtful)), ("others", sure))
+        if len(chosen)
     ]
     columns: dict[str, dict[str, str]] = {"Label": {}, "Answer": {}, "Reasons": {}}
     for k in doubtful:
-        name, label, angle = scored.name(k), scored.label_deg[k], scored.predictions[k].aop_deg
-        columns["Label"][name] = f"{label:.1f}°"
-        columns["Answer"][name] = f"{angle:.1f}°" if math.isfinite(angle) else "none"
-        columns["Reasons"][name] = "; ".join(scored.predictions[k].reasons)
+        name, found = evaluated.name_of(k), evaluated.predictions[k]
+        columns["Label"][name] = f"{evaluated.label_deg[k]:.1f}°"
+        columns["Answer"][name] = (
+            f"{found.aop_deg:.1f}°" if math.isfinite(found.aop_deg) else "none"
+        )
+        columns["Reasons"][name] = "; ".join(found.reasons)
     return "".join([*parts, f"<p>Marked as doubtful: {', '.join(means)}.</p>", table(columns, "")])
 
 
-def apart(one: Estimate, places: int, unit: str = "") -> tuple[str, str]:
-    """A figure, and its interval."""
-    value, _, rest = interval(one, places, unit).partition(" (")
+def named_list(words: str, names: Sequence[str]) -> str:
+    """HTML of the words, the number of names, and the names."""
+    items = "".join(f"<li>{escape(name)}</li>" for name in names)
+    return f"<p>{words}: {len(names) or 'none'}.</p>" + (f"<ul>{items}</ul>" if names else "")
+
+
+# ---- Numbers and tables
+
+
+def estimate_of(metrics: Metrics, key: str) -> Estimate:
+    """One of the metrics with its interval."""
+    return Estimate(**cast("dict[str, float]", metrics[key]))
+
+
+def percentage(hits: npt.NDArray[np.bool_]) -> Estimate:
+    """Percentage of hits, with its binomial interval."""
+    low, high = coverage_interval(int(hits.sum()), len(hits))
+    return Estimate(100 * float(hits.mean()), 100 * low, 100 * high)
+
+
+def split_interval(one: Estimate, places: int, unit: str = "") -> tuple[str, str]:
+    """An estimate's value and its interval, as two texts."""
+    value, _, rest = interval_text(one, places, unit).partition(" (")
     return value, rest.rstrip(")")
 
 
-def listed(words: str, names: Sequence[str]) -> str:
-    """Words, how many there are, and their names."""
-    items = "".join(f"<li>{escape(name)}</li>" for name in names)
-    return f"<p>{words}: {len(names) or 'none'}.</p>" + (f"<ul>{items}</ul>" if names else "")
+def table(columns: Columns, kind: str = "number") -> str:
+    """HTML table of plain texts; a cell that a column lacks is a dash.
+
+    kind: class of the cells. In cells of numbers no line breaks within an interval.
+    """
+
+    def cell(text: str) -> str:
+        value, bracket, rest = escape(text).partition(" (")
+        together = f"{value} <span>({rest}</span>" if bracket and kind == "number" else escape(text)
+        return f'<td class="{kind}">{together}</td>'
+
+    rows = dict.fromkeys(row for cells in columns.values() for row in cells)
+    head = "".join(f'<th scope="col" class="{kind}">{escape(name)}</th>' for name in columns)
+    body = "".join(
+        f'<tr><th scope="row">{escape(row)}</th>'
+        + "".join(cell(cells.get(row, "–")) for cells in columns.values())
+        + "</tr>"
+        for row in rows
+    )
+    return (
+        f'<div class="wide"><table><thead><tr><td></td>{head}</tr></thead><tbody>{body}</tbody>'
+        "</table></div>"
+    )
