@@ -10,7 +10,6 @@ could be done, 128 + N stopped by signal N; the last line of stderr then says wh
 folder among several machines.
 """
 
-import argparse
 import contextlib
 import hashlib
 import io
@@ -19,47 +18,58 @@ import signal
 import sys
 import traceback
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from model.files import OutputError
-from model.jobs import InputError, find_cases
-from model.options import MOUNTED_MODELS, parse_options
-from model.predictor import MOST_THREADS, ModelError, Predictor, load_predictor, usable_cpus
-from model.run import STOPPED_BY, cases_of, conclude, run, tally_of, tell
-from model.serve import serve
-from model.shards import merge
+from model.pipeline.batch import LoadedModel, cases_of, conclude, print_line, run, tally_of
+from model.pipeline.case_runner import StopRequest
+from model.pipeline.cases import InputError, find_cases
+from model.pipeline.options import MOUNTED_MODELS, RunOptions, parse_options
+from model.pipeline.server import serve
+from model.pipeline.shards import merge
+from model.predictor import MOST_THREADS, ModelError, load_predictor, usable_cpus
+from model.results.files import OutputError
 
 WEIGHTS = Path(__file__).resolve().parent / "model" / "weights"
 SHIPPED_MODEL, SHIPPED_FOR_CPU = WEIGHTS / "aop.onnx", WEIGHTS / "aop.int8.onnx"
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit status."""
-    args = parse_options(arguments, __doc__)
+def main(arguments: Sequence[str] | None = None, stop: StopRequest | None = None) -> int:
+    """Run the command; returns its exit status.
+
+    Args:
+        stop: set when a signal comes; by default none can.
+    """
+    options = parse_options(arguments, __doc__)
+    stop = StopRequest() if stop is None else stop
     try:
-        if args.merge:
-            return merge_parts(args)
-        if args.api_method == "invoke":
-            return serve_jobs(loaded(args, args.threads), args)
-        cases = cases_of(args)
+        if options.merge:
+            return merge_parts(options)
+        if options.api_method == "invoke":
+            return serve_jobs(load_model(options, options.threads), options, stop)
+        cases = cases_of(options)
         several = len(cases) > 1
-        predictor = loaded(args, 1 if several else args.threads)
-        at_once = args.threads or min(usable_cpus(), MOST_THREADS)
-        args.at_once = at_once if several and predictor.provider == "cpu" else 1
-        return _say(*run(predictor, args, cases))
+        model = load_model(options, 1 if several else options.threads)
+        at_once = 1
+        if several and model.predictor.provider == "cpu":
+            at_once = options.threads or min(usable_cpus(), MOST_THREADS)
+        return _say(*run(model, options, cases, stop, at_once))
     except (InputError, ModelError, OutputError) as error:
         return _say(2, str(error))
 
 
-def loaded(args: argparse.Namespace, threads: int | None) -> Predictor:
-    """The model; `args` then name it. Several cases at a time are faster than several threads."""
-    path = args.model or model_file()
+def load_model(options: RunOptions, threads: int | None) -> LoadedModel:
+    """Load the model that the options choose.
+
+    Args:
+        threads: for a single image. Several cases at a time are faster than several threads.
+    """
+    path = options.model or model_file()
     on_cpu = SHIPPED_FOR_CPU if path is SHIPPED_MODEL else None
-    predictor = load_predictor(path, args.provider, threads, on_cpu)
-    args.model = predictor.file
-    args.model_sha256 = sha256(args.model)
-    tell(f"model {predictor.spec.name} ({args.model}) on {predictor.provider}")
-    return predictor
+    predictor = load_predictor(path, options.provider, threads, on_cpu)
+    file = predictor.file or path
+    print_line(f"model {predictor.spec.name} ({file}) on {predictor.provider}")
+    return LoadedModel(predictor, file, sha256(file))
 
 
 def model_file() -> Path:
@@ -88,42 +98,42 @@ def model_file() -> Path:
     return mounted[0] if mounted else SHIPPED_MODEL
 
 
-def serve_jobs(predictor: Predictor, args: argparse.Namespace) -> int:
+def serve_jobs(model: LoadedModel, options: RunOptions, stop: StopRequest) -> int:
     """Answer the job in the input folder whenever asked to; returns the exit status."""
-    args.resume, args.at_once = False, 1  # each job is a new one
+    options = replace(options, resume=False)  # each job is a new one
     try:
-        return serve(lambda: invoke(predictor, args), args.serve_port, STOPPED_BY)
+        return serve(lambda: answer_job(model, options, stop), options.serve_port, stop)
     except OSError as error:
-        port = f"port {args.serve_port} cannot be used ({error.strerror})"
-        sentence = f"{port}; choose another --serve-port"
-        return _say(2, sentence)
+        port = f"port {options.serve_port} cannot be used ({error.strerror})"
+        return _say(2, f"{port}; choose another --serve-port")
 
 
-def invoke(predictor: Predictor, args: argparse.Namespace) -> str | None:
-    """One job of the server; returns what is wrong with it, if anything."""
-    if STOPPED_BY:  # the answers of the job before stay
+def answer_job(model: LoadedModel, options: RunOptions, stop: StopRequest) -> str | None:
+    """Answer one job of the server; returns what is wrong with it, if anything."""
+    if stop.signal is not None:  # the answers of the job before stay
         return "the server is stopping"
     try:
-        args.files.remove(args.output)  # an earlier job's answers must not pass for this one's
-        args.run_files.remove(args.output)
-        status, sentence = run(predictor, args, cases_of(args))
+        # an earlier job's answers must not pass for this one's
+        options.files.remove(options.output)
+        options.run_files.remove(options.output)
+        status, sentence = run(model, options, cases_of(options), stop)
     except (InputError, OutputError, OSError) as error:
         status, sentence = 2, str(error)
     _say(status, sentence)
     return sentence if status else None
 
 
-def merge_parts(args: argparse.Namespace) -> int:
+def merge_parts(options: RunOptions) -> int:
     """Merge the shards' results in the output folder; returns the exit status."""
     files, unknown = [], ""
     try:
-        files = [case.file for case in find_cases(args.input, args.output)]
+        files = [case.file for case in find_cases(options.input, options.output)]
     except InputError as error:
         unknown = f"merged, but whether images are missing is not known: {error}"
-    merged = merge(args.output, files)
+    merged = merge(options.output, files)
     for name in merged.missing:
-        tell(f"missing: {name!r}")
-    status, sentence = conclude(tally_of(merged.cases), args)
+        print_line(f"missing: {name!r}")
+    status, sentence = conclude(tally_of(merged.cases), options)
     if merged.missing:
         count, first = len(merged.missing), merged.missing[0]
         again = "run that part again with --shard K/N (--resume if it was stopped), then --merge"
@@ -146,13 +156,6 @@ def _say(status: int, sentence: str) -> int:
     return status
 
 
-def _stop(number: int, _: object) -> None:
-    """Stop after the frame at hand; a second signal stops at once."""
-    if STOPPED_BY:
-        os._exit(128 + number)
-    STOPPED_BY.append(number)
-
-
 if __name__ == "__main__":
     # lest a file gets the number of a standard stream that is closed
     while (spare := os.open(os.devnull, os.O_RDWR)) <= 2:
@@ -160,10 +163,11 @@ if __name__ == "__main__":
     os.close(spare)
     if isinstance(sys.stdout, io.TextIOWrapper):  # a file's strange name must not end the run
         sys.stdout.reconfigure(errors="backslashreplace")
+    stop = StopRequest()  # after the frame at hand
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _stop)
+        signal.signal(number, lambda number, _: stop.request(number))
     try:
-        status = main()
+        status = main(stop=stop)
     except Exception:  # told in full
         with contextlib.suppress(OSError):
             traceback.print_exc()

@@ -4,11 +4,12 @@
 
 The zip holds `metadata`, model.py with the class `model` (load, predict, save) that the ingestion
 program drives, the modules of model/ that it needs, the weights, their model card, LICENSE and
-NOTICE. It runs on the CPU with Python 3.9, torch 2.0, numpy and Pillow or newer ones; OpenCV is not
-needed.
+NOTICE. The modules lie in its folder aop/ as they stand in this repository. The bundle runs on the
+CPU with Python 3.9, torch 2.0, numpy and Pillow or newer ones. It does without OpenCV.
 
-Before it is written, it is unpacked and driven in a process of its own, without this repository,
-and its landmarks must equal the predictor's within 0.1 px. The same weights give the same bytes.
+Before the zip is written, it is unpacked and driven in a process of its own, without this
+repository. Its landmarks must equal the predictor's within 0.1 px. The same weights give the same
+bytes.
 """
 
 import argparse
@@ -19,26 +20,56 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import cv2
 import numpy as np
 import numpy.typing as npt
 import torch
-from pydantic import BaseModel
 from torch import nn
 
-from export.codabench_pydantic import CLASS, SETTINGS, WEIGHTS
-from export.codabench_sources import ROOT, SourceError, flat_name, flat_sources
-from model.grey import to_grey
+from model.images.grey import to_grey
 from training.checkpoint import Checkpoint, CheckpointError, load_weights
 from training.predict import torch_predictor
 
 TOLERANCE_PX = 0.1  # image px
-CHECK = Path(__file__).with_name("codabench_check.py")
+ROOT = Path(__file__).resolve().parent.parent
+MODULES = ("anatomy.py", "frame.py", "heatmap.py", "masks.py", "network/*.py")  # of model/
+SETTINGS = {  # of the ModelSpec: what model.py asks of it
+    "input_size", "channels", "mean", "std", "stride", "sigma_cells", "masks", "mask_share",
+    "decode",
+}  # fmt: skip
 MODEL_CARD = "MODEL_CARD.md"
+ABSENT = (  # this repository, and packages that an ingestion program's environment may lack
+    "SimpleITK", "cv2", "onnx", "onnxruntime", "pydantic", "safetensors", "torchvision", "tqdm",
+    "export", "process", "training",
+)  # fmt: skip
+# drives a bundle as an ingestion program does, in a process of its own
+CHECK = """
+import sys
+import numpy as np
+from PIL import Image
+bundle, images, answers, *absent = sys.argv[1:]
+sys.path[0] = bundle
+sys.modules.update(dict.fromkeys(absent))  # None makes an import fail
+from model import model
+network = model().load(bundle)
+with np.load(images) as pictures:
+    found = [network.predict(Image.fromarray(pictures[name])) for name in pictures.files]
+np.save(answers, found)
+"""
 Picture = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class BundleOptions:
+    """What the command line asks for; fields as its options. name None: the model's own."""
+
+    weights: Path
+    output: Path
+    name: str | None
+    description: str
 
 
 class BundleError(ValueError):
@@ -47,25 +78,26 @@ class BundleError(ValueError):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status."""
-    args = _parser().parse_args(arguments)
+    options = BundleOptions(**vars(_parser().parse_args(arguments)))
     try:
-        pack(args)
-    except (BundleError, SourceError, CheckpointError, OSError) as error:
+        pack(options)
+    except (BundleError, CheckpointError, OSError) as error:
         print(f"export.codabench: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-def pack(args: argparse.Namespace) -> None:
+def pack(options: BundleOptions) -> None:
     """Write the zip, once it has shown that it runs and answers as the predictor does."""
-    output: Path = args.output
+    output = options.output
     if output.is_dir():
         raise BundleError(f"{output} is a folder; expected a file, as in {output}/submission.zip")
     if not output.parent.is_dir():
         raise BundleError(f"there is no folder {output.parent} to write {output.name} into")
-    network, described = load_weights(args.weights)
-    name, about = one_line(args.name or described.spec.name), one_line(args.description)
-    files = bundle_files(network, described, name, about, args.weights.parent)
+    network, described = load_weights(options.weights)
+    name = one_line(options.name or described.spec.name)
+    about = one_line(options.description)
+    files = bundle_files(network, described, name, about, options.weights.parent)
     with tempfile.TemporaryDirectory(dir=output.parent) as folder:
         draft = Path(folder) / "draft.zip"
         write_zip(draft, files)
@@ -89,12 +121,13 @@ def bundle_files(
 
     Args:
         name, about: a line each, for `metadata`.
-        beside: folder of the weights, whose model card is taken along.
+        beside: folder of the weights; the model card in it goes into the bundle.
     """
     state = io.BytesIO()
     torch.save({key: value.contiguous() for key, value in network.state_dict().items()}, state)
-    settings = {key: with_classes(getattr(described, key)) for key in Checkpoint.model_fields}
     spec = described.spec
+    settings = described.model_dump(mode="json", include={"network", "masks"})
+    settings["spec"] = spec.model_dump(mode="json", include=SETTINGS)
     notice = (
         f"{name}\n\nCode: Apache-2.0, see LICENSE. Research use only; not a medical device.\n"
         f"Weights, trained on: {spec.training_data or 'not stated'}\n"
@@ -102,30 +135,28 @@ def bundle_files(
     )
     files = {
         "metadata": f"description: {json.dumps(f'{name}: {about}', ensure_ascii=False)}\n".encode(),
-        WEIGHTS: state.getvalue(),
-        SETTINGS: f"{json.dumps(settings, indent=1)}\n".encode(),
+        "aop.pt": state.getvalue(),
+        "aop.json": f"{json.dumps(settings, indent=1)}\n".encode(),
         "LICENSE": (ROOT / "LICENSE").read_bytes(),
         "NOTICE": notice.encode(),
-        **{source: text.encode() for source, text in flat_sources().items()},
+        **sources(),
     }
     if (beside / MODEL_CARD).is_file():
         files[MODEL_CARD] = (beside / MODEL_CARD).read_bytes()
     return files
 
 
-def with_classes(value: Any) -> Any:
-    """A value for JSON, in which every pydantic object names its class in the bundle."""
-    if isinstance(value, BaseModel):
-        where = f"{flat_name(type(value).__module__)}.{type(value).__name__}"
-        fields = {key: with_classes(getattr(value, key)) for key in type(value).model_fields}
-        return {CLASS: where, **fields}
-    if isinstance(value, Mapping):
-        return {key: with_classes(item) for key, item in value.items()}
-    return [with_classes(item) for item in value] if isinstance(value, list | tuple) else value
+def sources() -> dict[str, bytes]:
+    """Name -> content of every Python file in the bundle, each as it stands in this repository."""
+    model, ours = ROOT / "model", ROOT / "export" / "codabench_bundle"
+    files = {"model.py": ours / "model.py", "aop/opencv.py": ours / "opencv.py"}
+    for pattern in MODULES:
+        files |= {f"aop/{path.relative_to(model).as_posix()}": path for path in model.glob(pattern)}
+    return {name: path.read_bytes() for name, path in files.items()}
 
 
 def write_zip(path: Path, files: Mapping[str, bytes]) -> None:
-    """Write a zip that depends on its content alone: sorted, not packed, of one date."""
+    """Write a zip whose bytes depend on its content alone: sorted, uncompressed, of one date."""
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
         for name in sorted(files):
             entry = zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0))
@@ -134,7 +165,9 @@ def write_zip(path: Path, files: Mapping[str, bytes]) -> None:
 
 
 def check(bundle: Path, network: nn.Module, described: Checkpoint) -> tuple[float, int]:
-    """The largest distance in image px between the bundle's landmarks and ours, and of how many.
+    """The largest distance in image px between the bundle's landmarks and the predictor's.
+
+    The second value is the number of pictures that were compared.
 
     Raises:
         BundleError: the bundle does not run.
@@ -147,7 +180,7 @@ def check(bundle: Path, network: nn.Module, described: Checkpoint) -> tuple[floa
         with zipfile.ZipFile(bundle) as archive:
             archive.extractall(unpacked)
         np.savez(images, *pictures)
-        command = [sys.executable, str(CHECK), str(unpacked), str(images), str(answers)]
+        command = [sys.executable, "-c", CHECK, str(unpacked), str(images), str(answers), *ABSENT]
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
         if done.returncode:
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]
@@ -157,7 +190,7 @@ def check(bundle: Path, network: nn.Module, described: Checkpoint) -> tuple[floa
 
 
 def sketch(width: int, height: int) -> Picture:
-    """(height, width, 3) roughly what a symphysis above a head looks like, in tinted grey."""
+    """(height, width, 3) rough drawing of a symphysis above a head, in tinted grey."""
     rng = np.random.default_rng((width, height))
     unit = min(width, height)
     left, top = (width - unit) / 2, (height - unit) / 2
@@ -190,13 +223,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--weights", type=Path, required=True, help="weights, .safetensors with .json beside it"
     )
-    parser.add_argument("--output", type=Path, required=True, help="the zip to write")
-    parser.add_argument("--name", help="the submission's name; by default the model's")
+    parser.add_argument("--output", type=Path, required=True, help="zip file to write")
+    parser.add_argument("--name", help="name of the submission (the model's)")
     parser.add_argument(
         "--description",
         metavar="TEXT",
         default="PS1, PS2 and FH1 for the angle of progression",
-        help="what `metadata` says after the name (%(default)s)",
+        help="text of `metadata` after the name (%(default)s)",
     )
     return parser
 

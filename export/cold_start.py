@@ -20,7 +20,7 @@ from statistics import median
 import cv2
 import numpy as np
 
-from export.to_onnx import random_image
+from export.conversion import random_image
 from model.predictor import load_predictor
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,12 +32,11 @@ def mark(): marks.append(time.perf_counter())
 import numpy, cv2, pydantic; mark()
 import process; mark()
 import onnxruntime; mark()
-from model import options, run
-args = options.parse_options(sys.argv[1:], None)
-cases = run.cases_of(args)
-predictor = process.loaded(args, args.threads); mark()
-args.at_once = 1
-run.run(predictor, args, cases); mark()
+from model.pipeline import batch, options
+given = options.parse_options(sys.argv[1:], None)
+cases = batch.cases_of(given)
+model = process.load_model(given, given.threads); mark()
+batch.run(model, given, cases, process.StopRequest()); mark()
 import json, os
 print(json.dumps([b - a for a, b in zip(marks, marks[1:])]), flush=True)
 os._exit(0)  # as process.py ends

@@ -1,12 +1,12 @@
 """What one model takes of a process: `python -m export.footprint MODEL PROVIDER THREADS`.
 
-Prints JSON. The process imports what process.py imports, and no torch, so that its peak memory is a
-user's; nothing else runs beside it.
+THREADS 0 means as many as this process may use. It prints JSON: start_ms, peak_memory_mb and
+device_memory_mb, as the benchmark's Footprint has them. The process imports what process.py
+imports, and no torch, so that its peak memory is a user's. Nothing else runs beside it.
 """
 
 import json
-import platform
-import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -15,45 +15,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
 
-from export.benchmark_cuda import used_device_mb
-from model.predictor import ModelError, Provider, load_predictor
+from model.predictor import Provider, load_predictor
 
-ROOT = Path(__file__).resolve().parent.parent
 SIDE_PX = 512
 IMAGES, STARTS = 2, 3
 ENOUGH_MS = 2000.0  # spent on starts: a slow model starts less often
-
-
-class Footprint(BaseModel):
-    """start_ms: from the file to a session that answers, the median of up to STARTS.
-
-    peak_memory_mb: the process' largest resident size for one load and IMAGES images, None where
-    the system does not tell. device_memory_mb: what the GPU has in use more than before. MB are
-    10^6 bytes.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    start_ms: float
-    peak_memory_mb: float | None
-    device_memory_mb: float | None = None
-
-
-def footprint(model: Path, provider: str, threads: int | None) -> Footprint:
-    """The footprint of a model, measured in a process of its own.
-
-    Raises:
-        ModelError: that process failed; says how.
-    """
-    settings = [str(model.resolve()), provider, str(threads or 0)]
-    command = [sys.executable, "-m", "export.footprint", *settings]
-    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    if ran.returncode:
-        last = (ran.stderr.strip().splitlines() or ["it said nothing"])[-1]
-        raise ModelError(f"{model.name} failed in a process of its own ({ran.returncode}): {last}")
-    return Footprint.model_validate_json(ran.stdout)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -82,9 +49,9 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def peak_memory_mb() -> float | None:
-    """This process' largest resident size (Linux; None elsewhere).
+    """This process's largest resident size on Linux; None elsewhere.
 
-    Not ru_maxrss: a process that another one starts inherits that one's peak there.
+    ru_maxrss does not tell it: a process inherits there the peak of the one that starts it.
     """
     try:
         status = Path("/proc/self/status").read_text(encoding="ascii")
@@ -93,14 +60,15 @@ def peak_memory_mb() -> float | None:
         return None
 
 
-def processor_name() -> str:
-    """The processor's name, as far as the system tells."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        text = ""
-    named = re.search(r"^model name\s*: *(.+)$", text, re.MULTILINE)
-    return named[1].strip() if named else platform.machine()
+def used_device_mb() -> float | None:
+    """Memory in use on the first GPU, by all processes, as nvidia-smi tells; else None."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return None
+    query = [tool, "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    ran = subprocess.run(query, capture_output=True, text=True, check=False)
+    lines = ran.stdout.split()
+    return float(lines[0]) * 2**20 / 1e6 if ran.returncode == 0 and lines else None
 
 
 if __name__ == "__main__":

@@ -3,14 +3,15 @@
     python -m export.quantise --model model/weights/aop.onnx --data PSFHS/cases.csv \\
         --images PSFHS/images --output model/weights/aop.int8.onnx
 
-Static quantisation (QDQ, unsigned activations, signed weights, a scale per channel), its ranges
-from the images of split val. The weights use 7 bits of 8: where a processor has no VNNI, the engine
-adds two products in 16 bits, which larger weights overflow, so that it would answer otherwise than
-where it has. The heads' results, attention, the layer norms, the sums of tokens and the view head
-stay in floating point; export/rewrites.py first writes the network so that int8 kernels take the
-rest. The graph is stored as ONNX Runtime optimises it for any CPU, channels last, which more than
-halves the start of a session.
-Both models are measured on val first: where the error grows by more than --most-px or --most-deg,
+The quantisation is static (QDQ, unsigned activations, signed weights, a scale per channel). Its
+ranges come from the images of split val. The weights use 7 bits of 8: on a processor without VNNI
+the engine adds two products in 16 bits, which larger weights would overflow, and the answers would
+depend on the processor. The heads' results, attention, the layer norms, the sums of tokens and the
+view head stay in floating point. export/rewrites.py first writes the network so that int8 kernels
+take the rest. The graph is stored as ONNX Runtime optimises it for any CPU, channels last. This
+more than halves the start of a session.
+
+Both models are measured on val first. If the error grows by more than --most-px or --most-deg,
 nothing is written.
 """
 
@@ -19,6 +20,7 @@ import logging
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -31,17 +33,29 @@ from onnxruntime.quantization import (
     quantize_static,
 )
 
-from export.half import widened
-from export.rewrites import Graph, rewritten
-from export.to_onnx import network_input, save
+from export.conversion import network_input, save
+from export.rewrites import Graph, rewritten, widened
 from model.heatmap import Heatmaps
 from model.predictor import ModelError, load_predictor
 from model.spec import ModelSpec
 from training.cases import Case, CaseError, read_cases
+from training.data import read_grey
 from training.metrics import mean_errors
 from training.predict import CasePrediction, predict_cases
 
 INT8_OPS = ("Conv", "MatMul", "Gemm", "Add", "Concat", "Relu", "Transpose", "Reshape")
+
+
+@dataclass(frozen=True)
+class QuantiseOptions:
+    """What the command line asks for; fields as its options, the limits in px at 512 and deg."""
+
+    model: Path
+    data: Path
+    images: Path
+    output: Path
+    most_px: float
+    most_deg: float
 
 
 class AccuracyError(ValueError):
@@ -49,7 +63,7 @@ class AccuracyError(ValueError):
 
 
 class _Inputs(CalibrationDataReader):  # type: ignore[misc]  # it has no types
-    """Gives one network input after the other."""
+    """Hands out one network input after the other."""
 
     def __init__(self, name: str, inputs: Sequence[Heatmaps]) -> None:
         self.rest = iter([{name: image[None]} for image in inputs])
@@ -60,39 +74,39 @@ class _Inputs(CalibrationDataReader):  # type: ignore[misc]  # it has no types
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status."""
-    args = _parser().parse_args(arguments)
+    options = QuantiseOptions(**vars(_parser().parse_args(arguments)))
     try:
-        quantise(args)
+        quantise(options)
     except (ModelError, CaseError, AccuracyError, OSError) as error:
         print(f"export.quantise: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-def quantise(args: argparse.Namespace) -> None:
-    """Write the int8 model once it is shown to err as little as the other."""
-    before = load_predictor(args.model, "cpu")
-    cases = [case for case in read_cases(args.data) if case.split == "val"]
+def quantise(options: QuantiseOptions) -> None:
+    """Write the int8 model, once it has shown that it errs as little as the other."""
+    before = load_predictor(options.model, "cpu")
+    cases = [case for case in read_cases(options.data) if case.split == "val"]
     if not cases:
-        raise CaseError(f"{args.data}: no case has split 'val', from which the ranges are taken")
-    inputs = [network_input(before.spec, args.images / case.file) for case in cases]
+        raise CaseError(f"{options.data}: no case has split 'val', which gives the ranges")
+    inputs = [network_input(before.spec, *read_grey(options.images / case.file)) for case in cases]
     spec = before.spec.model_copy(update={"name": f"{before.spec.name}-int8"})
-    with tempfile.TemporaryDirectory(dir=args.output.parent) as folder:
+    with tempfile.TemporaryDirectory(dir=options.output.parent) as folder:
         draft = Path(folder) / "draft.onnx"
-        in_int8(args.model, draft, inputs, spec)
+        write_int8(options.model, draft, inputs, spec)
         found = [
-            predict_cases(predictor, cases, args.images)
+            predict_cases(predictor, cases, options.images)
             for predictor in (before, load_predictor(draft, "cpu"))
         ]
-        metrics = compare(found, cases, args)
+        metrics = compare(found, cases, options)
         spec = spec if spec.val_trained else spec.model_copy(update={"metrics": metrics})
         save(onnx.load(draft), spec, draft)
-        draft.replace(args.output)
-    sizes = [path.stat().st_size / 1e6 for path in (args.model, args.output)]
-    print(f"{args.model} {sizes[0]:.1f} MB -> {args.output} {sizes[1]:.1f} MB")
+        draft.replace(options.output)
+    sizes = [path.stat().st_size / 1e6 for path in (options.model, options.output)]
+    print(f"{options.model} {sizes[0]:.1f} MB -> {options.output} {sizes[1]:.1f} MB")
 
 
-def in_int8(model: Path, output: Path, inputs: Sequence[Heatmaps], spec: ModelSpec) -> None:
+def write_int8(model: Path, output: Path, inputs: Sequence[Heatmaps], spec: ModelSpec) -> None:
     """Write the quantised model.
 
     Args:
@@ -129,14 +143,18 @@ def in_int8(model: Path, output: Path, inputs: Sequence[Heatmaps], spec: ModelSp
 
 
 def of_maps(node: onnx.NodeProto, graph: Graph) -> bool:
-    """Whether a node works on feature maps (n, channels, rows, columns) alone."""
+    """Whether all inputs of a node are feature maps (n, channels, rows, columns)."""
     return all(len(graph.shapes.get(name, ())) == 4 for name in node.input)
 
 
 def compare(
-    found: Sequence[Sequence[CasePrediction]], cases: Sequence[Case], args: argparse.Namespace
+    found: Sequence[Sequence[CasePrediction]], cases: Sequence[Case], options: QuantiseOptions
 ) -> dict[str, float]:
-    """The figures of val for the int8 model; AccuracyError where they are too much worse."""
+    """The figures of val for the int8 model; AccuracyError if it errs too much more.
+
+    Args:
+        found: predictions of float32, then of int8, a list a model.
+    """
     errors = [mean_errors(predictions, cases) for predictions in found]
     moved = [
         np.linalg.norm(one.landmarks_px - other.landmarks_px, axis=1).max()
@@ -146,10 +164,10 @@ def compare(
         print(f"{name:8} val MRE {mre_px:.3f} px, AoP error {aop_deg:.3f} deg")
     print(f"moved by at most {max(moved):.2f} image px a case, on average {np.mean(moved):.2f}")
     grown_px, grown_deg = np.subtract(errors[1], errors[0])
-    if grown_px > args.most_px or grown_deg > args.most_deg:
+    if grown_px > options.most_px or grown_deg > options.most_deg:
         raise AccuracyError(
             f"int8 errs {grown_px:.2f} px and {grown_deg:.2f} deg more on val, allowed are "
-            f"{args.most_px:g} and {args.most_deg:g}; not written"
+            f"{options.most_px:g} and {options.most_deg:g}; not written"
         )
     return {
         "val_mre_px": round(float(errors[1][0]), 3),
@@ -162,12 +180,22 @@ def _parser() -> argparse.ArgumentParser:
         "export.quantise", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--model", type=Path, required=True, help="the ONNX file of export.to_onnx")
+    add("--model", type=Path, required=True, help="ONNX file that export.to_onnx wrote")
     add("--data", type=Path, required=True, help="case table with a val split")
-    add("--images", type=Path, required=True, help="folder of its images")
-    add("--output", type=Path, required=True, help="the ONNX file to write")
-    add("--most-px", type=float, default=0.1, help="growth of val MRE allowed (%(default)s)")
-    add("--most-deg", type=float, default=0.1, help="growth of val AoP error (%(default)s)")
+    add("--images", type=Path, required=True, help="folder of the table's images")
+    add("--output", type=Path, required=True, help="ONNX file to write")
+    add(
+        "--most-px",
+        type=float,
+        default=0.1,
+        help="largest growth of the MRE on val, px at 512 (%(default)s)",
+    )
+    add(
+        "--most-deg",
+        type=float,
+        default=0.1,
+        help="largest growth of the AoP error on val, deg (%(default)s)",
+    )
     return parser
 
 

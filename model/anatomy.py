@@ -3,6 +3,8 @@
 Points are (x, y) in px, integer coordinates at pixel centres, in the order of `Landmark`.
 """
 
+from __future__ import annotations
+
 from enum import IntEnum
 from typing import Any
 

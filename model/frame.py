@@ -7,8 +7,11 @@ centred on black. Where pixels are not square it is scaled to square ones, becau
 anatomy in its true proportions.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Union
 
 import cv2
 import numpy as np
@@ -16,7 +19,7 @@ import numpy.typing as npt
 
 from model.anatomy import Floats
 
-Pixels = npt.NDArray[np.uint8] | npt.NDArray[np.float32]
+Pixels = Union[npt.NDArray[np.uint8], npt.NDArray[np.float32]]
 
 Pair = tuple[float, float]
 Triple = tuple[float, float, float]

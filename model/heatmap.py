@@ -5,6 +5,8 @@ cell's corner. A heatmap is a Gaussian of height 1 at the landmark; a network th
 it out or lowers it, so the height of its peak is a confidence.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from typing import Any, Literal
 

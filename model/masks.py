@@ -5,6 +5,8 @@ fitted to each of the two classes; the ends of the symphysis's major axis are PS
 x), and FH1 is where the tangent from PS1 touches the head's ellipse on the side away from PS2.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 
 import cv2
@@ -120,7 +122,7 @@ def landmarks_from_mask(mask: npt.NDArray[np.uint8]) -> Floats:
         )
     landmarks = landmarks_of_ellipses(fit_ellipse(mask, SYMPHYSIS), fit_ellipse(mask, HEAD))
     height, width = mask.shape
-    for landmark, (x, y) in zip(LANDMARKS, landmarks, strict=True):
+    for landmark, (x, y) in zip(LANDMARKS, landmarks):
         if not (-0.5 <= x <= width - 0.5 and -0.5 <= y <= height - 0.5):
             raise MaskError(
                 f"{landmark} would lie outside the image of {width}x{height} px, "

@@ -9,9 +9,9 @@ import numpy as np
 from model.anatomy import LANDMARKS, angle_of_progression, implausibilities
 from model.frame import Pair
 from model.heatmap import Decode
-from model.image import BadFrame, GreyFrame
-from model.outputs import PX_DECIMALS, CaseEntry, NamedPoint, named
+from model.images.source import BadFrame, GreyFrame
 from model.predictor import EngineError, Prediction, Predictor
+from model.results.schemas import PX_DECIMALS, CaseEntry, NamedPoint, named
 from model.spec import ModelSpec
 from model.uncertainty import interval_deg
 

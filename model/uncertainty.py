@@ -49,7 +49,7 @@ class Calibration(BaseModel):
     errors: dict[str, ErrorModel] = Field(description="of PS1, PS2, FH1 and AoP")
     interval: float = Field(gt=0, description="half the 90 % interval, in expected AoP errors")
     error_above_deg: float = Field(gt=0, description="an expected AoP error above is doubtful")
-    view_below: float | None = Field(None, description="a view score below is doubtful")
+    view_below: float | None = Field(default=None, description="a view score below is doubtful")
     cases: int = Field(gt=0, description="cases it was fitted on")
 
 

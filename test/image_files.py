@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 import SimpleITK as sitk
 
-from model.image import BadFrame, GreyFrame, open_image
+from model.images.source import BadFrame, GreyFrame, open_image
 
 H, W = 40, 60
 RNG = np.random.default_rng(0)

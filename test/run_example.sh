@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
-# Runs the worked example of README.md as it stands there, in a copy of the repository; the lines
-# from `docker` on only where an engine runs.
+# Runs the tutorial's commands of training/README.md as they stand there, in a copy of the repository;
+# the lines from `docker` on only if a Docker engine runs.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 copy=$(mktemp -d)
 trap 'rm -rf "$copy"' EXIT
 git ls-files -z | xargs -0 cp --parents -t "$copy"
-lines=$(sed -n '/run_example.sh/,/^- \*\*Your images/p' README.md | sed -n 's/^    //p')
+# the fenced block after the line that names this script
+lines=$(sed -n '/run_example.sh/,/^```$/p' training/README.md | sed '1,/^```sh$/d;$d')
 docker info >/dev/null 2>&1 || lines=${lines%%$'\n'docker build*}
-[ "$(wc -l <<<"$lines")" -ge 15 ] || { echo "README.md's example was not found" >&2; exit 1; }
+[ "$(wc -l <<<"$lines")" -ge 15 ] || { echo "training/README.md's example was not found" >&2; exit 1; }
 cd "$copy"
 bash -euxc "$lines"
 if [ -d demo/out ]; then

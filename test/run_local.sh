@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # Run the shipped model as a challenge platform would, and check the answers.
-#   ./test/run_local.sh              synthetic images in every layout, exec and invoke; prints a table
+#   ./test/run_local.sh              drawn images in every layout and mode; prints a table of checks
 #   ./test/run_local.sh INPUT_DIR    your images (or a grand-challenge job)
-# The answers lie in test/output, which is emptied first.
-# With a Docker engine: in the image, under the flags of a challenge platform. Without: in a virtual
-# environment (.venv). RUNTIME=cpu|cuda chooses the variant (cuda where there is a GPU).
+# The answers lie in test/output, which is emptied first. What a failed check printed follows the
+# table. With a Docker engine it builds the image `aop` and runs it under the flags of a challenge
+# platform. Without one it runs in a virtual environment (.venv). RUNTIME=cpu|cuda chooses the
+# variant; the default is cuda on a machine with a GPU, else cpu.
 set -euo pipefail
 top=$(cd "$(dirname "$0")/.." && pwd)
 input=${1:-$top/test/cases/input}
@@ -19,7 +20,7 @@ runtime=${RUNTIME:-$runtime}
 [ "$runtime" = cuda ] || gpu=()
 expected=test/cases/expected.int8.csv  # by aop.int8.onnx, which the CPU runs
 [ ${#gpu[@]} = 0 ] || expected=test/cases/expected.csv  # by aop.onnx
-image=aop:$runtime
+image=aop
 output=$PWD/test/output
 rm -rf "$output"; mkdir -p "$output"; chmod 777 "$output"
 work=$(mktemp -d); chmod 755 "$work"
@@ -29,16 +30,25 @@ trap 'rm -rf "$work"; [ -z "$docker" ] || docker rm -f "$server" >/dev/null 2>&1
 as=()  # the image's own user, or whoever calls, so that the answers can be deleted again
 [ "$(id -u)" = 0 ] || as=(--user "$(id -u):$(id -g)")
 
+quietly() {  # COMMAND...: what it prints is shown only if it fails
+  "$@" >"$work/log" 2>&1 || { local status=$?; cat "$work/log" >&2; return "$status"; }
+}
+
 if docker info >/dev/null 2>&1; then
   docker=yes
-  docker build --build-arg RUNTIME="$runtime" -t "$image" .
+  echo "building the image $image for RUNTIME=$runtime (minutes the first time)"
+  quietly docker build --build-arg RUNTIME="$runtime" -t "$image" .
   strict=("${gpu[@]}" "${as[@]}" --network none --cap-drop ALL --security-opt no-new-privileges
     --read-only --tmpfs /tmp --pids-limit 256 --memory 4g --shm-size 128m)
 else
+  python3 -c 'import sys; raise SystemExit(sys.version_info < (3, 11))' ||
+    { echo "without Docker this needs python3 of 3.11 or newer; found $(python3 --version)" >&2; exit 2; }
+  echo "no Docker engine: installing into .venv (a minute the first time)"
   python3 -m venv .venv
-  requirements=$(cat requirements.txt)
-  [ "$runtime" = cpu ] || requirements=${requirements/onnxruntime==/onnxruntime-gpu[cuda,cudnn]==}
-  .venv/bin/pip install -q -r <(echo "$requirements")
+  cp requirements.txt "$work"
+  [ "$runtime" = cpu ] ||
+    sed -i 's/^onnxruntime==/onnxruntime-gpu[cuda,cudnn]==/' "$work/requirements.txt"
+  quietly .venv/bin/pip install -r "$work/requirements.txt"
 fi
 
 run() {  # INPUT OUTPUT [option ...]
@@ -74,7 +84,7 @@ check() {  # NAME [option ...]: the answers in $output/NAME
 if [ $# -gt 0 ]; then
   status=0
   run "$input" "$output" || status=$?
-  [ ! -e "$output/results.json" ] || check . || status=1
+  [ ! -e "$output/results.json" ] || quietly check . || status=1
   echo "answers and overlays: $output"
   exit "$status"
 fi
@@ -123,16 +133,16 @@ exec_and_check() {  # NAME INPUT [option ...]
   check "$name" --expected "$expected" "$@"
 }
 
-table=; status=0
-row() {  # WORDS COMMAND...: run it, and note how it went
-  local words=$1 result=ok; shift
-  echo; echo "---- $words"
+status=0
+row() {  # WORDS COMMAND...: run it, and print how it went
+  local words=$1 result=ok log=$work/row.log; shift
   set +e  # with "||" bash would not stop at the first command that fails
-  ( set -e; "$@" )
-  [ $? = 0 ] || { result=FAILED; status=1; }
+  ( set -e; "$@" ) >"$log" 2>&1
+  [ $? = 0 ] || { result=FAILED; status=1; sed "s|^|[$words] |" "$log" >>"$work/failures"; }
   set -e
-  table+=$(printf '%-44s %s' "$words" "$result")$'\n'
+  printf '%-44s %s\n' "$words" "$result"
 }
+echo "answers to drawn images, checked against $expected (they say nothing of accuracy):"
 images=(test/cases/input/*.png)
 make_job "$work/socket" socket "${images[0]}"
 make_job "$work/interface" interface "${images[1]}"
@@ -144,6 +154,6 @@ row "exec    inputs.json with socket" exec_and_check socket "$work/socket" --som
 row "exec    inputs.json with interface" exec_and_check interface "$work/interface" --some
 how=run_linked row "exec    the input folder is a link" exec_and_check linked "$work/socket" --some
 row "invoke  health, jobs good and bad, SIGTERM" serve_jobs
-echo; echo "${docker:+in $image: }checked against $expected"; printf '%s' "$table"
+[ "$status" = 0 ] || cat "$work/failures" >&2
 echo "answers and overlays: $output"
 exit "$status"

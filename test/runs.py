@@ -14,6 +14,7 @@ import SimpleITK as sitk
 
 import process
 from model.frame import input_to_cells
+from model.pipeline.case_runner import StopRequest
 from model.predictor import Output, Predictor, load_predictor
 from model.spec import ModelSpec
 from test.phantom import phantom
@@ -63,6 +64,7 @@ def run(
     *options: str,
     predictor: Predictor | None = None,
     models: Path = Path("no/such/folder"),
+    stop: StopRequest | None = None,
 ) -> Run:
     """Run process.py with the shipped model, read once, or another; `models` is mounted."""
     loader = (lambda *_: predictor) if predictor else load_once
@@ -70,9 +72,10 @@ def run(
     patch = mock.patch.multiple(process, load_predictor=loader, MOUNTED_MODELS=models)
     with patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            status = process.main(["--input", str(source), "--output", str(folder), *options])
-        except SystemExit as stop:  # argparse
-            status = int(stop.code or 0)
+            arguments = ["--input", str(source), "--output", str(folder), *options]
+            status = process.main(arguments, stop)
+        except SystemExit as ended:  # argparse
+            status = int(ended.code or 0)
     written = folder / "results.json"
     results = load(written) if status < 2 and written.is_file() else {}
     return Run(status, out.getvalue(), err.getvalue(), folder, results)

@@ -9,10 +9,21 @@ import numpy as np
 import pytest
 
 from test.phantom import phantom
-from training import ablate, fit, pretrain, pseudo_label
-from training.ablate import Task, carry_out, plan, prepare, pretraining
-from training.ablation import PAPER_ROWS, ROWS, SCALES, write_report
+from training import ablate, pretrain, pseudo_label
+from training.ablate import (
+    PAPER_ROWS,
+    ROWS,
+    SCALES,
+    AblateOptions,
+    Task,
+    carry_out,
+    plan,
+    prepare,
+    pretraining,
+    write_report,
+)
 from training.cases import Case, read_cases, write_cases
+from training.loop import parse_fit
 
 
 @pytest.fixture(scope="module")
@@ -37,9 +48,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def options(folders: Path, output: Path, *more: str):
+def options(folders: Path, output: Path, *more: str) -> AblateOptions:
     places = ["--psfhs", str(folders / "psfhs"), "--hc18", str(folders / "hc18")]
-    return ablate._parser().parse_args([*places, "--output", str(output), *more])
+    parsed = ablate._parser().parse_args([*places, "--output", str(output), *more])
+    return AblateOptions(**vars(parsed))
 
 
 def test_who_is_labelled_and_who_is_not(
@@ -67,25 +79,24 @@ def test_who_is_labelled_and_who_is_not(
 
 @pytest.mark.parametrize("scale", SCALES)
 def test_the_plan_is_understood_by_every_stage(folders: Path, tmp_path: Path, scale: str) -> None:
-    args = options(folders, tmp_path, "--scale", scale)
-    data = prepare(args)
-    tasks = [pretraining(args, SCALES[scale], data), *plan(args, SCALES[scale], data, 7)]
+    given = options(folders, tmp_path, "--scale", scale)
+    data = prepare(given)
+    tasks = [pretraining(given, data), *plan(given, data, 7)]
     names = [task.name for task in tasks]
     assert len({*names}) == len(names) and all({*task.needs} <= {*names} for task in tasks)
-    parsers = {f"training.{m.__name__.split('.')[-1]}": m for m in (fit, pretrain, pseudo_label)}
+    parsers = {"training.pretrain": pretrain, "training.pseudo_label": pseudo_label}
     seen = set()
     for task in tasks:
         stage, *arguments = task.command
-        if stage in parsers:
-            parsed = parsers[stage]._parser().parse_args(arguments)
-            seen.add(stage)
-            if stage == "training.fit":
-                recipe = fit.recipe_from_arguments(parsed)
-                assert recipe.seed == 7 and parsed.steps == SCALES[scale].steps
-                assert recipe.network.kind == (
-                    "unet" if "/unet" in str(parsed.output) else "transunet"
-                )
-    assert seen == {*parsers}
+        if stage == "training.fit":
+            settings, recipe = parse_fit(arguments)
+            assert recipe.seed == 7 and settings.steps == SCALES[scale].steps
+            unet = "/unet" in str(settings.output)
+            assert recipe.network.kind == ("unet" if unet else "transunet")
+        elif stage in parsers:
+            parsers[stage]._parser().parse_args(arguments)
+        seen.add(stage)
+    assert seen >= {"training.fit", *parsers}
     places = [task.done for task in tasks]
     assert len({*places}) == len(places)  # no two leave the same mark
     noise = [row for row in ROWS if "--landmark_noise_px" in row.flags]

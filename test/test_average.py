@@ -1,5 +1,6 @@
 """Means of weights: what is averaged, what is left to calibrate anew, what is refused."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from training.recipes import COMPACT
 
 def written(path: Path, seed: int, **changes: int) -> dict[str, torch.Tensor]:
     torch.manual_seed(seed)
-    config = SMALL.model_copy(update=changes)
+    config = replace(SMALL, **changes)
     network = build_network(config, masks=2)
     recipe = COMPACT.model_copy(update={"network": config, "sigma_cells": 1.5})
     spec = recipe.spec(2).model_copy(update={"metrics": {"val_mre_px": 7.0}})

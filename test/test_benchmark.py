@@ -1,6 +1,7 @@
 """The benchmark: a run from end to end, what it refuses, and its peers."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -11,7 +12,8 @@ import pytest
 import torch
 
 import process
-from export import benchmark, benchmark_options, peers, timing
+from export import benchmark
+from export.benchmarks import peers, timing
 from model.network import build_network
 from model.predictor import load_predictor
 from model.spec import METADATA_KEY, ModelSpec
@@ -22,7 +24,7 @@ from training.checkpoint import Checkpoint, save_weights
 from training.recipes import COMPACT, PAPER, RECIPES
 
 RECIPE = COMPACT.model_copy(update={"network": SMALL, "sigma_cells": 1.5})
-STRIDE_8 = SMALL.model_copy(update={"up_widths": (10, 8), "vit_depth": 1})
+STRIDE_8 = replace(SMALL, up_widths=(10, 8), vit_depth=1)
 
 
 def published():
@@ -62,7 +64,7 @@ def run(place: Path, *options: str) -> int:
 def tiny(place) -> Path:
     """The ONNX file of the trained model, as a benchmark exports it."""
     (place / "cache").mkdir(exist_ok=True)
-    return peers.given_model("tiny", place / "run", place / "cache").file
+    return peers.trained_model("tiny", place / "run", place / "cache").file
 
 
 def test_a_run_from_end_to_end(place, tmp_path, capsys):
@@ -133,7 +135,7 @@ def test_a_file_is_exported_once_and_again_when_it_changes(place, tiny, monkeypa
     cache = place / "cache"
     peers.random_peer("published", published, cache)
     monkeypatch.setattr(peers, "_export", refuse)
-    assert peers.given_model("tiny", place / "run", cache).file == tiny
+    assert peers.trained_model("tiny", place / "run", cache).file == tiny
     peers.random_peer("published", published, cache)
     with pytest.raises(AssertionError):  # the same name, another network
         peers.random_peer("published", lambda: (build_network(SMALL), published()[1]), cache)
@@ -162,28 +164,28 @@ def test_costs_of_the_peers():
 
 
 def test_cost_of_a_file_is_that_of_its_network(place, tiny, tmp_path):
-    known = peers.given_model("tiny", place / "run", place / "cache")
-    of_recipe = peers.given_model("tiny", tiny, place / "cache")
+    known = peers.trained_model("tiny", place / "run", place / "cache")
+    of_recipe = peers.trained_model("tiny", tiny, place / "cache")
     assert (of_recipe.parameters, of_recipe.gmac) == (known.parameters, known.gmac)
     model = onnx.load(tiny)
     spec = ModelSpec.model_validate_json(model.metadata_props[0].value)
     plain = spec.model_copy(update={"recipe": {}}).model_dump_json()
     onnx.helper.set_model_props(model, {METADATA_KEY: plain})
     onnx.save(model, tmp_path / "bare.onnx")
-    bare = peers.given_model("bare", tmp_path / "bare.onnx", place / "cache")
+    bare = peers.trained_model("bare", tmp_path / "bare.onnx", place / "cache")
     assert bare.gmac is None and bare.parameters == pytest.approx(known.parameters, rel=0.2)
 
 
 def test_the_shipped_models_are_those_of_process_py():
     assert (process.SHIPPED_MODEL, process.SHIPPED_FOR_CPU) == (
-        benchmark_options.SHIPPED,
-        benchmark_options.SHIPPED_FOR_CPU,
+        benchmark.SHIPPED,
+        benchmark.SHIPPED_FOR_CPU,
     )
-    args = benchmark_options.options(["--provider", "cpu"], None, peers.PEERS)
-    assert args.models == {
+    options = benchmark.parse_options(["--provider", "cpu"], peers.PEERS)
+    assert options.models == {
         "shipped": process.SHIPPED_FOR_CPU,
         "float32": process.SHIPPED_MODEL,
     }
-    costs = [peers.given_model("", path, Path()) for path in args.models.values()]
+    costs = [peers.trained_model("", path, Path()) for path in options.models.values()]
     assert costs[0].parameters == costs[1].parameters and costs[0].gmac == costs[1].gmac
     assert costs[0].gmac == pytest.approx(2 * 2.1, abs=0.1)  # two networks

@@ -7,9 +7,9 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from export import benchmark_cuda
-from export.footprint import footprint
-from export.timing import Picture, network_input
+from export.benchmarks import timing
+from export.benchmarks.report import cuda_text
+from export.conversion import network_input
 from model.predictor import load_predictor
 from test.phantom import phantom
 from test.test_predictor import SPEC, write_model
@@ -23,7 +23,7 @@ def tiny(tmp_path_factory) -> Path:
 
 def test_memory_is_the_models_own(tiny):
     held = np.ones(600_000_000, np.uint8)  # the peak of a process is passed on to those it starts
-    found = footprint(tiny, "cpu", 1)
+    found = timing.measure_footprint(tiny, "cpu", 1)
     assert held[0] and found.start_ms > 0 and found.device_memory_mb is None
     if found.peak_memory_mb is not None:
         assert 20 < found.peak_memory_mb < 500
@@ -31,15 +31,15 @@ def test_memory_is_the_models_own(tiny):
 
 def inputs_of(path: Path) -> list:
     spec = load_predictor(path, "cpu").spec
-    return [network_input(spec, Picture(phantom(k, 80, 64).image, (1, 1))) for k in range(3)]
+    return [network_input(spec, phantom(k, 80, 64).image)[None] for k in range(3)]
 
 
 def test_io_binding_gives_the_same_maps(tiny):
     session = onnxruntime.InferenceSession(tiny, providers=["CPUExecutionProvider"])
     inputs = inputs_of(tiny)
-    bound = benchmark_cuda.bound(onnxruntime, session, inputs[0], "cpu")
+    bound = timing.bound_runner(onnxruntime, session, inputs[0], "cpu")
     for image in [*inputs, inputs[0]]:
-        np.testing.assert_array_equal(bound(image), benchmark_cuda.plain(session)(image))
+        np.testing.assert_array_equal(bound(image), timing.plain_runner(session)(image))
 
 
 class OnCuda:
@@ -58,7 +58,7 @@ class OnCuda:
 
 def test_cuda_variants(tiny, monkeypatch):
     """On a stand-in for a GPU: which sessions are made, and that a failure is reported."""
-    monkeypatch.setattr(benchmark_cuda, "RUNS", 3)
+    monkeypatch.setattr(timing, "CUDA_RUNS", 3)
     made = []
 
     def session(path, settings, providers, enable_fallback):
@@ -80,7 +80,7 @@ def test_cuda_variants(tiny, monkeypatch):
             ),
         ),
     )
-    found = benchmark_cuda.measure(ort, tiny, inputs_of(tiny))
+    found = timing.measure_cuda(ort, tiny, inputs_of(tiny))
     assert found["convolution search EXHAUSTIVE"] == {"reason": "no workspace"}
     for name in ("plain", "IO binding", "IO binding, CUDA graph", "convolution search DEFAULT"):
         assert found[name]["first_run_ms"] > 0 and found[name]["p50_ms"] > 0
@@ -88,7 +88,7 @@ def test_cuda_variants(tiny, monkeypatch):
     graphs = [name for name, options in made if options.get("enable_cuda_graph") == "1"]
     assert graphs == [tiny.name] and ("fp16.onnx" in {name for name, _ in made})
     assert all(options["use_tf32"] == "0" for _, options in made)
-    text = benchmark_cuda.as_text(found)
+    text = cuda_text(found)
     assert "reason no workspace" in text and "largest_shift_px" in text
 
 
@@ -100,7 +100,7 @@ def test_a_session_that_is_not_on_cuda_is_refused(tiny):
         ),
     )
     with pytest.raises(RuntimeError, match="another provider than CUDA"):
-        benchmark_cuda.session(ort, tiny)
-    assert benchmark_cuda._or_reason(lambda: benchmark_cuda.session(ort, tiny).run()) == {
+        timing.cuda_session(ort, tiny)
+    assert timing.figures_or_reason(lambda: timing.cuda_session(ort, tiny).run()) == {
         "reason": "the session runs on another provider than CUDA"
     }

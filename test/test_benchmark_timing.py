@@ -5,10 +5,17 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from export import benchmark_plot, timing
-from export.benchmark_report import Errors, Interval, ModelFigures, Report, as_text, gates_of
-from export.footprint import Footprint
-from export.timing import Picture, Spread
+from export.benchmarks import report as page
+from export.benchmarks import timing
+from export.benchmarks.report import (
+    Demands,
+    Errors,
+    ModelFigures,
+    Report,
+    as_text,
+    check_gates,
+)
+from export.benchmarks.timing import Footprint, Interval, Picture, Spread
 from model.predictor import EngineError, Output
 from model.spec import ModelSpec
 
@@ -138,8 +145,7 @@ MODELS = [figures("shipped", None, 9.0), figures("unet", 60.4)]
     ],
 )
 def test_gates(demands, passed):
-    none = {"budget_ms": None, "least_ratio": [], "most_mre_px": None, "most_aop_deg": None}
-    (gate,) = gates_of(MODELS, SimpleNamespace(**none | demands))
+    (gate,) = check_gates(MODELS, Demands(**demands))
     assert gate.passed is passed
     if "least_ratio" in demands:
         assert "60.4 times as long as shipped's (95 % 59.4 to 61.4)" in gate.words
@@ -163,16 +169,16 @@ def test_the_text_says_what_is_known_and_what_is_not():
 
 def test_models_without_accuracy_are_ticks(monkeypatch):
     drawn: list = []
-    for drawing in (benchmark_plot._point, benchmark_plot._tick):
+    for drawing in (page._point, page._tick):
 
         def put(axis, one, *rest, drawing=drawing):
             drawn.append((drawing.__name__, one.name, *rest[:1]))
             drawing(axis, one, *rest)
 
-        monkeypatch.setattr(benchmark_plot, drawing.__name__, put)
-    benchmark_plot.plot(report())
+        monkeypatch.setattr(page, drawing.__name__, put)
+    page.plot(report())
     error = MODELS[0].errors.mre_px
     assert drawn == [("_point", "shipped", error), ("_tick", "unet")] * 2
     drawn.clear()
-    benchmark_plot.plot(report([figures("shipped", None), MODELS[1]]))
+    page.plot(report([figures("shipped", None), MODELS[1]]))
     assert drawn == [("_tick", "shipped"), ("_tick", "unet")]

@@ -1,6 +1,7 @@
 """Calibration from end to end on phantoms: what it adds, and that the landmarks stay."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -122,7 +123,7 @@ def test_samples_are_right_as_they_are_and_wrong_spoiled_drawn_or_other(folder: 
     for k, case in enumerate(cases):
         grey = read_grey(folder / "images" / case.file)[0]
         np.testing.assert_array_equal(right[k * view.RIGHT_DRAWS], grey)
-    seen = [view.changed(right[0], rng) for _ in range(20)]
+    seen = [view.change_image(right[0], rng) for _ in range(20)]
     without_marks = [bool((one[: round(64 * view.MARKS)] == 0).all()) for one in seen]
     assert 0 < sum(without_marks) < 20 and len({one.tobytes() for one in seen}) == 20
 
@@ -171,7 +172,14 @@ def test_what_cannot_be_calibrated_is_said(
     cases = read_cases(folder / "cases.csv")
     write_cases(tmp_path / "cases.csv", cases[:5])
     assert run(folder, "no.safetensors", "--data", str(tmp_path / "cases.csv")) == 2
-    assert "expected 20 cases of split val, got 5" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "expected at least 20 cases of split val, the table has 5 of val" in told
+    assert "--folds" in told and "export the weights as they are" in told
     assert run(folder, "no.safetensors", "--others", str(tmp_path), "*.gif") == 2
     assert "no image file's name matches '*.gif'" in capsys.readouterr().err
+    write_cases(tmp_path / "cases.csv", [replace(case, group="p1") for case in cases[:VAL]])
+    assert run(folder, "no.safetensors", "--data", str(tmp_path / "cases.csv")) == 2
+    assert "all cases are of group p1" in capsys.readouterr().err
+    assert run(folder, "no.safetensors", "--images", str(folder / "others")) == 2
+    assert f"{VAL} of the {VAL} images of" in capsys.readouterr().err
     assert not (folder / "no.safetensors").exists()

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 
 from training.cases import Case
-from training.certainty import LABELS, certainty
-from training.evaluate import as_text, evaluate
+from training.metrics import CERTAINTY_LABELS, as_text, certainty, evaluate
 from training.predict import CasePrediction
 
 POINTS = np.array([[40.0, 12.0], [15.0, 16.0], [48.0, 40.0]])
@@ -30,7 +29,7 @@ def test_the_figures() -> None:
     cases, predictions = made(errors, [1.0, 2.0, 1.0, 4.0, 8.0], ("odd",))
     found = certainty(cases, predictions, np.abs(errors))
     values = {name: figure["value"] for name, figure in found.items()}
-    assert [*values] == [*LABELS]
+    assert [*values] == [*CERTAINTY_LABELS]
     assert values["interval_holds"] == pytest.approx(3 / 5)  # not the third nor the last
     assert values["interval_width_deg"] == pytest.approx(4 * 16 / 5)
     assert values["aop_error_surest_deg"] == pytest.approx(2.5)
@@ -54,6 +53,6 @@ def test_evaluate_tells_them_of_each_device() -> None:
     assert report["device A"]["interval_holds"]["value"] == 0.5
     assert report["device B"]["interval_holds"]["value"] == 1.0
     text = as_text(report, [], "")
-    assert all(label in text for label in LABELS.values())
+    assert all(label in text for label in CERTAINTY_LABELS.values())
     plain = as_text(evaluate(*made([1.0, 2.0], [None, None])), [], "")
-    assert not any(label in plain for label in LABELS.values())
+    assert not any(label in plain for label in CERTAINTY_LABELS.values())

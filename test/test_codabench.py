@@ -1,11 +1,14 @@
 """The Codabench bundle: it stands alone, answers as process.py does, and is whole or not there."""
 
 import ast
+import io
 import json
 import os
 import subprocess
 import sys
+import tokenize
 import zipfile
+from itertools import pairwise
 from pathlib import Path
 
 import cv2
@@ -13,7 +16,8 @@ import numpy as np
 import pytest
 import torch
 
-from export import codabench, codabench_cv2, codabench_sources
+from export import codabench
+from export.codabench_bundle import opencv
 from model.network import TransUNetConfig, UNetConfig, build_network
 from test.conftest import ROOT
 from test.phantom import phantom
@@ -108,7 +112,7 @@ def largest_difference(submission, images, folder):
     answers, modules, packages = json.loads(alone(INGESTION, bundle, bundle, *files))
     ours = [ROOT / name for name in ("model", "training", "export", "test", "process.py")]
     assert not [name for name in modules if any(Path(name).is_relative_to(own) for own in ours)]
-    assert str(bundle / "aop_masks.py") in modules and packages == []
+    assert str(bundle / "aop" / "masks.py") in modules and packages == []
     model = ["--model", str(ROOT / "model" / "weights" / "aop.onnx")]  # not the int8 one
     done = run(images, folder / "out", "--no-overlay", "--provider", "cpu", *model)
     expected = [list(done.entry(file.name)["landmarks_px"].values()) for file in files]
@@ -137,8 +141,12 @@ def test_bundle_answers_as_process_does_on_real_images(submission, psfhs, tmp_pa
 def test_bundle_is_flat_and_says_what_it_is(submission):
     with zipfile.ZipFile(submission) as archive:
         texts = {name: archive.read(name) for name in archive.namelist()}
-    assert not [name for name in texts if "/" in name]
-    assert {"metadata", "model.py", "aop.pt", "aop.json", "LICENSE", "NOTICE"} < set(texts)
+    files = {"metadata", "model.py", "aop.pt", "aop.json", "LICENSE", "NOTICE", "MODEL_CARD.md"}
+    assert {name for name in texts if "/" not in name} == files  # no folder around them
+    modules = {name for name in texts if "/" in name}
+    assert {"aop/masks.py", "aop/network/vit.py"} < modules
+    for name in modules - {"aop/opencv.py"}:
+        assert texts[name] == (ROOT / "model" / name.removeprefix("aop/")).read_bytes()
     start, end = texts["metadata"].decode().split(":", 1)
     assert start == "description" and "aop-compact" in json.loads(end) and end.count("\n") == 1
     assert texts["LICENSE"] == (ROOT / "LICENSE").read_bytes()
@@ -208,13 +216,13 @@ def test_check_sees_another_networks_weights(weights, tmp_path):
     assert codabench.check(bundle, other, described)[0] > 1
 
 
-@pytest.mark.parametrize("line", ["import cv2", "import training.fit"])
+@pytest.mark.parametrize("line", ["import pydantic", "import training.fit"])
 def test_nothing_is_written_where_the_bundle_needs_more(
     weights, tmp_path, monkeypatch, capsys, line
 ):
-    sources = codabench_sources.flat_sources()
-    sources["aop_masks.py"] = f"{line}\n"
-    monkeypatch.setattr(codabench, "flat_sources", lambda: sources)
+    sources = codabench.sources()
+    sources["aop/masks.py"] = f"{line}\n".encode()
+    monkeypatch.setattr(codabench, "sources", lambda: sources)
     message = refused(capsys, tmp_path, weights, tmp_path / "a.zip")
     assert "does not run on its own" in message and line.split()[1].split(".")[0] in message
 
@@ -230,41 +238,107 @@ def test_what_is_missing_is_named(weights, tmp_path, capsys):
     assert "there is no folder" in refused(capsys, tmp_path, weights, tmp_path / "no" / "a.zip")
 
 
-def test_sources_stand_alone_in_the_words_of_python_39():
-    sources = codabench_sources.flat_sources()
-    assert {"model.py", "aop_predictor.py", "aop_network_vit.py", "aop_cv2.py"} < set(sources)
-    asked = set()
-    for text in sources.values():
-        for node in ast.walk(ast.parse(text, feature_version=(3, 9))):
-            if isinstance(node, ast.ImportFrom):
-                top = node.module.split(".")[0]
-                assert f"{top}.py" in sources or top in sys.stdlib_module_names | {
-                    "numpy", "torch", "PIL", "onnxruntime",
-                }  # fmt: skip
-            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "zip":
-                assert not node.keywords
-            if isinstance(node, ast.Attribute) and getattr(node.value, "id", "") == "cv2":
-                asked.add(node.attr)
-    assert "fitEllipse" in asked and not [
-        name for name in asked if not hasattr(codabench_cv2, name)
+LATER = {  # what came to these modules after Python 3.9
+    "itertools": {"batched", "pairwise"},
+    "typing": {
+        "Concatenate", "Never", "NotRequired", "ParamSpec", "Required", "Self", "TypeAlias",
+        "TypeGuard", "Unpack", "assert_never", "assert_type", "override", "reveal_type",
+    },
+}  # fmt: skip
+
+
+def parts(*trees):
+    """The nodes below some nodes, those too, by identity."""
+    return {id(part) for tree in trees if tree is not None for part in ast.walk(tree)}
+
+
+def unions_at_run_time(tree):
+    """Lines with A | B of types: in annotations that are evaluated, in aliases, in isinstance."""
+    nodes = list(ast.walk(tree))
+    functions = [node for node in nodes if isinstance(node, ast.FunctionDef)]
+    bodies = parts(*(line for function in functions for line in function.body))
+    annotations = parts(
+        *(getattr(node, name, None) for node in nodes for name in ("annotation", "returns"))
+    )
+    calls = [node for node in nodes if isinstance(node, ast.Call)]
+    of_types = parts(*(c for c in calls if getattr(c.func, "id", "") in ("isinstance", "cast")))
+    later = [node for node in tree.body if isinstance(node, ast.ImportFrom)]
+    if later and later[0].module == "__future__":
+        evaluated = of_types | (parts(tree) - bodies - annotations)
+    else:
+        evaluated = of_types | annotations | (parts(tree) - bodies)
+    return [
+        f"line {node.lineno}: | of types"
+        for node in nodes
+        if isinstance(getattr(node, "op", None), ast.BitOr) and id(node) in evaluated
     ]
 
 
+def too_new_for_python_39(text):
+    """What of a source Python 3.9 cannot run, a line each."""
+    try:
+        tree = ast.parse(text, feature_version=(3, 9))
+    except SyntaxError as error:
+        return [f"line {error.lineno}: {error.msg}"]
+    found = unions_at_run_time(tree)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            words = {word.arg for word in node.keywords}
+            name = getattr(node.func, "id", "")
+            if words & {"zip": {"strict"}, "dataclass": {"slots", "kw_only"}}.get(name, set()):
+                found.append(f"line {node.lineno}: {name}({', '.join(words)})")
+        elif isinstance(node, ast.ImportFrom):
+            new = {alias.name for alias in node.names} & LATER.get(node.module, set())
+            found += [f"line {node.lineno}: {name}" for name in new]
+        elif isinstance(node, ast.Attribute) and node.attr in LATER["itertools"]:
+            found.append(f"line {node.lineno}: {node.attr}")
+    tokens = list(tokenize.generate_tokens(io.StringIO(text).readline))
+    for token, after in pairwise(tokens):
+        if (token.type, token.string, after.string) == (tokenize.NAME, "with", "("):
+            found.append(f"line {token.start[0]}: with (")
+    return found
+
+
+@pytest.mark.parametrize("name", sorted(codabench.sources()))
+def test_sources_run_in_python_39_and_import_nothing_else(name):
+    sources = codabench.sources()
+    text = sources[name].decode()
+    assert too_new_for_python_39(text) == []
+    allowed = sys.stdlib_module_names | {"numpy", "torch", "PIL"}
+    allowed |= {"cv2"} if name in ("aop/frame.py", "aop/masks.py") else set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            assert {alias.name.split(".")[0] for alias in node.names} <= allowed
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0
+            path = node.module.replace("model", "aop", 1).replace(".", "/")
+            ours = {f"{path}.py", f"{path}/__init__.py"} & set(sources)
+            assert ours or node.module.split(".")[0] in allowed
+        if isinstance(node, ast.Attribute) and getattr(node.value, "id", "") == "cv2":
+            assert hasattr(opencv, node.attr)
+
+
 @pytest.mark.parametrize(
-    ("line", "message"),
+    ("line", "word"),
     [
-        ("import model.frame", "write from ... import"),
-        ("from .frame import Letterbox", "imports relatively"),
-        ("from training.fit import main", "only training needs"),
-        ("from model.nowhere import x", "no module model.nowhere"),
+        ("match 1:\n    case 1: pass", "match"),
+        ("zip([], [], strict=True)", "zip(strict)"),
+        ("A = int | str", "|"),
+        ("isinstance(1, int | str)", "|"),
+        ("with (open('a') as a, open('b') as b): pass", "with ("),
+        ("from itertools import pairwise", "pairwise"),
+        ("from typing import Self", "Self"),
+        ("from dataclasses import dataclass\n@dataclass(slots=True)\nclass A: pass", "dataclass"),
+        ("try: pass\nexcept* OSError: pass", "xception groups"),
     ],
 )
-def test_a_module_that_cannot_be_taken_along_is_named(tmp_path, monkeypatch, line, message):
-    monkeypatch.setattr(codabench_sources, "ROOT", tmp_path)
-    (tmp_path / "export").mkdir()
-    (tmp_path / "export" / "codabench_model.py").write_text(f"{line}\n")
-    with pytest.raises(codabench_sources.SourceError, match=message):
-        codabench_sources.flat_sources()
+def test_what_python_39_cannot_run_is_seen(line, word):
+    head = '"""Words."""\n\nfrom __future__ import annotations\n\n'
+    assert too_new_for_python_39(f"{head}def f(a: int | str) -> int | None: ...\n") == []
+    (found,) = too_new_for_python_39(f"{head}{line}\n")
+    assert word.lower() in found.lower()
+    (found,) = too_new_for_python_39('"""Words."""\n\ndef f(a: int | str): ...\n')
+    assert "|" in found
 
 
 @pytest.mark.parametrize(
@@ -277,22 +351,16 @@ def test_a_module_that_cannot_be_taken_along_is_named(tmp_path, monkeypatch, lin
 )  # fmt: skip
 def test_pictures_are_resized_as_by_opencv(old, new, interpolation):
     image = np.random.default_rng(old).integers(0, 256, old[::-1], np.uint8)
-    found = codabench_cv2.resize(image, new, interpolation).astype(int)
+    found = opencv.resize(image, new, interpolation).astype(int)
     apart = np.abs(found - cv2.resize(image, new, interpolation=interpolation))
     assert apart.max() == 0
 
 
-def test_shares_are_enlarged_and_colours_made_grey_as_by_opencv():
-    rng = np.random.default_rng(0)
-    shares = rng.random((16, 24), np.float32)
+def test_shares_are_enlarged_as_by_opencv():
+    shares = np.random.default_rng(0).random((16, 24), np.float32)
     expected = cv2.resize(shares, (96, 64), interpolation=cv2.INTER_CUBIC)
-    found = codabench_cv2.resize(shares, (96, 64), codabench_cv2.INTER_CUBIC)
+    found = opencv.resize(shares, (96, 64), opencv.INTER_CUBIC)
     np.testing.assert_allclose(found, expected, atol=1e-6)
-    colours = rng.integers(0, 256, (300, 200, 3), np.uint8)
-    np.testing.assert_array_equal(
-        codabench_cv2.cvtColor(colours, codabench_cv2.COLOR_RGB2GRAY),
-        cv2.cvtColor(colours, cv2.COLOR_RGB2GRAY),
-    )
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -300,16 +368,16 @@ def test_outlines_are_those_of_opencv(seed):
     rng = np.random.default_rng(seed)
     noise = cv2.GaussianBlur(rng.standard_normal((70, 90)), (0, 0), 0.6 + seed)
     mask = (noise > 0).astype(np.uint8)
-    count, labels, stats, _ = codabench_cv2.connectedComponentsWithStats(mask)
+    count, labels, stats, _ = opencv.connectedComponentsWithStats(mask)
     expected_count, expected, expected_stats, _ = cv2.connectedComponentsWithStats(mask)
     assert count == expected_count
     assert len(np.unique(labels * count + expected)) == count  # the same but for the numbers
-    area = codabench_cv2.CC_STAT_AREA
+    area = opencv.CC_STAT_AREA
     assert sorted(stats[:, area]) == sorted(expected_stats[:, cv2.CC_STAT_AREA])
     for label in range(1, min(count, 12)):
         component = (labels == label).astype(np.uint8)
         arguments = (component, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
-        (found,), _ = codabench_cv2.findContours(*arguments)
+        (found,), _ = opencv.findContours(*arguments)
         np.testing.assert_array_equal(found, cv2.findContours(*arguments)[0][0])
 
 
@@ -318,7 +386,7 @@ def test_outlines_are_those_of_opencv(seed):
 def test_ellipses_are_those_of_opencv(seed, label):
     mask = (phantom(seed).mask == label).astype(np.uint8)
     contour = cv2.findContours(mask, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)[0][0]
-    centre, diameters, angle = codabench_cv2.fitEllipse(contour)
+    centre, diameters, angle = opencv.fitEllipse(contour)
     expected_centre, expected_diameters, expected_angle = cv2.fitEllipse(contour)
     np.testing.assert_allclose(centre, expected_centre, atol=1e-3)
     np.testing.assert_allclose(sorted(diameters), expected_diameters, atol=1e-3)

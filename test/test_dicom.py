@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from model import reading
-from model.image import GreyFrame, ImageError, open_image
+from model.images import limits as reading
+from model.images.source import GreyFrame, ImageError, open_image
 from test.image_files import (
     BIG,
     GREY,

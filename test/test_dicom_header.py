@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from model.image import ImageError, open_image
+from model.images.source import ImageError, open_image
 from test.image_files import (
     BIG,
     GREY,

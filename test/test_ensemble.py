@@ -9,9 +9,9 @@ from test.test_fit import TINY, folder, run_fit  # noqa: F401
 from training.cases import read_cases
 from training.checkpoint import load_weights
 from training.data import LandmarkDataset
-from training.ensemble import Ensemble
 from training.groups import clusters
 from training.recipes import Recipe
+from training.teachers import Ensemble
 
 
 @pytest.fixture(scope="module")

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 
 from model.anatomy import LANDMARKS, angle_of_progression
-from model.files import write_results
-from model.outputs import CaseEntry, Results, named
+from model.results.files import write_results
+from model.results.schemas import CaseEntry, Results, named
 from training import evaluate
-from training.answers import kind_of
 from training.cases import Case, read_cases, write_cases
 from training.data import read_grey
+from training.jobs import kind_of
 from training.metrics import radial_errors_px, summarise
 
 POINTS = np.array([[60.0, 20.0], [20.0, 30.0], [90.0, 60.0]])

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 
 from model.anatomy import angle_of_progression
-from model.image import ImageError
-from model.page import escape
+from model.images.source import ImageError
+from model.drawing.page import escape
 from test.browser import DESKTOP, PHONE, complaints, overflowing, resize
 from test.phantom import phantom
 from training.agreement import Estimate, bland_altman
 from training.cases import Case, read_cases
-from training.evaluate import evaluate
+from training.metrics import evaluate
 from training.figures import (
     STYLE,
     VARIABLES,

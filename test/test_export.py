@@ -1,13 +1,15 @@
 """Export: parity on landmarks, the spec inside the file, and nothing written where parity fails."""
 
+from dataclasses import replace
+
 import numpy as np
 import onnx
 import pytest
 import torch
 from onnx.numpy_helper import to_array
 
-from export import to_onnx
-from export.half import widened
+from export import conversion, to_onnx
+from export.rewrites import widened
 from model.network import build_network
 from model.predictor import load_predictor
 from model.spec import METADATA_KEY
@@ -57,11 +59,11 @@ def test_nothing_is_written_without_parity(weights, tmp_path, monkeypatch, capsy
 def test_parity_sees_another_networks_weights(weights, tmp_path):
     network, checkpoint = load_weights(weights)
     spec, output = checkpoint.spec, tmp_path / "aop.onnx"
-    to_onnx.save(to_onnx.converted(network, spec), spec, output)
+    conversion.save(conversion.converted(network, spec), spec, output)
     torch.manual_seed(1)
     other = build_network(SMALL, masks=2).eval()
-    inputs = [to_onnx.random_image(spec, seed) for seed in range(4)]
-    assert to_onnx.parity(other, output, inputs) > 1
+    inputs = [conversion.random_image(spec, seed) for seed in range(4)]
+    assert conversion.parity(other, output, inputs) > 1
 
 
 def test_weights_that_are_not_numbers_are_not_written(weights, tmp_path, capsys):
@@ -76,15 +78,15 @@ def test_weights_that_are_not_numbers_are_not_written(weights, tmp_path, capsys)
 
 
 def test_parity_sees_another_view_score(weights, tmp_path):
-    config = SMALL.model_copy(update={"view_channels": 2})
+    config = replace(SMALL, view_channels=2)
     network, spec = build_network(config, masks=2).eval(), load_weights(weights)[1].spec
-    inputs = [to_onnx.random_image(spec, seed) for seed in range(2)]
-    to_onnx.save(to_onnx.converted(network, spec), spec, tmp_path / "aop.onnx")
-    assert to_onnx.parity(network, tmp_path / "aop.onnx", inputs) < 0.01
+    inputs = [conversion.random_image(spec, seed) for seed in range(2)]
+    conversion.save(conversion.converted(network, spec), spec, tmp_path / "aop.onnx")
+    assert conversion.parity(network, tmp_path / "aop.onnx", inputs) < 0.01
     with torch.no_grad():
         network.view.judge[4].bias += 0.1
-    with pytest.raises(to_onnx.ParityError, match=r"view scores differ by 0\.02"):
-        to_onnx.parity(network, tmp_path / "aop.onnx", inputs)
+    with pytest.raises(conversion.ParityError, match=r"view scores differ by 0\.02"):
+        conversion.parity(network, tmp_path / "aop.onnx", inputs)
 
 
 def test_missing_weights_are_named(tmp_path, capsys):

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from model import files
-from model.files import (
+from model.results import files
+from model.results.files import (
     AnswerFiles,
     RunFiles,
     read_entry,
@@ -20,7 +20,7 @@ from model.files import (
     write_chunks,
     write_results,
 )
-from model.outputs import CaseEntry, Loop, NamedPoint, Results
+from model.results.schemas import CaseEntry, Loop, NamedPoint, Results
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = AnswerFiles("aop-landmarks.json", "angle-of-progression.json")
@@ -72,7 +72,7 @@ def test_write_that_fails_leaves_the_old_file_whole(
 
 def test_a_process_killed_at_any_moment_leaves_whole_files(tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from model.files import write_bytes\n"
+        "import sys; from pathlib import Path; from model.results.files import write_bytes\n"
         "for k in range(10**9):\n"
         "    write_bytes(Path(sys.argv[1]) / f'{k % 7}', bytes([k % 251]) * 2**18)"
     )

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -234,10 +235,26 @@ def test_wrong_paths_are_named(folder, tmp_path, capsys, name):
     assert ("missing.csv" if name == "missing.csv" else "nowhere") in capsys.readouterr().err
 
 
+def test_a_table_of_clicks_says_what_it_lacks(folder, tmp_path, capsys):
+    cases = read_cases(folder / "cases.csv")
+    table = tmp_path / "clicks.csv"
+    write_cases(table, [replace(c, file=Path(c.file).stem, split=None, group=None) for c in cases])
+    assert run_fit(folder, tmp_path / "run", "--data", str(table)) == 2
+    told = capsys.readouterr().err
+    assert f"{len(cases)} of the {len(cases)} images of {table} are not in" in told
+    assert f"which has {cases[0].file}; the first is {Path(cases[0].file).stem} (" in told
+    write_cases(table, [replace(case, split="train") for case in cases])
+    assert run_fit(folder, tmp_path / "run", "--data", str(table)) == 2
+    told = capsys.readouterr().err
+    assert f"expected cases of split train and val, the table has {len(cases)} of train" in told
+
+
 def test_missing_masks_and_devices_are_named(folder, tmp_path, capsys):
     (tmp_path / "masks").mkdir()
     assert run_fit(folder, tmp_path / "run", "--masks", str(tmp_path / "masks")) == 2
     assert "9 images without a mask" in capsys.readouterr().err
+    assert run_fit(folder, tmp_path / "run", "--masks", str(tmp_path / "none")) == 2
+    assert "none is not a folder; expected the folder of the masks" in capsys.readouterr().err
     if not torch.cuda.is_available():
         assert run_fit(folder, tmp_path / "run", "--device", "cuda") == 2
         assert "--device cuda" in capsys.readouterr().err

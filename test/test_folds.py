@@ -12,10 +12,16 @@ import torch
 from export import to_onnx
 from model.uncertainty import QUANTITIES
 from test.test_fit import TINY, folder, run_fit  # noqa: F401
-from training import calibrate, ensemble, error_model, evaluate, fit, folds, join, loop
+from training import calibrate, evaluate, folds, join, loop, teachers
 from training.cases import read_cases, write_cases
 from training.checkpoint import load_weights
-from training.predict import predict_cases, torch_predictor
+from training.predict import (
+    KEPT_OUT,
+    finished_folds,
+    kept_out,
+    predict_cases,
+    torch_predictor,
+)
 
 ONE_EPOCH = [*TINY, "--epochs", "1", "--device", "cpu"]
 
@@ -54,10 +60,10 @@ def finished(data: Path) -> Path:
 def test_each_case_is_kept_out_once_with_its_group_and_test_is_not_there(finished, data):
     known = read_cases(data / "cases.csv")
     kept, groups = Counter(), {}
-    for k, (_, checkpoint, cases) in enumerate(folds.kept_out(finished)):
+    for k, (_, checkpoint, cases) in enumerate(kept_out(finished)):
         assert checkpoint.network.input_size == 64
         table = read_cases(finished / f"fold-{k}" / "cases.csv")
-        assert {case.split for case in table} == {"train", folds.KEPT_OUT}
+        assert {case.split for case in table} == {"train", KEPT_OUT}
         assert not {c.group for c in table if c.split == "train"} & {c.group for c in cases}
         kept.update(case.file for case in cases)
         groups[k] = len(cases)
@@ -70,8 +76,8 @@ def test_other_networks_of_the_same_parts_can_be_joined(finished, data, tmp_path
     assert run(data, tmp_path / "others", *others) == 0
     networks = [str(finished), str(tmp_path / "others"), "--output", str(tmp_path / "both")]
     assert join.main(networks) == 0
-    (network, _, cases), _ = folds.kept_out(tmp_path / "both")
-    assert [c.file for c in cases] == [c.file for c in next(folds.kept_out(finished))[2]]
+    (network, _, cases), _ = kept_out(tmp_path / "both")
+    assert [c.file for c in cases] == [c.file for c in next(kept_out(finished))[2]]
     weights = [one.head.heatmaps.weight for one in (network, network.members[0])]
     assert not torch.equal(*weights)
     assert run(data, tmp_path / "others", "--folds", "2", *ONE_EPOCH) == 2
@@ -84,7 +90,7 @@ def test_each_fold_trains_on_from_the_network_that_kept_out_the_same_cases(
     flags = ("--folds", "2", "--start", str(finished), *ONE_EPOCH, "--learning_rate", "0")
     assert run(data, tmp_path / "on", *flags) == 0
     before, after = (
-        [network.head.heatmaps.weight for network, _, _ in folds.kept_out(place)]
+        [network.head.heatmaps.weight for network, _, _ in kept_out(place)]
         for place in (finished, tmp_path / "on")
     )
     torch.testing.assert_close(after, before)
@@ -99,15 +105,15 @@ def test_each_fold_trains_on_from_the_network_that_kept_out_the_same_cases(
 def test_each_fold_is_taught_by_networks_that_kept_out_the_same_cases(
     finished, data, tmp_path, monkeypatch, capsys
 ):
-    for fold in folds.finished(finished):
+    for fold in finished_folds(finished):
         assert to_onnx.main(["--run", str(fold), "--output", str(fold / folds.TEACHER)]) == 0
-    taught, original = [], ensemble.teachers_of
+    taught, original = [], teachers.teachers_of
     monkeypatch.setattr(
-        fit, "teachers_of", lambda files, *rest: taught.append(files) or original(files, *rest)
+        loop, "teachers_of", lambda files, *rest: taught.append(files) or original(files, *rest)
     )
     flags = ("--teachers", str(finished), *ONE_EPOCH, "--teacher_share", "0.5")
     assert run(data, tmp_path / "on", "--folds", "2", "--only", "1", *flags) == 0
-    assert taught == [[finished / "fold-1" / "aop.onnx"]]
+    assert taught == [(finished / "fold-1" / "aop.onnx",)]
     assert run(data, tmp_path / "other", "--folds", "3", *flags) == 2
     assert "keeps out other cases" in capsys.readouterr().err
     os.utime(finished / "fold-1" / "aop.onnx", (0, 0))
@@ -132,7 +138,7 @@ def test_groups_that_look_alike_are_dealt_together(data, tmp_path, monkeypatch, 
 def test_the_answers_are_of_networks_that_have_not_seen_the_case(finished, data, capsys):
     answers = {case.file: case for case in read_cases(finished / "landmarks.csv")}
     assert len(answers) == 10
-    for network, checkpoint, cases in folds.kept_out(finished):
+    for network, checkpoint, cases in kept_out(finished):
         predictor = torch_predictor(network, checkpoint.spec, next(network.parameters()).device)
         for case, found in zip(
             cases, predict_cases(predictor, cases, data / "images"), strict=True
@@ -148,18 +154,18 @@ def test_what_is_done_is_not_trained_again_and_only_shares_the_work(
     data, tmp_path, monkeypatch, capsys
 ):
     trained = []
-    original = fit.main
+    original = loop.fit
 
-    def counted(flags):
-        trained.append(Path(flags[flags.index("--output") + 1]).name)
-        return original(flags)
+    def counted(settings, *rest):
+        trained.append(settings.output.name)
+        return original(settings, *rest)
 
-    monkeypatch.setattr(fit, "main", counted)
+    monkeypatch.setattr(folds, "fit", counted)
     flags = ("--folds", "2", *ONE_EPOCH)
     assert run(data, tmp_path, "--only", "1", *flags) == 0
     assert trained == ["fold-1"] and "fold-0 remain" in capsys.readouterr().out
     assert not (tmp_path / "landmarks.csv").exists()
-    assert len([*folds.kept_out(tmp_path)]) == 1  # calibrate can do with some parts
+    assert len([*kept_out(tmp_path)]) == 1  # calibrate can do with some parts
     assert run(data, tmp_path, *flags) == 0
     assert trained == ["fold-1", "fold-0"] and (tmp_path / "landmarks.csv").exists()
     assert run(data, tmp_path, "--folds", "3", *ONE_EPOCH) == 2
@@ -182,11 +188,38 @@ def test_a_fold_that_stopped_goes_on(data, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    "flags", [("--init=w",), ("--max-minutes", "1"), ("--folds", "1"), ("--only", "4")]
+    ("flags", "told"),
+    [
+        (("--init=w",), "--init is not for cross-validation"),
+        (("--ini", "w"), "--init is not for cross-validation"),
+        (("--max-minutes", "1"), "--max-minutes is not for cross-validation"),
+        (("--folds", "1"), "expected 2 or more"),
+        (("--only", "4"), "expected numbers from 0 to 3"),
+        (("--no-such-flag",), "training.fit: error: unrecognized arguments: --no-such-flag"),
+    ],
 )
-def test_what_would_spoil_it_is_refused(data, tmp_path, flags):
-    with pytest.raises(SystemExit):
+def test_what_would_spoil_it_is_refused(data, tmp_path, flags, told, capsys):
+    with pytest.raises(SystemExit) as stopped:
         run(data, tmp_path, *flags)
+    assert stopped.value.code == 2 and told in capsys.readouterr().err
+
+
+def test_flags_of_the_training_reach_every_fold(data, tmp_path, monkeypatch, capsys):
+    seen = []
+    monkeypatch.setattr(folds, "fit", lambda *given: seen.append(given))
+    flags = ("--folds", "2", "--training-seed", "7", "--only", "0", "1", "--steps", "9")
+    more = ("--more", "a.csv", "b", "--more", "c.csv", "d", "--epochs", "3", "--device", "cpu")
+    assert run(data, tmp_path, *flags, *more, "--recipe", "finish") == 2  # it leaves no weights
+    assert [settings.output.name for settings, _, _ in seen] == ["fold-0", "fold-1"]
+    for settings, recipe, place in seen:
+        assert settings.data == settings.output / "cases.csv" and settings.all
+        assert settings.masks == data / "masks" and settings.init is None and settings.steps == 9
+        assert settings.more == ((Path("a.csv"), Path("b")), (Path("c.csv"), Path("d")))
+        assert (recipe.seed, recipe.epochs, recipe.mask_weight) == (7, 3, 3.0)
+        assert place.device.type == "cpu" and not settings.resume
+    capsys.readouterr()
+    assert run(data, tmp_path / "other", "--epochs", "many") == 2
+    assert "epochs" in capsys.readouterr().err
 
 
 def test_a_table_without_groups_is_refused(folder, data, tmp_path, capsys):  # noqa: F811
@@ -208,8 +241,7 @@ def test_all_trains_on_val_too_and_keeps_the_last_epoch(data, tmp_path, capsys):
 
 
 def test_errors_are_fitted_on_the_answers_of_the_folds(finished, data, monkeypatch, capsys):
-    for module in (calibrate, error_model):
-        monkeypatch.setattr(module, "PARTS", 2)
+    monkeypatch.setattr(calibrate, "PARTS", 2)
     weights, output = finished / "fold-0" / "best.safetensors", data / "aop.safetensors"
     flags = ["--weights", str(weights), "--data", str(data / "cases.csv")]
     flags += ["--images", str(data / "images"), "--output", str(output)]
@@ -219,6 +251,12 @@ def test_errors_are_fitted_on_the_answers_of_the_folds(finished, data, monkeypat
     metrics = load_weights(output)[1].spec.metrics
     assert set(metrics) == {"folds_mre_px", "folds_aop_error_deg"}
     assert calibrate.main(flags) == 2 and "split val trained" in capsys.readouterr().err
+    monkeypatch.setattr(calibrate, "PARTS", 5)  # more than val has: train counts too
+    assert calibrate.main([*flags, "--folds", str(finished)]) == 0
+    monkeypatch.setattr(calibrate, "PARTS", 6)
+    assert calibrate.main([*flags, "--folds", str(finished)]) == 2
+    assert "at least 12 cases of split train and val" in capsys.readouterr().err
+    monkeypatch.setattr(calibrate, "PARTS", 2)
     assert found.cases == 10 and [*found.errors] == [*QUANTITIES]
     assert calibrate.main([*flags, "--folds", str(data)]) == 2
     assert "no finished folds" in capsys.readouterr().err

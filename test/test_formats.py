@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from model.formats import format_of
-from model.reading import ImageError
+from model.images.formats import format_of
+from model.images.limits import ImageError
 from test.image_files import GREY, STACK, assert_stack, edit, save
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes")

@@ -24,8 +24,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from model.formats import SUFFIXES
-from model.outputs import MultiplePoints, Results
+from model.images.formats import SUFFIXES
+from model.results.schemas import MultiplePoints, Results
 from test.runs import ANGLE, POINTS, job, load, png, predictor_at, run, tree
 from test.strange_files import DAMAGES, RAW, TYPES, by_library, changed_inside, valid
 

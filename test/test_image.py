@@ -11,9 +11,17 @@ import cv2
 import numpy as np
 import pytest
 
-from model import raster, reading
 from model.frame import Geometry
-from model.image import SUFFIXES, BadFrame, GreyFrame, ImageError, is_supported_name, open_image
+from model.images import limits as reading
+from model.images import pictures as raster
+from model.images.source import (
+    SUFFIXES,
+    BadFrame,
+    GreyFrame,
+    ImageError,
+    is_supported_name,
+    open_image,
+)
 from test.image_files import (
     GREY,
     RGB,
@@ -46,7 +54,9 @@ def test_other_names(name: str) -> None:
 
 
 def test_import_is_light() -> None:
-    code = "import sys, model.image; print(sorted({'SimpleITK', 'torch'} & set(sys.modules)))"
+    code = (
+        "import sys, model.images.source; print(sorted({'SimpleITK', 'torch'} & set(sys.modules)))"
+    )
     root = Path(__file__).parent.parent
     run = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, check=True)
     assert run.stdout.strip() == b"[]"

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from model.image import ImageError, open_image
-from model.jobs import LONGEST_NAME, Case, InputError, find_cases, readable
+from model.images.source import ImageError, open_image
+from model.pipeline.cases import LONGEST_NAME, Case, InputError, find_cases, readable
 
 
 def touch(root: Path, *names: str | bytes) -> Path:

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from model.files import OutputError, RunFiles
-from model.journal import ROOM, Journal
-from model.outputs import CaseEntry, Loop, Results, RunSummary
+from model.results.files import OutputError, RunFiles
+from model.results.journal import ROOM, Journal
+from model.results.schemas import CaseEntry, Loop, Results, RunSummary
 
 NAMES = RunFiles()
 SETTINGS = {"model_sha256": "abc", "decode": "subpixel"}

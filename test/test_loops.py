@@ -13,12 +13,12 @@ import pytest
 from pydantic import ValidationError
 
 from model.anatomy import LANDMARKS
+from model.drawing.contact_sheet import CURVE, DARK, GREY, LABEL, SHOWN, TITLE, WIDEST, LoopSummary
+from model.drawing.overlay import COLOURS, overlay_picture, png
+from model.drawing.text import DOUBT, WHITE, Picture
 from model.frame import Geometry
-from model.image import GreyFrame
-from model.loops import CURVE, DARK, GREY, LABEL, SHOWN, TITLE, WIDEST, LoopSummary
-from model.outputs import CaseEntry, Loop, named
-from model.overlay import COLOURS, overlay_picture, png
-from model.words import DOUBT, WHITE, Picture
+from model.images.source import GreyFrame
+from model.results.schemas import CaseEntry, Loop, named
 from test.phantom import phantom
 from test.test_overlay import has
 
@@ -418,7 +418,9 @@ def test_pages_of_several_sizes() -> None:
 
 
 def test_a_sheet_needs_no_simpleitk_and_no_torch() -> None:
-    code = "import sys, model.loops; print({'torch', 'SimpleITK'} & set(sys.modules))"
+    code = (
+        "import sys, model.drawing.contact_sheet; print({'torch', 'SimpleITK'} & set(sys.modules))"
+    )
     root = Path(__file__).resolve().parent.parent
     ran = subprocess.run(
         [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True

@@ -5,10 +5,10 @@ import pytest
 
 from model.anatomy import LANDMARKS, angle_of_progression
 from model.frame import Geometry
-from model.image import BadFrame, GreyFrame
+from model.images.source import BadFrame, GreyFrame
 from model.measure import bad_frame, failed_entry, measure, points_of, unflipped, within_budget
-from model.outputs import CaseEntry
 from model.predictor import Output, Predictor
+from model.results.schemas import CaseEntry
 from model.uncertainty import QUANTITIES, Calibration, ErrorModel
 from test.runs import predictor_at
 

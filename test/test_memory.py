@@ -15,8 +15,9 @@ import cv2
 import numpy as np
 import pytest
 
-from model import image, reading
-from model.image import ImageError, open_image
+from model.images import limits as reading
+from model.images import source as image
+from model.images.source import ImageError, open_image
 from test.image_files import (
     GREY,
     RGB,
@@ -190,8 +191,8 @@ def test_dicom_elements_longer_than_their_file(tmp_path: Path, old: bytes) -> No
 WITHOUT_MEMORY = """
 import sys
 from pathlib import Path
-from model import reading
-from model.image import open_image
+from model.images import limits as reading
+from model.images.source import open_image
 reading.ROOM, reading.COPIES = 2**22, 0
 small, large = map(Path, sys.argv[1:])
 print(open_image(small))
@@ -236,12 +237,13 @@ def test_small_files_of_large_images_are_answered_one_at_a_time(tmp_path: Path) 
     cv2.imwrite(str(large), np.eye(side, dtype=np.uint8))
     assert large.stat().st_size < reading.LARGE // 100
     small = write(tmp_path / "small.png", GREY)
+    budget = reading.MemoryBudget()
     held, most = [], []
     both = threading.Barrier(2, timeout=30)
 
     def answer(path: Path, wait: bool) -> None:
-        with reading.alone(path.stat().st_size):
-            frame = next(open_image(path).frames())
+        with budget.admit(path.stat().st_size) as admitted:
+            frame = next(open_image(path, admitted).frames())
             held.append(frame)
             most.append(len(held))
             if wait:

@@ -1,5 +1,7 @@
 """Shapes, key names and sizes of the networks."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -54,8 +56,8 @@ def test_resnet50_has_torchvisions_keys():
 
 
 def test_members_leave_the_view_score_alone():
-    config = SMALL.model_copy(update={"view_channels": 4})
-    network = build_network(config.model_copy(update={"members": (SMALL,)}), masks=2).eval()
+    config = replace(SMALL, view_channels=4)
+    network = build_network(replace(config, members=(SMALL,)), masks=2).eval()
     alone = build_network(config, masks=2).eval()
     alone.load_state_dict({k: network.state_dict()[k] for k in alone.state_dict()})
     image = torch.randn(2, 1, 64, 64)
@@ -79,7 +81,7 @@ def test_training_returns_raw_values_and_evaluation_heatmaps_and_shares():
 
 
 def test_any_grid_within_one_network_class():
-    config = SMALL.model_copy(update={"up_widths": (10, 8), "input_size": 96})
+    config = replace(SMALL, up_widths=(10, 8), input_size=96)
     assert config.stride == 8
     assert build_network(config).eval()(torch.zeros(1, 1, 96, 96)).shape == (1, 3, 12, 12)
     unet = UNetConfig(input_size=64, channels=1, widths=(4, 6, 8), stride=4)

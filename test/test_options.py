@@ -1,15 +1,15 @@
-"""Options and the environment's variables, and the README's table of them."""
+"""Options and the environment's variables, and the table of them in model/README.md."""
 
 import re
 from pathlib import Path
 
 import pytest
 
-from model.files import RunFiles
-from model.options import parse_options, variable
-from model.shards import Shard
+from model.pipeline.options import parse_options, variable
+from model.pipeline.shards import Shard
+from model.results.files import RunFiles
 
-README = Path(__file__).resolve().parent.parent / "README.md"
+CONTRACT = Path(__file__).resolve().parent.parent / "model" / "README.md"
 # option, two values, and what they come to
 VALUES = [
     ("--input", "a", "b", Path("a"), Path("b")),
@@ -120,8 +120,8 @@ def test_bad_variables(variables: dict[str, str], capsys: pytest.CaptureFixture[
     assert value in last or "auto needs" in last
 
 
-def test_readme_has_every_option_with_its_variable() -> None:
+def test_the_contract_has_every_option_with_its_variable() -> None:
     row = r"^\| `(--[a-z-]+)[^|]*\| `(AOP_[A-Z_]+)` \|"
-    rows = dict(re.findall(row, README.read_text(), re.MULTILINE))
+    rows = dict(re.findall(row, CONTRACT.read_text(), re.MULTILINE))
     options = [*(option for option, *_ in VALUES), *SWITCHES]
     assert rows == {option: variable(option) for option in options}

@@ -8,8 +8,8 @@ import pytest
 from pydantic import ValidationError
 
 from model.anatomy import angle_of_progression
-from model.files import AnswerFiles, write_json
-from model.outputs import (
+from model.results.files import AnswerFiles, write_json
+from model.results.schemas import (
     CaseEntry,
     MultiplePoints,
     NamedPoint,

@@ -12,12 +12,7 @@ import numpy as np
 import pytest
 
 from model.anatomy import LANDMARKS, angle_of_progression
-from model.frame import Geometry
-from model.image import GreyFrame
-from model.masks import HEAD, outer_contour
-from model.measure import failed_entry
-from model.outputs import CaseEntry, named
-from model.overlay import (
+from model.drawing.overlay import (
     ARC,
     BEYOND,
     COLOURS,
@@ -32,7 +27,12 @@ from model.overlay import (
     png,
     without_words,
 )
-from model.words import DOUBT, PALE, WHITE, put_text, shortened, text_width
+from model.drawing.text import DOUBT, PALE, WHITE, put_text, shortened, text_width
+from model.frame import Geometry
+from model.images.source import GreyFrame
+from model.masks import HEAD, outer_contour
+from model.measure import failed_entry
+from model.results.schemas import CaseEntry, named
 from test.phantom import phantom
 
 SURE = (0.9, 0.8, 0.7)
@@ -529,7 +529,7 @@ def test_real_heads_keep_their_contour(psfhs: Path) -> None:
 
 
 def test_drawing_needs_no_simpleitk_and_no_torch() -> None:
-    code = "import sys, model.overlay; print({'torch', 'SimpleITK'} & set(sys.modules))"
+    code = "import sys, model.drawing.overlay; print({'torch', 'SimpleITK'} & set(sys.modules))"
     root = Path(__file__).resolve().parent.parent
     ran = subprocess.run(
         [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True

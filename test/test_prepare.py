@@ -2,6 +2,7 @@
 
 import csv
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -14,16 +15,19 @@ from test.phantom import main as phantom_main
 from test.phantom import phantom
 from training import prepare
 from training.cases import (
+    SPLITS,
     Case,
     CaseError,
     case_tables,
+    cases_of_split,
     read_cases,
     read_table,
+    require_images,
     write_cases,
 )
-from training.groups import BLOCK, SPLITS, near_duplicate_groups, split_by_group, thumbnail
-from training.masks import read_mask
+from training.groups import BLOCK, near_duplicate_groups, split_by_group, thumbnail
 from training.pictures import SHEET_TILE
+from training.sources import read_mask
 
 SPLITS_OF_PSFHS = Path(prepare.__file__).with_name("psfhs_splits.csv")
 
@@ -248,6 +252,29 @@ GOOD = '1.png,"(3, 8)","(2, 1)","(3, 20)",90'
         (f"Filename,PS1,PS2,FH1,AoP,Frame\n{GOOD},x", "line 2, column Frame: .*'x'"),
         ('Filename,PS1,PS2,FH1\n1.png,"(3, 8)","(3, 8)","(3, 20)"', "line 2: PS2 or FH1 equals"),
         (f"Filename,PS1,PS2,FH1,AoP\n{GOOD[5:]}", "line 2, column Filename: expected the name"),
+        ("Filename;PS1;PS2;FH1\n1.png;(3, 8);(2, 1);(3, 20)", "found semicolons$"),
+        ("Filename\tPS1\tPS2\tFH1\n", "expected commas between the columns, found tabs$"),
+        (
+            "Filename,PS1,PS2,FH1\n1.png,(3, 8),(2, 1),(3, 20)",
+            'line 2: the row has more cells than the header; .* in quotes .*"\\(x, y\\)"$',
+        ),
+        (
+            'Filename,PS1,PS2,FH1\n1.png,"(3,5, 8,0)","(2, 1)","(3, 20)"',
+            r"line 2, column PS1: .* such as \"\(131.5, 82\)\", got '\(3,5, 8,0\)'$",
+        ),
+        (
+            f"Filename,PS1,PS2,FH1,AoP\n{GOOD}\n2.png,,,,",
+            "line 3, column PS1: .*got an empty cell$",
+        ),
+        (
+            f"Filename,PS1,PS2,FH1,AoP,split\n{GOOD},Train",
+            "line 2, column split: expected train, val, test or an empty cell, got 'Train'$",
+        ),
+        (
+            f"Filename,PS1,PS2,FH1,AoP\n{GOOD.replace('(3, 8)', 'x' * 99)}",
+            "column PS1: .*got 'x{57}[.]{3}'$",
+        ),
+        (f"Filename,PS1,PS1,PS2,FH1,AoP\n{GOOD}", "one column PS1, found PS1, PS1 among Filename"),
     ],
 )
 def test_case_table_errors(tmp_path: Path, text: str, reason: str) -> None:
@@ -255,6 +282,56 @@ def test_case_table_errors(tmp_path: Path, text: str, reason: str) -> None:
     path.write_text(text)
     with pytest.raises(CaseError, match=f"cases.csv.*{reason}"):
         read_cases(path)
+
+
+def test_what_is_no_table_is_said_in_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(CaseError, match=r"none.csv: the table cannot be read: No such file"):
+        read_cases(tmp_path / "none.csv")
+    (tmp_path / "book.csv").write_bytes(b"PK\x03\x04\xff\xfe")
+    with pytest.raises(CaseError, match=r"book.csv: expected a CSV file in UTF-8; .* 'CSV UTF-8'$"):
+        read_cases(tmp_path / "book.csv")
+
+
+def test_a_space_after_a_comma_does_no_harm(tmp_path: Path) -> None:
+    text = 'Filename, PS1, PS2, FH1, AoP\n1.png, "(3, 8)", "(2, 1)", "(3, 20)", 90\n'
+    (tmp_path / "cases.csv").write_text(text)
+    (case,) = read_cases(tmp_path / "cases.csv")
+    assert case.file == "1.png" and case.landmarks_px.tolist() == [[3, 8], [2, 1], [3, 20]]
+
+
+def test_the_images_of_a_table_must_be_there(tmp_path: Path) -> None:
+    table, images = tmp_path / "cases.csv", tmp_path / "images"
+    cases = [Case("a.png", POINTS, 90.0), Case("b", POINTS, 90.0), Case("c.png", POINTS, 90.0)]
+    with pytest.raises(
+        CaseError, match="images is not a folder; expected the folder of the images"
+    ):
+        require_images(cases, images, table)
+    images.mkdir()
+    for name in ("a.png", "b.png"):
+        (images / name).touch()
+    with pytest.raises(
+        CaseError, match=r"2 of the 3 images of .*cases.csv .*, which has b.png; .* is b \("
+    ):
+        require_images(cases, images, table)
+    require_images(cases[:1], images, table)
+    with pytest.raises(
+        CaseError, match=r"1 of the 1 images .* are not in \S+images; .* is c.png .*suffix"
+    ):
+        require_images(cases[2:], images, table)
+
+
+def test_cases_are_counted_by_split(tmp_path: Path) -> None:
+    splits = ["val", "train", None, "train", "val", "train"]
+    cases = [Case(f"{k}.png", POINTS, 90.0, split) for k, split in enumerate(splits)]
+    write_cases(tmp_path / "cases.csv", cases)
+    assert len(cases_of_split(tmp_path / "cases.csv", None)) == 6
+    assert [c.file for c in cases_of_split(tmp_path / "cases.csv", "val")] == ["0.png", "4.png"]
+    wanted = "expected cases of split 'test', the table has 3 of train, 2 of val and 1 of no split"
+    with pytest.raises(CaseError, match=f"cases.csv: {wanted}$"):
+        cases_of_split(tmp_path / "cases.csv", "test")
+    write_cases(tmp_path / "cases.csv", [])
+    with pytest.raises(CaseError, match=r"expected cases, the table has no rows$"):
+        cases_of_split(tmp_path / "cases.csv", None)
 
 
 # ---- groups and splits
@@ -431,6 +508,34 @@ def test_prepare_from_iugc(phantoms: Path, tmp_path: Path, capsys: pytest.Captur
     truth = read_cases(phantoms / "cases.csv")
     np.testing.assert_allclose(cases[3].landmarks_px, truth[3].landmarks_px)
     assert "skipped phantom-0045.png: expected one image" in capsys.readouterr().out
+
+
+def test_prepare_keeps_the_splits_and_groups_of_clicks(
+    phantoms: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    own = read_cases(phantoms / "cases.csv")
+    clicks = tmp_path / "clicks"
+    clicks.mkdir()
+    for case in own:
+        (clicks / case.file).write_bytes((phantoms / "images" / case.file).read_bytes())
+    splits = ["train", "train", "val", "test", "train", "val"]
+    cases = [
+        replace(case, split=split, group=f"p{k // 2}")
+        for k, (case, split) in enumerate(zip(own, splits, strict=True))
+    ]
+    moved = cases[0].landmarks_px + [0.0, 300.0]
+    write_cases(clicks / "t.csv", [replace(cases[0], landmarks_px=moved), *cases[1:]])
+    command = ["--iugc", str(clicks), "--output", str(tmp_path / "cases.csv")]
+    assert prepare.main(command) == 0
+    found = [(case.file, case.split, case.group) for case in read_cases(tmp_path / "cases.csv")]
+    assert found == [(case.file, case.split, case.group) for case in cases[1:]]
+    x, y = moved[0]
+    assert f"PS1 of the table, ({x:g}, {y:g}), lies outside the image" in capsys.readouterr().out
+
+    (clicks / "t.csv").write_text("Filename;PS1;PS2;FH1")
+    assert prepare.main(command) == 1
+    told = capsys.readouterr().err
+    assert "no CSV below" in told and "t.csv: expected commas between the columns" in told
 
 
 def test_prepare_with_nothing_to_derive(

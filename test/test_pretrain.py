@@ -15,12 +15,6 @@ from test.phantom import phantom
 from training import pretrain, recipes
 from training.cases import Case, write_cases
 from training.checkpoint import CheckpointError
-from training.distill import (
-    PretrainTrainer,
-    Student,
-    attention_divergence,
-    distillation_loss,
-)
 from training.loop import Processes
 from training.mae import (
     Features,
@@ -32,7 +26,15 @@ from training.mae import (
     take,
     unpatchify,
 )
-from training.pretrain_recipe import COMPACT, PAPER, PretrainRecipe
+from training.pretrain import (
+    COMPACT,
+    PAPER,
+    PretrainRecipe,
+    PretrainTrainer,
+    Student,
+    attention_divergence,
+    distillation_loss,
+)
 from training.unlabelled import UnlabelledDataset, crop, split_indices
 
 SMALL = [
@@ -116,30 +118,30 @@ def test_what_is_masked_is_not_seen():
 
 def test_mask_ratio_and_draws():
     squares = [np.full((40, 40), 90, np.uint8), phantom(1, 40, 40).image]
-    assert (PAPER.grid, PAPER.kept) == (14, 49)
-    data = UnlabelledDataset(squares, COMPACT)
+    assert (PAPER.grid, PAPER.crops.kept) == (14, 49)
+    data = UnlabelledDataset(squares, COMPACT.crops)
     first, again, later, other = data[0, 1], data[0, 1], data[1, 1], data[0, 0]
     assert first["image"].shape == (1, 128, 128) and len(first["kept"].unique()) == 16
     assert all(torch.equal(first[key], again[key]) for key in first)
     assert not torch.equal(first["kept"], later["kept"])
     assert not torch.equal(first["image"], later["image"])
     assert not torch.equal(first["kept"], other["kept"])
-    val = UnlabelledDataset(squares, COMPACT, train=False)
+    val = UnlabelledDataset(squares, COMPACT.crops, train=False)
     assert torch.equal(val[0, 1]["kept"], val[5, 1]["kept"])
 
 
 def test_whole_crop_is_the_image_and_crops_turn_no_sides():
     square = cv2.GaussianBlur(phantom(2, 64, 64).image, (0, 0), 2)
     recipe = COMPACT.model_copy(update={"image_size": 64})
-    assert np.abs(crop(square, recipe, None) * 255 - square).max() < 1e-3
+    assert np.abs(crop(square, recipe.crops, None) * 255 - square).max() < 1e-3
     half = COMPACT.model_copy(update={"image_size": 32})
     mean = square.reshape(32, 2, 32, 2).mean(axis=(1, 3))
-    assert np.abs(crop(square, half, None) * 255 - mean).max() < 0.51
+    assert np.abs(crop(square, half.crops, None) * 255 - mean).max() < 0.51
     marked = np.zeros((64, 64), np.uint8)
     marked[20:30, 8:20], marked[34:44, 40:60] = 120, 240  # darker spot above and left
     mild = recipe.model_copy(update={"crop_area": (0.8, 1.0)})
     for seed in range(20):
-        view = crop(marked, mild, np.random.default_rng(seed))
+        view = crop(marked, mild.crops, np.random.default_rng(seed))
         dark, bright = (view > 0.1) & (view < 0.6), view > 0.75
         (y1, x1), (y2, x2) = (np.argwhere(spot).mean(axis=0) for spot in (dark, bright))
         assert x1 < x2 and y1 < y2
@@ -301,7 +303,7 @@ def test_it_learns_an_image(folder, tmp_path):
 
 
 def test_explained_is_0_for_a_network_that_knows_each_patchs_mean_alone():
-    data = UnlabelledDataset([phantom(k, 40, 40).image for k in range(3)], TINY, train=False)
+    data = UnlabelledDataset([phantom(k, 40, 40).image for k in range(3)], TINY.crops, train=False)
     place, student = Processes(0, 1, torch.device("cpu")), Student(TINY, None)
     nn.init.zeros_(student.mae.decoder.predict.weight)
     averaging = TINY.model_copy(update={"ema_decay": 0.9})
@@ -316,9 +318,9 @@ def test_explained_is_0_for_a_network_that_knows_each_patchs_mean_alone():
 
 
 def test_split_is_a_draw_that_keeps_some_of_both():
-    train, val = split_indices(40, COMPACT)
+    train, val = split_indices(40, 0.05, 1)
     assert len(val) == 2 and sorted(train + val) == list(range(40))
-    assert split_indices(2, COMPACT.model_copy(update={"val_share": 0.9}))[0]
+    assert split_indices(2, 0.9, 1)[0]
 
 
 def test_paper_recipe_is_the_papers():
@@ -344,8 +346,8 @@ def test_every_field_is_a_flag_and_values_are_checked(folder, tmp_path, capsys):
         assert " ".join(field.description.split()[:3]).replace("%", "") in shown
     for flag, value, told in (
         ("--epochs", "many", "epochs"),
-        ("--patch", "7", "no multiple of patch"),
-        ("--heads", "3", "no multiple of 4 and of 3 heads"),
+        ("--patch", "7", "not a multiple of patch"),
+        ("--heads", "3", "not a multiple of 4 and of 3 heads"),
         ("--teacher", "usfm", "expected the teacher"),
         ("--target", "logits", "target"),
     ):

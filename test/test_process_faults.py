@@ -3,6 +3,7 @@
 import errno
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -14,11 +15,11 @@ import numpy as np
 import pytest
 
 import process
-from model import journal
-from model import run as model_run
-from model.files import RunFiles
-from model.overlay import DOUBT
+from model.drawing.overlay import DOUBT
+from model.pipeline.case_runner import Stopped, StopRequest
 from model.predictor import EngineError
+from model.results import journal
+from model.results.files import RunFiles
 from test.image_files import dicom
 from test.runs import (
     ANGLE,
@@ -269,30 +270,43 @@ def test_a_job_of_dicom_files_with_and_without_suffix(tmp_path: Path) -> None:
     assert result.status == 0 and [e["frame"] for e in result.results["cases"]] == [0, 1, 2]
 
 
-def test_stop_between_the_frames_of_a_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stop_between_the_frames_of_a_job(tmp_path: Path) -> None:
     volume(job(tmp_path / "in") / "a.mha", np.stack([made(k) for k in range(4)]))
     predictor = predictor_at([(40, 20), (20, 22), (45, 40)])
-    real, signals = predictor.run, []
+    real, stop, frames = predictor.run, StopRequest(), []
 
     def signalled(network_input: np.ndarray) -> np.ndarray:
-        signals.append(15)
+        frames.append(network_input)
+        stop.signal = 15  # a second request would end the tests
         return real(network_input)
 
     predictor.run = signalled
-    monkeypatch.setattr(model_run, "STOPPED_BY", signals)
-    result = run(tmp_path / "in", tmp_path / "out", predictor=predictor)
-    assert result.status == 143 and len(signals) == 1
+    result = run(tmp_path / "in", tmp_path / "out", predictor=predictor, stop=stop)
+    assert result.status == 143 and len(frames) == 1
     assert "stopped by SIGTERM after 0 of 1 cases" in result.sentence
     assert not {POINTS, ANGLE, "results.json"} & {*tree(result.folder)}
 
 
-def test_stop_during_the_last_case_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stop_during_the_last_case_is_none(tmp_path: Path) -> None:
     png(tmp_path / "in" / "a.png")
     predictor = predictor_at([(40, 20), (20, 22), (45, 40)])
-    real, signals = predictor.run, []
-    predictor.run = lambda network_input: signals.append(15) or real(network_input)
-    monkeypatch.setattr(model_run, "STOPPED_BY", signals)
-    assert run(tmp_path / "in", tmp_path / "out", predictor=predictor).status == 0
+    real, stop = predictor.run, StopRequest()
+    predictor.run = lambda network_input: stop.request(15) or real(network_input)
+    assert run(tmp_path / "in", tmp_path / "out", predictor=predictor, stop=stop).status == 0
+    assert stop.signal == 15
+
+
+def test_the_second_signal_ends_the_process_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[int] = []
+    monkeypatch.setattr("os._exit", ended.append)
+    stop = StopRequest()
+    stop.raise_if_asked()
+    stop.request(signal.SIGTERM)
+    assert stop.signal == signal.SIGTERM and not ended
+    with pytest.raises(Stopped):
+        stop.raise_if_asked()
+    stop.request(signal.SIGINT)
+    assert ended == [130]
 
 
 def test_nobody_listens(tmp_path: Path) -> None:
@@ -322,7 +336,9 @@ def test_streams_that_take_nothing(tmp_path: Path, streams: str) -> None:
 def test_an_error_that_nobody_foresaw(tmp_path: Path) -> None:
     """Python's own exit status would be that of a run that answered all other cases."""
     png(tmp_path / "in" / "a.png")
-    command = changed(tmp_path, "import model.run; model.run.run = lambda *_: 1 / 0")
+    command = changed(
+        tmp_path, "import model.pipeline.batch; model.pipeline.batch.run = lambda *_: 1 / 0"
+    )
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, check=False)
     assert ran.returncode == 2 and b"\nZeroDivisionError: " in ran.stderr
     with Path("/dev/full").open("w") as full:

@@ -12,8 +12,8 @@ from onnx import numpy_helper
 
 import process
 from export import quantise, rewrites
-from export.half import widened
-from export.to_onnx import converted
+from export.conversion import converted
+from export.rewrites import widened
 from model.network import UNetConfig, build_network
 from model.predictor import load_predictor
 from test.phantom import phantom

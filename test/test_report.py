@@ -15,14 +15,14 @@ import numpy as np
 import pytest
 
 from model.anatomy import LANDMARKS, angle_of_progression
-from model.answer import unmarked
-from model.files import RunFiles, write_bytes, write_results
+from model.drawing.overlay import png as encoded
+from model.drawing.page import escape, page
+from model.drawing.report import doubt_key, write_report
 from model.frame import Geometry
-from model.image import GreyFrame
-from model.outputs import CaseEntry, Loop, Results, named
-from model.overlay import png as encoded
-from model.page import escape, page
-from model.report import doubt_key, write_report
+from model.images.source import GreyFrame
+from model.pipeline.case_runner import plain_picture
+from model.results.files import RunFiles, write_bytes, write_results
+from model.results.schemas import CaseEntry, Loop, Results, named
 from test.browser import PHONE, complaints, overflowing, resize
 from test.runs import job, load, made, png, run, volume
 from training.cases import read_cases
@@ -207,7 +207,7 @@ def test_order_of_doubt() -> None:
 def test_picture_has_square_pixels_and_loses_none() -> None:
     def size(width: int, height: int, spacing: tuple[float, float] | None) -> tuple[int, ...]:
         pixels = np.full((height, width), 300.0, np.float32)
-        picture = unmarked(GreyFrame(pixels, None, 0, Geometry(spacing)))
+        picture = plain_picture(GreyFrame(pixels, None, 0, Geometry(spacing)))
         assert (picture == 255).all()
         return picture.shape
 
@@ -638,7 +638,7 @@ def test_a_report_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Mon
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("model.run.write_report", full)
+    monkeypatch.setattr("model.pipeline.batch.write_report", full)
     png(tmp_path / "in" / "a.png")
     found = run(tmp_path / "in", tmp_path / "out", "--report", "--no-overlay")
     assert found.status == 2 and load(tmp_path / "out" / "results.json")["answered"] == 1

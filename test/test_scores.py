@@ -13,14 +13,20 @@ import numpy as np
 import pytest
 
 from model.anatomy import LANDMARKS, angle_of_progression
-from model.image import open_image
+from model.images.source import open_image
 from test.conftest import ROOT
 from test.runs import job as input_job
 from test.runs import load, made, run, volume
 from training import evaluate
-from training.answers import ScoresError, View, by_name, stem_of, view_of_image
 from training.cases import Case, write_cases
-from training.jobs import MOST_BYTES
+from training.jobs import (
+    MOST_BYTES,
+    PixelGrid,
+    ScoresError,
+    by_name,
+    pixel_grid_of,
+    stem_of,
+)
 
 POINTS = np.array([[60.0, 20.0], [20.0, 30.0], [90.0, 60.0]])
 WIDTH, HEIGHT = 128, 96  # so that 1 px is 4 px at 512
@@ -439,7 +445,7 @@ def test_a_truth_of_frames_is_refused(truth, jobs, capsys):
 def test_an_image_that_cannot_be_read_is_named(truth):
     (truth / "images/a.png").write_bytes(b"no image")
     with pytest.raises(ScoresError, match=r"images/a\.png: "):
-        view_of_image(truth / "images", Case("a.png", POINTS, 90.0))
+        pixel_grid_of(truth / "images", Case("a.png", POINTS, 90.0))
 
 
 def test_scoring_jobs_needs_only_what_its_container_installs():
@@ -530,6 +536,6 @@ def test_what_process_answers_to_a_job_scores_as_its_results_say(tmp_path, truth
     assert load(tmp_path / "out" / "metrics.json")["aggregates"]["cases"] == 1
 
 
-def test_a_view_is_as_the_file_says(truth):
-    view = view_of_image(truth / "images", Case("b.png", POINTS, 0.0))
-    assert view == View(WIDTH, HEIGHT)
+def test_a_pixel_grid_is_as_the_file_says(truth):
+    grid = pixel_grid_of(truth / "images", Case("b.png", POINTS, 0.0))
+    assert grid == PixelGrid(WIDTH, HEIGHT)

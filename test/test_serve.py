@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from model.serve import application
+from model.pipeline.server import application
 from test.runs import ANGLE, POINTS, job, load, made, png, tree, volume
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -177,8 +177,8 @@ def test_a_job_that_outlasts_the_stop_is_answered(tmp_path: Path) -> None:
     """The server's own end waits for 5 s; a client that waits in line is told."""
     code = (
         "import os, time, process\n"
-        "process.run = lambda *_: (time.sleep(7), (0, ''))[1]; process.cases_of = lambda args: []\n"
-        "process.loaded = lambda *_: None; os._exit(process.main())"
+        "process.run = lambda *_: (time.sleep(7), (0, ''))[1]; process.cases_of = lambda _: []\n"
+        "process.load_model = lambda *_: None; os._exit(process.main())"
     )
     server = Server(tmp_path, [sys.executable, "-c", code])
     server.output.mkdir()

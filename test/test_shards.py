@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from model.files import OutputError
-from model.shards import Shard, merge, parse_shard
+from model.pipeline.shards import Shard, merge, parse_shard
+from model.results.files import OutputError
 from test.runs import made, png, run, tree
 
 FILES = [f"a/{k}.png" for k in range(1000)] + ["ü\\xff.png", "line\nbreak.png"]

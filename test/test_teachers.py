@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import save_file
 
 from test.beit_file import USFM, beit_tensors
-from training.beit import read_beit, resize_tables
 from training.checkpoint import CheckpointError
 from training.teachers import Beit, load_teacher
+from training.transfer import read_beit, resize_tables
 
 GRID, PATCH, HEADS, WIDTH = 5, 4, 3, 24
 
@@ -188,7 +188,7 @@ def test_wrong_files_are_refused_with_what_did_not_fit(tmp_path, tensors, told):
 
 def test_files_that_are_no_weights_are_refused(tmp_path):
     (tmp_path / "text.pth").write_text("weights")
-    with pytest.raises(CheckpointError, match="no file of plain tensors"):
+    with pytest.raises(CheckpointError, match="not a file of plain tensors"):
         load_teacher(f"usfm:{tmp_path / 'text.pth'}", GRID)
     code = saved(tmp_path / "code.pth", {"model": beit_tensors(), "config": Path("run.yaml")})
     with pytest.raises(CheckpointError, match="save its state dict alone"):

@@ -16,7 +16,6 @@ from test.beit_file import beit_tensors
 from test.phantom import phantom
 from test.test_fit import TINY
 from training import fit, pretrain
-from training.beit import read_beit
 from training.cases import Case, write_cases
 from training.checkpoint import CheckpointError
 from training.mae import load_mae, resize_positions
@@ -24,6 +23,7 @@ from training.teachers import Beit
 from training.transfer import (
     imagenet_into_encoder,
     mae_into_bottleneck,
+    read_beit,
     start_pretrained,
     usfm_into_bottleneck,
 )

@@ -14,7 +14,7 @@ from model.uncertainty import (
     expected_errors,
     interval_deg,
 )
-from training.error_model import RIDGE, conformal_quantile, crossed, fit_error_model
+from training.calibrate import RIDGE, conformal_quantile, crossed, fit_error_model
 
 POINTS = np.array([[250.0, 100.0], [120.0, 160.0], [330.0, 310.0]])  # px at 512
 CODEC = HeatmapCodec(48, 64, 2.0)

@@ -8,7 +8,7 @@ import pytest
 import SimpleITK as sitk
 
 from model.frame import IDENTITY, Geometry
-from model.image import GreyFrame, ImageError, open_image
+from model.images.source import GreyFrame, ImageError, open_image
 from test.image_files import (
     GREY,
     RGB,

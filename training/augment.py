@@ -32,15 +32,17 @@ def augment(
     size = image.shape[0]
     if style is not None and rng.random() < settings.style:
         image = mix_amplitudes(image, style, rng.uniform(0.0, 1.0), settings.style_band)
-    matrix = _affine(size, settings, rng)
-    bend = _bend(size, settings.elastic, rng) if settings.elastic else np.zeros((size, size, 2))
+    matrix = _draw_affine(size, settings, rng)
+    bend = (
+        _draw_bend(size, settings.elastic, rng) if settings.elastic else np.zeros((size, size, 2))
+    )
     sources = _sources(matrix, bend)
-    image = cv2.remap(image, sources, None, cv2.INTER_LINEAR)
-    points = _bent(points @ matrix[:, :2].T + matrix[:, 2], bend)
+    image = _resample(image, sources, cv2.INTER_LINEAR)
+    points = _bend_points(points @ matrix[:, :2].T + matrix[:, 2], bend)
     if mask is not None:
-        mask = np.asarray(cv2.remap(mask, sources, None, cv2.INTER_NEAREST), np.uint8)
+        mask = np.asarray(_resample(mask, sources, cv2.INTER_NEAREST), np.uint8)
         if settings.elastic:
-            points = _fitted_anew(mask, points)
+            points = _refit_landmarks(mask, points)
     return _change_grey(image.astype(np.float32), settings, rng), mask, points
 
 
@@ -66,11 +68,12 @@ def mix_amplitudes(image: np.ndarray, style: np.ndarray, share: float, band: flo
     return np.clip(mixed, 0.0, 255.0).astype(np.float32)
 
 
-def _affine(size: int, settings: Augmentation, rng: np.random.Generator) -> Floats:
+def _draw_affine(size: int, settings: Augmentation, rng: np.random.Generator) -> Floats:
     """(2, 3) matrix from old to new input px, about the frame's centre."""
     centre = (size - 1) / 2
     angle = rng.uniform(-settings.rotation_deg, settings.rotation_deg)
-    matrix = cv2.getRotationMatrix2D((centre, centre), angle, rng.uniform(*settings.scale))
+    turn = cv2.getRotationMatrix2D((centre, centre), angle, rng.uniform(*settings.scale))
+    matrix: Floats = np.asarray(turn)
     if settings.stretch:
         axis = rng.uniform(0.0, np.pi)
         along = np.array([np.cos(axis), np.sin(axis)])
@@ -82,7 +85,7 @@ def _affine(size: int, settings: Augmentation, rng: np.random.Generator) -> Floa
     return matrix
 
 
-def _bend(size: int, amount: float, rng: np.random.Generator) -> np.ndarray:
+def _draw_bend(size: int, amount: float, rng: np.random.Generator) -> np.ndarray:
     """(size, size, 2) smooth displacements, of standard deviation amount * size at 4 x 4 nodes."""
     nodes = rng.normal(0.0, amount * size, (4, 4, 2)).astype(np.float32)
     return np.asarray(cv2.resize(nodes, (size, size), interpolation=cv2.INTER_CUBIC))
@@ -93,19 +96,27 @@ def _sources(matrix: Floats, bend: np.ndarray) -> np.ndarray:
     size = len(bend)
     new = np.stack(np.meshgrid(np.arange(size), np.arange(size)), axis=-1) + bend
     back = cv2.invertAffineTransform(matrix)
-    return (new @ back[:, :2].T + back[:, 2]).astype(np.float32)
+    return np.asarray(new @ back[:, :2].T + back[:, 2], np.float32)
 
 
-def _bent(points: Floats, bend: np.ndarray) -> Floats:
+def _resample(
+    image: np.ndarray, sources: np.ndarray, way: int, border: int = cv2.BORDER_CONSTANT
+) -> np.ndarray:
+    """An image's values at (rows, columns, 2) positions, float32 (x, y)."""
+    found = cv2.remap(image, sources, None, way, None, border)  # type: ignore[call-overload]
+    return np.asarray(found)
+
+
+def _bend_points(points: Floats, bend: np.ndarray) -> Floats:
     """Where points come to lie: q with q + bend(q) = p, by fixed-point iteration."""
     found = points
     for _ in range(20):
         at = found.astype(np.float32)[None]
-        found = points - cv2.remap(bend, at, None, cv2.INTER_LINEAR, None, cv2.BORDER_REPLICATE)[0]
+        found = points - _resample(bend, at, cv2.INTER_LINEAR, cv2.BORDER_REPLICATE)[0]
     return np.asarray(found)
 
 
-def _fitted_anew(mask: np.ndarray, points: Floats) -> Floats:
+def _refit_landmarks(mask: np.ndarray, points: Floats) -> Floats:
     """The landmarks of a bent mask: a bend keeps neither axes nor tangents.
 
     Those of a mask that the frame cuts, or that has none, stay the bent points.

@@ -3,9 +3,9 @@
     python -m training.average FIRST.safetensors SECOND.safetensors ... --output MEAN.safetensors
 
 Fine-tunings of one network lie in one basin of the loss: the mean of their weights costs no time to
-run and often errs less than each (Wortsman et al. 2022, model soups). Of trainings that began apart
-it is worthless: measure it on split val, with training.evaluate, before you use it. The description
-is the first file's; its calibration and figures are not, so calibrate anew.
+run and often errs less than each (Wortsman et al. 2022, model soups). The mean of trainings that
+began apart is worthless. Measure it on split val, with training.evaluate, before you use it. The
+description is the first file's, without its calibration and figures: calibrate anew.
 """
 
 import argparse
@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from model.network import without_view_head
 from training.checkpoint import CheckpointError, load_weights, save_weights
 
 
@@ -44,8 +45,7 @@ def average(files: Sequence[Path], output: Path) -> None:
     """
     loaded = [load_weights(file) for file in files]
     _, described = loaded[0]
-    plain = {"view_channels": 0} if hasattr(described.network, "view_channels") else {}
-    networks = [checkpoint.network.model_copy(update=plain) for _, checkpoint in loaded]
+    networks = [without_view_head(checkpoint.network) for _, checkpoint in loaded]
     for file, network in zip(files, networks, strict=True):
         if network != networks[0]:
             raise CheckpointError(f"{file} is of another network than {files[0]}: no mean of them")
@@ -56,7 +56,7 @@ def average(files: Sequence[Path], output: Path) -> None:
         if not name.startswith("view.")
     }
     known = any(checkpoint.spec.val_trained for _, checkpoint in loaded)
-    unknown = {"calibration": None, "metrics": {}, "val_trained": known}
+    unknown: dict[str, object] = {"calibration": None, "metrics": {}, "val_trained": known}
     spec = described.spec.model_copy(update=unknown)
     save_weights(output, mean, described.model_copy(update={"network": networks[0], "spec": spec}))
     print(f"the mean of {len(files)} weights: {output}")

@@ -8,16 +8,18 @@ the angle's 90 % interval; with --others it first trains a view head on split tr
 of it, and images of other views. The thresholds of doubt are set so that at most --doubted of val
 is doubtful. The landmarks change with --mask-share alone. Then export: python -m export.to_onnx.
 
-Val should not have trained the model, nor chosen between many: then the errors come out too small.
-For weights that val trained too (training.fit --all), --folds FOLDS fits errors and interval on the
-answers of the cross-validation of the same recipe (training.folds), each of a network that had not
-seen the case; those networks saw fewer images, so that the errors come out somewhat too large.
+Val should not have trained the model, nor chosen between many: the errors would come out too small.
+It needs 20 cases or more. For weights that val trained too (training.fit --all), or with a smaller
+val, pass --folds FOLDS. Errors and interval are then fitted on the answers of the cross-validation
+of the same recipe (training.folds). Each is of a network that had not seen the case, and that saw
+fewer images, so that the errors come out somewhat too large.
 """
 
 import argparse
 import contextlib
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,26 +28,46 @@ import torch
 from tqdm import tqdm
 
 from model.anatomy import Floats
-from model.network import TransUNet, build_network
+from model.network import TransUNet, TransUNetConfig, build_network, without_view_head
 from model.predictor import Prediction, Predictor
-from model.spec import ModelSpec
-from model.uncertainty import QUANTITIES, Calibration
-from training.cases import Case, CaseError, read_cases
+from model.spec import MaskShares, ModelSpec
+from model.uncertainty import QUANTITIES, Calibration, ErrorModel
+from training.cases import Case, CaseError, count_splits, read_cases, require_images
 from training.checkpoint import Checkpoint, CheckpointError, load_weights, save_weights
 from training.data import read_grey
-from training.doubt import files_of
-from training.error_model import PARTS, conformal_quantile, crossed, fit_error_model
-from training.folds import kept_out, mask_shares
 from training.metrics import case_errors, mean_errors
-from training.predict import CasePrediction, answer_of, torch_predictor
+from training.predict import CasePrediction, answer_of, kept_out, torch_predictor
+from training.recipes import mask_shares
+from training.sources import images_matching
 from training.view import train_view_head
 
 LEVEL = 0.9
 VIEW_CHANNELS = 16
+PARTS = 10  # of the cases, in `crossed`
+RIDGE = 5.0  # cases' worth of pull towards 'the terms say nothing', for standardised terms
 
 
-class Judged(NamedTuple):
-    """A case with its label, what a network found, and what that says."""
+@dataclass(frozen=True)
+class CalibrateOptions:
+    """The command line.
+
+    others: a folder and perhaps a pattern of file names. mask_share: None keeps the weights' own.
+    doubted: the share of val that may be doubtful, 0 to below 1.
+    """
+
+    weights: Path
+    data: Path
+    images: Path
+    output: Path
+    others: Sequence[str] | None
+    mask_share: MaskShares | None
+    folds: Path | None
+    doubted: float
+    seed: int
+
+
+class CaseAnswer(NamedTuple):
+    """A labelled case, what a network found in its image, and the answer that this gives."""
 
     case: Case
     found: Prediction
@@ -54,57 +76,89 @@ class Judged(NamedTuple):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status."""
-    args = _parser().parse_args(arguments)
+    options = CalibrateOptions(**vars(_parser().parse_args(arguments)))
     try:
-        calibrate(args)
+        calibrate(options)
     except (CaseError, CheckpointError, ValueError, OSError) as error:
         print(f"training.calibrate: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-def calibrate(args: argparse.Namespace) -> None:
-    """Write the calibrated weights."""
-    network, checkpoint = load_weights(args.weights)
-    share = checkpoint.spec.mask_share if args.mask_share is None else args.mask_share
+def calibrate(options: CalibrateOptions) -> None:
+    """Write the calibrated weights.
+
+    Raises:
+        CaseError, CheckpointError, ValueError, OSError: table, images or weights cannot be used.
+    """
+    network, checkpoint = load_weights(options.weights)
+    share = checkpoint.spec.mask_share if options.mask_share is None else options.mask_share
     plain = {"calibration": None, "doubt_below": 0.0, "mask_share": share}
     spec = checkpoint.spec.model_copy(update=plain)
-    if spec.val_trained and not args.folds:
-        raise CheckpointError(f"split val trained {args.weights}: give the answers of --folds")
-    cases = read_cases(args.data)
+    if spec.val_trained and not options.folds:
+        raise CheckpointError(f"split val trained {options.weights}: give the answers of --folds")
+    cases = read_cases(options.data)
+    require_enough(cases, options)
     val = [case for case in cases if case.split == "val"]
-    if len(val) < 2 * PARTS:
-        raise CaseError(f"{args.data}: expected {2 * PARTS} cases of split val, got {len(val)}")
-    if len({case.group or case.file for case in val}) < 2:
-        raise CaseError(f"{args.data}: expected several groups in split val, all cases are of one")
-    args.output.parent.mkdir(parents=True, exist_ok=True)
+    train = [case for case in cases if case.split == "train"]
+    seen = [*val, *train] if options.others or options.folds else val
+    require_images(seen, options.images, options.data)
+    options.output.parent.mkdir(parents=True, exist_ok=True)
     config = checkpoint.network
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if args.others:
-        train = [case for case in cases if case.split == "train"]
-        if not isinstance(network, TransUNet) or not train:
-            raise CaseError("--others needs a transunet, and cases of split train")
-        config = config.model_copy(update={"view_channels": VIEW_CHANNELS})
+    if options.others:
+        if not (
+            isinstance(network, TransUNet) and isinstance(config, TransUNetConfig) and train and val
+        ):
+            raise CaseError("--others needs a transunet, and cases of split train and val")
+        config = replace(config, view_channels=VIEW_CHANNELS)
         network = with_view_head(network, build_network(config, checkpoint.masks)).to(device)
-        others = files_of(args.others)
-        train_view_head(network, spec, train, args.images, others, args.seed)
-    of_val = judge(torch_predictor(network.to(device), spec, device), val, args.images)
-    judged = of_folds(args, checkpoint, spec, device) if args.folds else of_val
+        others = images_matching(options.others)
+        train_view_head(network, spec, train, options.images, others, options.seed)
+    predictor = torch_predictor(network.to(device), spec, device)
+    of_val = answer_cases(predictor, val, options.images)
+    answers = of_val
+    if options.folds:
+        answers = answer_folds(options.folds, options, checkpoint, spec, device)
     views = np.sort([one.found.view_score for one in of_val if one.found.view_score is not None])
-    found = calibration_of(judged, shares_of_doubt(judged, args.doubted, len(views) > 0)[0])
-    if len(views):
-        below = shares_of_doubt(of_val, args.doubted, True)[1]
+    found = calibration_of(answers, shares_of_doubt(answers, options.doubted, len(views) > 0)[0])
+    if len(views) and isinstance(network, TransUNet):
+        below = shares_of_doubt(of_val, options.doubted, True)[1]
         score = centre_view_score(network, _between(views, below))
         found = found.model_copy(update={"view_below": score})
     spec = spec.model_copy(update={"calibration": found})
-    if args.folds:
-        errors = mean_errors([one.answer for one in judged], [one.case for one in judged])
+    if options.folds:
+        errors = mean_errors([one.answer for one in answers], [one.case for one in answers])
         names = ("folds_mre_px", "folds_aop_error_deg")
         metrics = {name: round(value, 3) for name, value in zip(names, errors, strict=True)}
         spec = spec.model_copy(update={"metrics": metrics})
     described = Checkpoint(network=config, masks=checkpoint.masks, spec=spec)
-    save_weights(args.output, network.state_dict(), described)
-    print(f"{args.weights} -> {args.output}: {spec.calibration}")
+    save_weights(options.output, network.state_dict(), described)
+    print(f"{options.weights} -> {options.output}: {spec.calibration}")
+
+
+def require_enough(cases: Sequence[Case], options: CalibrateOptions) -> None:
+    """Refuse a table whose cases to calibrate on are too few, or all of one group.
+
+    These are the cases of val, with --folds those of train too.
+
+    Raises:
+        CaseError: says what to do instead.
+    """
+    splits = ("train", "val") if options.folds else ("val",)
+    chosen = [case for case in cases if case.split in splits]
+    if len(chosen) < 2 * PARTS:
+        raise CaseError(
+            f"{options.data}: expected at least {2 * PARTS} cases of split {' and '.join(splits)}, "
+            f"the table has {count_splits(cases)}; give val more cases and train again, or pass "
+            "--folds with a run of training.folds, which calibrates on train and val together; or "
+            "export the weights as they are, and the model states no interval and no expected error"
+        )
+    if len({case.group or case.file for case in chosen}) < 2:
+        raise CaseError(
+            f"{options.data}: expected several groups in split {' and '.join(splits)}, all cases "
+            f"are of group {chosen[0].group}; label cases of other patients, or correct the groups"
+        )
 
 
 def with_view_head(network: TransUNet, other: torch.nn.Module) -> TransUNet:
@@ -116,49 +170,57 @@ def with_view_head(network: TransUNet, other: torch.nn.Module) -> TransUNet:
     return other
 
 
-def centre_view_score(network: torch.nn.Module, threshold: float) -> float:
+def centre_view_score(network: TransUNet, threshold: float) -> float:
     """Shift the view head's logits so that its threshold is the score of 0.5, and return that."""
-    last = next(layer for layer in reversed(network.view.judge) if hasattr(layer, "bias"))
+    assert network.view is not None
+    last = next(one for one in reversed(network.view.judge) if isinstance(one, torch.nn.Linear))
     with torch.no_grad():
-        last.bias -= float(np.log(threshold / (1 - threshold)))
+        last.bias.sub_(float(np.log(threshold / (1 - threshold))))
     return 0.5
 
 
-def judge(predictor: Predictor, cases: Sequence[Case], images: Path) -> list[Judged]:
-    """What a network says of cases with labels."""
-    judged = []
+def answer_cases(predictor: Predictor, cases: Sequence[Case], images: Path) -> list[CaseAnswer]:
+    """What a network says of labelled cases."""
+    answers = []
     for case in tqdm(cases, "answers", leave=False):
         grey, pixel_shape = read_grey(images / case.file, case.frame)
         found = predictor.predict(grey, pixel_shape)
         answer = answer_of(found, grey.shape, pixel_shape, predictor.spec)
-        judged.append(Judged(case, found, answer))
-    return judged
+        answers.append(CaseAnswer(case, found, answer))
+    return answers
 
 
-def of_folds(
-    args: argparse.Namespace, checkpoint: Checkpoint, spec: ModelSpec, device: torch.device
-) -> list[Judged]:
-    """What the networks of a cross-validation say of the cases that each has not seen."""
-    without_view = {"view_channels": 0}
-    judged = []
-    for network, other, cases in kept_out(args.folds):
-        configs = (one.network.model_copy(update=without_view) for one in (checkpoint, other))
-        if len(set(configs)) > 1:
-            raise CheckpointError(f"{args.folds} holds another network than {args.weights}")
-        judged += judge(torch_predictor(network.to(device), spec, device), cases, args.images)
-    return judged
+def answer_folds(
+    folds: Path,
+    options: CalibrateOptions,
+    checkpoint: Checkpoint,
+    spec: ModelSpec,
+    device: torch.device,
+) -> list[CaseAnswer]:
+    """What the networks of a cross-validation say of the cases that each has not seen.
+
+    Raises:
+        CheckpointError: their network is not that of the weights.
+    """
+    answers = []
+    for network, other, cases in kept_out(folds):
+        if without_view_head(checkpoint.network) != without_view_head(other.network):
+            raise CheckpointError(f"{folds} holds another network than {options.weights}")
+        predictor = torch_predictor(network.to(device), spec, device)
+        answers += answer_cases(predictor, cases, options.images)
+    return answers
 
 
-def calibration_of(judged: Sequence[Judged], above: int) -> Calibration:
+def calibration_of(answers: Sequence[CaseAnswer], above: int) -> Calibration:
     """The calibration that these cases give, which must not have trained the network.
 
     Args:
         above: so many of them are to be doubtful for their expected error.
     """
-    cases = [one.case for one in judged]
-    radial, aop = case_errors([one.answer for one in judged], cases)
+    cases = [one.case for one in answers]
+    radial, aop = case_errors([one.answer for one in answers], cases)
     errors = np.column_stack([radial, aop])
-    terms = np.array([one.found.terms for one in judged])
+    terms = np.array([one.found.terms for one in answers])
     models = {name: fit_error_model(terms[:, k], errors[:, k]) for k, name in enumerate(QUANTITIES)}
     ratios = aop / crossed(terms[:, 3], aop, [case.group or case.file for case in cases])
     expected = models["AoP"].expected(terms[:, 3])
@@ -170,13 +232,13 @@ def calibration_of(judged: Sequence[Judged], above: int) -> Calibration:
     )
 
 
-def shares_of_doubt(judged: Sequence[Judged], doubted: float, view: bool) -> tuple[int, int]:
+def shares_of_doubt(answers: Sequence[CaseAnswer], doubted: float, view: bool) -> tuple[int, int]:
     """How many cases may be doubted for their expected error, and how many for their view.
 
     Together they are what the implausible ones, doubted anyway, leave of the share.
     """
-    odd = sum(bool(one.answer.reasons) for one in judged)
-    allowed = max(0, int(doubted * len(judged)) - odd)
+    odd = sum(bool(one.answer.reasons) for one in answers)
+    allowed = max(0, int(doubted * len(answers)) - odd)
     of_view = (allowed + 1) // 2 if view else 0
     return allowed - of_view, of_view
 
@@ -192,6 +254,70 @@ def _between(scores: Floats, below: int) -> float:
 def _above(errors: Floats, above: int) -> float:
     """A threshold with so many of the errors, sorted from the largest, above it."""
     return float(errors[: above + 1][-2:].mean()) if above else float(errors[0] * 1.01)
+
+
+def fit_error_model(terms: Floats, errors: Floats) -> ErrorModel:
+    """The model of the expected error: a gamma regression with logarithmic link, and a ridge.
+
+    Fitted by reweighted least squares (McCullagh and Nelder 1989, 2.5), whose weights are all 1
+    here. A term by which the error would fall is left out: doubt never makes an answer better.
+
+    Args:
+        terms: (n, 2) as of `model.uncertainty.evidence`. errors: (n,), not negative.
+    """
+    errors = np.maximum(errors, 1e-3)
+    known = [column[np.isfinite(column)] for column in terms.T]
+    limits = np.array([[c.min(), c.max()] if len(c) else [0.0, 0.0] for c in known]).T
+    terms = np.clip(terms, *limits)
+    mean, deviation = terms.mean(axis=0), terms.std(axis=0)
+    used = deviation > 0
+    slopes = np.zeros(2)
+    while True:
+        x = np.column_stack([np.ones(len(terms)), ((terms - mean) / np.where(used, deviation, 1))])
+        x = x[:, [True, *used]]
+        pull = np.diag([0.0, *[RIDGE] * used.sum()])
+        weights = np.array([np.log(errors.mean()), *[0.0] * used.sum()])
+        for _ in range(50):
+            expected = np.exp(x @ weights)
+            working = x @ weights + (errors - expected) / expected
+            weights = np.linalg.solve(x.T @ x + pull, x.T @ working)
+        slopes[:] = 0
+        slopes[used] = weights[1:]
+        if (slopes >= 0).all():
+            break
+        used &= slopes > 0
+    slopes = np.where(used, slopes / np.where(used, deviation, 1), 0.0)
+    offset = float(weights[0] - slopes @ mean)
+    disagreement, spread = limits.T.tolist()
+    return ErrorModel(
+        weights=(offset, float(slopes[0]), float(slopes[1])),
+        limits=((disagreement[0], disagreement[1]), (spread[0], spread[1])),
+    )
+
+
+def crossed(terms: Floats, errors: Floats, groups: Sequence[str]) -> Floats:
+    """(n,) expected errors, each from a model that its own group of cases was kept out of."""
+    names = sorted(set(groups))
+    fold_of = dict(
+        zip(names, np.random.default_rng(0).permutation(len(names)) % PARTS, strict=True)
+    )
+    folds = np.array([fold_of[group] for group in groups])
+    expected = np.empty(len(errors))
+    for fold in np.unique(folds):
+        rest = folds != fold
+        expected[~rest] = fit_error_model(terms[rest], errors[rest]).expected(terms[~rest])
+    return expected
+
+
+def conformal_quantile(scores: Floats, level: float) -> float:
+    """The score that a new one stays below with this probability (Vovk et al. 2005).
+
+    The ceil(level (n + 1))-th smallest of n.
+    """
+    rank = int(np.ceil(level * (len(scores) + 1)))
+    if rank > len(scores):
+        raise ValueError(f"{len(scores)} cases are too few for an interval of {level:.0%}")
+    return float(np.sort(scores)[rank - 1])
 
 
 def _share(text: str) -> float:
@@ -212,12 +338,18 @@ def _parser() -> argparse.ArgumentParser:
     add("--data", type=Path, required=True, help="case table with the labels (CSV)")
     add("--images", type=Path, required=True, help="folder of its images")
     add("--output", type=Path, required=True, help="the .safetensors to write")
-    others_help = "images of other views; a pattern of their names"
+    others_help = "images of other views: a folder, and a pattern of names if not all of it"
     add("--others", nargs="+", metavar="DIR [PATTERN]", help=others_help)
-    share = "of the masks' landmarks in the answer, for all or as 0.3,0.1,0.6 (the weights' own)"
+    share = "masks' share in the answer: one number, or three as 0.3,0.1,0.6 (the weights' own)"
     add("--mask-share", type=mask_shares, metavar="SHARE", help=share)
-    add("--folds", type=Path, help="of training.folds: errors are of its answers, not of val")
-    add("--doubted", type=_share, default=0.02, metavar="SHARE", help="of val (%(default)s)")
+    add("--folds", type=Path, help="run of training.folds whose answers replace those of val")
+    add(
+        "--doubted",
+        type=_share,
+        default=0.02,
+        metavar="SHARE",
+        help="share of val to doubt (%(default)s)",
+    )
     add("--seed", type=int, default=1, help="seed of the view head (%(default)s)")
     return parser
 

@@ -1,17 +1,33 @@
 """Case tables: the one reader and writer of the CSV files that hold landmarks.
 
-Read are our own cases.csv and landmarks.csv (Filename, PS1, PS2, FH1, AoP, and where they have
-them split, device, group, Frame) and the tables of IUGC 2025: the training one with the same
-columns, and landmarks_data.csv, whose FH1 is called "AOP Tangency" and whose angles stand in
-aop_results.csv beside it. Points are "(x, y)" in px, angles in degrees. Columns are found whatever
+A case table is a CSV file in UTF-8: commas between the columns, a header line, then one row for
+each image, or for each frame of a stack. Its columns, the last five of which may be missing:
+
+    Filename  path of the image below the folder of images, suffix included: site1/0001.png
+    PS1       point "(x, y)" in px, with the quotes because of its comma: "(131.5, 82)"
+    PS2, FH1  likewise
+    AoP       degrees, 0 to 180; an empty cell, or no column: computed from the points
+    split     train (trained on), val (chooses the best epoch, and calibrates) or test (measured
+              only); an empty cell: not used where a split is asked for
+    group     patient or examination, any text; a split that is drawn keeps a group together
+    device    ultrasound machine, any text; figures are given for each
+    Frame     number of the frame in a stack or clip, from 0
+
+x grows to the right and y downwards. Integers are pixel centres, counted from 0: the top left
+pixel's centre is (0, 0), the bottom right one's (width - 1, height - 1). Columns are found whatever
 their case, spaces and underscores.
+
+The tables of IUGC 2025 are read too: the training one, and landmarks_data.csv, whose FH1 is called
+"AOP Tangency" and whose angles stand in aop_results.csv beside it.
 """
 
 import ast
 import csv
+import glob
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +37,7 @@ import numpy as np
 from model.anatomy import LANDMARKS, Floats, angle_of_progression
 
 ANGLES_FILE = "aop_results.csv"
+SPLITS = ("train", "val", "test")
 OPTIONAL = {"split": "split", "device": "device", "group": "group", "frame": "Frame"}
 # Of a header in lower-case letters and digits: the usual name, and what else is taken for it.
 COLUMNS = {
@@ -30,6 +47,8 @@ COLUMNS = {
     "FH1": r"fh1|.*tangency.*",
     "AoP": r"aop|(?!.*tangency).*(aop|angle).*",
 }
+
+SURPLUS = "\0"  # no column's name: where a reader puts the cells beyond the header's
 
 Row = dict[str, str]
 
@@ -46,7 +65,7 @@ class Case:
         file: the image's path below its folder.
         landmarks_px: (3, 2) float64 in the order of `Landmark`.
         aop_deg: the angle of progression as the table gives it, else computed from the landmarks.
-        split: train, val or test. device: the ultrasound machine. group: what must not be split.
+        split: train, val or test. device: the ultrasound machine. group: what a split keeps whole.
         frame: number of the frame of a stack; None for a single image.
     """
 
@@ -61,14 +80,18 @@ class Case:
 
 @dataclass(frozen=True)
 class Table:
-    """A CSV file's header and its rows with the line each ends on."""
+    """A CSV file's header and its rows with the line each ends on.
+
+    overfull: the first line with more cells than the header has; the surplus is not in `rows`.
+    """
 
     path: Path
     header: list[str]
     rows: list[tuple[int, Row]]
+    overfull: int | None = None
 
     def find(self, name: str, required: bool = True) -> str:
-        """The header of the column that goes by this name; "" where it may be missing."""
+        """The header of the column that goes by this name; "" if it is missing and may be."""
         plain = {column: _plain(column) for column in self.header}
         pattern = COLUMNS.get(name, re.escape(_plain(name)))
         found = (
@@ -79,23 +102,36 @@ class Table:
         if len(found) == 1 or not (found or required):
             return found[0] if found else ""
         raise CaseError(
-            f"{self.path}: expected one column {name}, found {found or 'none'} among "
+            f"{self.path}: expected one column {name}, found {', '.join(found) or 'none'} among "
             f"{', '.join(self.header)}"
         )
 
 
 def read_table(path: Path) -> Table:
-    """Any CSV file with a header (UTF-8, with or without a byte order mark)."""
+    """Any CSV file with a header (UTF-8, with or without a byte order mark).
+
+    Raises:
+        CaseError: the file cannot be read, or is not a CSV file.
+    """
     try:
         with path.open(newline="", encoding="utf-8-sig") as stream:
-            reader = csv.DictReader(stream, restval="")
+            reader = csv.DictReader(stream, None, SURPLUS, "", skipinitialspace=True)
             header = [column for column in reader.fieldnames or [] if column]
-            rows = [(reader.line_num, {c: row[c].strip() for c in header}) for row in reader]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise CaseError(f"{path}: cannot be read as a CSV file: {error}") from error
+            read = [(reader.line_num, row) for row in reader]
+    except OSError as error:
+        raise CaseError(f"{path}: the table cannot be read: {error.strerror}") from error
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise CaseError(
+            f"{path}: expected a CSV file in UTF-8; a spreadsheet program saves one as 'CSV UTF-8'"
+        ) from error
     if not header:
         raise CaseError(f"{path}: expected a header line with column names, the file is empty")
-    return Table(path, header, rows)
+    if len(header) == 1 and (other := re.search(r"[;\t|]", header[0])):
+        separator = {";": "semicolons", "\t": "tabs", "|": "bars"}[other[0]]
+        raise CaseError(f"{path}: expected commas between the columns, found {separator}")
+    overfull = [line for line, row in read if any(map(str.strip, row.get(SURPLUS, ())))]
+    rows = [(line, {column: row[column].strip() for column in header}) for line, row in read]
+    return Table(path, header, rows, overfull[0] if overfull else None)
 
 
 def read_cases(path: Path | str) -> list[Case]:
@@ -114,24 +150,79 @@ def read_cases(path: Path | str) -> list[Case]:
     points = {name: table.find(name) for name in LANDMARKS}
     optional = {field: table.find(name, required=False) for field, name in OPTIONAL.items()}
     file, angle = table.find("Filename"), table.find("AoP", required=False)
+    if table.overfull:
+        raise CaseError(
+            f"{path}, line {table.overfull}: the row has more cells than the header; a point is "
+            'put in quotes because of its comma: "(x, y)"'
+        )
     angles = {} if angle else _angles_beside(path)
 
     cases: dict[tuple[str, int | None], Case] = {}
     for line, row in table.rows:
         at = f"{path}, line {line}"
         if not row[file]:
-            raise CaseError(f"{at}, column {file}: expected the name of an image, got nothing")
+            raise CaseError(
+                f"{at}, column {file}: expected the name of an image, got an empty cell"
+            )
         landmarks = np.array([_point(row[points[name]], at, points[name]) for name in LANDMARKS])
         known = {field: row[column] or None for field, column in optional.items() if column}
         frame = _frame(known.pop("frame", None), at, optional["frame"])
-        given = row[angle] if angle else ""
-        aop_deg = _degrees(given, at, angle) if given else angles.get(Path(row[file]).stem)
+        if known.get("split") not in (None, *SPLITS):
+            raise CaseError(
+                f"{at}, column {optional['split']}: expected {', '.join(SPLITS)} or an empty cell, "
+                f"got {_quoted(row[optional['split']])}"
+            )
+        written = row[angle] if angle else ""
+        aop_deg = _degrees(written, at, angle) if written else angles.get(Path(row[file]).stem)
         if aop_deg is None:
             aop_deg = _computed(landmarks, at)
         if (row[file], frame) in cases:
-            raise CaseError(f"{at}, column {file}: {row[file]!r} stands in the table twice")
+            raise CaseError(
+                f"{at}, column {file}: {_quoted(row[file])} stands in the table twice, expected "
+                "one row for each image"
+            )
         cases[row[file], frame] = Case(row[file], landmarks, aop_deg, **known, frame=frame)
     return list(cases.values())
+
+
+def cases_of_split(path: Path, split: str | None) -> list[Case]:
+    """The cases of a table that have a split, or all of them.
+
+    Raises:
+        CaseError: the table cannot be read, or has no such case.
+    """
+    cases = read_cases(path)
+    chosen = [case for case in cases if split in (None, case.split)]
+    if not chosen:
+        wanted = f"cases of split '{split}'" if split else "cases"
+        raise CaseError(f"{path}: expected {wanted}, the table has {count_splits(cases)}")
+    return chosen
+
+
+def count_splits(cases: Sequence[Case]) -> str:
+    """How many cases each split has, in words: "8 of train, 2 of val and 1 of no split"."""
+    counts = Counter(case.split or "no split" for case in cases)
+    parts = [f"{counts[name]} of {name}" for name in (*SPLITS, "no split") if counts[name]]
+    return " and ".join(filter(None, [", ".join(parts[:-1]), *parts[-1:]])) or "no rows"
+
+
+def require_images(cases: Sequence[Case], images: Path, table: Path) -> None:
+    """Refuse a table whose images are not all in their folder.
+
+    Raises:
+        CaseError: names the first image that is missing, and what the folder has instead.
+    """
+    if not images.is_dir():
+        raise CaseError(f"{images} is not a folder; expected the folder of the images of {table}")
+    missing = [case.file for case in cases if not (images / case.file).is_file()]
+    if missing:
+        first = images / missing[0]
+        alike = sorted(first.parent.glob(glob.escape(Path(first.name).stem) + ".*"))
+        there = f", which has {alike[0].name}" if alike else ""
+        raise CaseError(
+            f"{len(missing)} of the {len(cases)} images of {table} are not in {images}{there}; the "
+            f"first is {missing[0]} (Filename is the path below that folder, suffix included)"
+        )
 
 
 def case_tables(folder: Path) -> list[Path]:
@@ -144,7 +235,7 @@ def case_tables(folder: Path) -> list[Path]:
 
 
 def write_cases(path: Path | str, cases: Sequence[Case]) -> None:
-    """Write cases.csv atomically; an optional column only where some case has a value."""
+    """Write a case table whole or not at all, without optional columns that no case has."""
     known = [field for field in OPTIONAL if any(getattr(c, field) is not None for c in cases)]
     rows = (
         [
@@ -182,7 +273,7 @@ def _has_landmarks(path: Path) -> bool:
 
 
 def _angles_beside(path: Path) -> dict[str, float]:
-    """File stem -> degrees from aop_results.csv beside a table, where there is one."""
+    """File stem -> degrees from aop_results.csv beside a table, if it is there."""
     beside = [other for other in path.parent.iterdir() if other.name.lower() == ANGLES_FILE]
     if not beside:
         return {}
@@ -194,13 +285,22 @@ def _angles_beside(path: Path) -> dict[str, float]:
     }
 
 
+def _quoted(cell: str) -> str:
+    """A cell's text as a message shows it."""
+    text = " ".join(cell.split())
+    return f"'{text if len(text) <= 60 else text[:57] + '...'}'" if text else "an empty cell"
+
+
 def _point(text: str, at: str, column: str) -> tuple[float, float]:
     try:
         x, y = (float(value) for value in ast.literal_eval(text))
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         x = y = math.nan
     if not (math.isfinite(x) and math.isfinite(y)):
-        raise CaseError(f'{at}, column {column}: expected a point "(x, y)" in px, got {text!r}')
+        raise CaseError(
+            f'{at}, column {column}: expected a point "(x, y)" in px, such as "(131.5, 82)", got '
+            f"{_quoted(text)}"
+        )
     return x, y
 
 
@@ -210,14 +310,16 @@ def _degrees(text: str, at: str, column: str) -> float:
     except ValueError:
         value = math.nan
     if not 0 <= value <= 180:
-        raise CaseError(f"{at}, column {column}: expected degrees from 0 to 180, got {text!r}")
+        raise CaseError(
+            f"{at}, column {column}: expected degrees from 0 to 180, got {_quoted(text)}"
+        )
     return value
 
 
 def _frame(text: str | None, at: str, column: str) -> int | None:
     if text is None or text.isdecimal():
         return None if text is None else int(text)
-    raise CaseError(f"{at}, column {column}: expected a frame's number from 0, got {text!r}")
+    raise CaseError(f"{at}, column {column}: expected a frame's number from 0, got {_quoted(text)}")
 
 
 def _computed(landmarks_px: Floats, at: str) -> float:

@@ -1,20 +1,27 @@
-"""Weights on disk: STEM.safetensors, and STEM.json to rebuild the network; loaded strictly.
+"""Weights on disk: our own files, loaded strictly, and files made elsewhere, with an account.
 
-The JSON holds the network's configuration, the number of auxiliary masks and the ModelSpec.
+Our own are STEM.safetensors, and STEM.json to rebuild the network: it holds the network's
+configuration, the number of auxiliary masks and the ModelSpec.
 """
 
 import json
+import pickle
+import re
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from model.network import NetworkConfig, build_network
 from model.spec import ModelSpec
+
+WRAPPERS = ("model", "state_dict", "module")  # keys under which others nest their tensors
 
 
 class CheckpointError(ValueError):
@@ -26,18 +33,18 @@ class Checkpoint(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    network: NetworkConfig
+    network: NetworkConfig = Field(discriminator="kind")
     masks: int
     spec: ModelSpec
 
 
-def save_weights(path: Path, state: Mapping[str, Tensor], checkpoint: Checkpoint) -> None:
-    """Write `path` (.safetensors) and the JSON beside it, each whole or not at all."""
+def save_weights(path: Path, state: Mapping[str, Tensor], described: BaseModel) -> None:
+    """Write `path` (.safetensors) and its description beside it, each whole or not at all."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     partial = path.with_suffix(".partial")
     save_file(tensors, partial)
     partial.replace(path)
-    write_text(path.with_suffix(".json"), checkpoint.model_dump_json(indent=2) + "\n")
+    write_text(path.with_suffix(".json"), described.model_dump_json(indent=2) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -81,3 +88,82 @@ def load_strictly(network: nn.Module, tensors: Mapping[str, Tensor], name: str) 
         raise CheckpointError(f"{name} does not fit the network in {len(faults)} tensors: {shown}")
     with torch.no_grad():
         network.load_state_dict(dict(tensors))
+
+
+@dataclass
+class LoadReport:
+    """What became of every tensor of a file, by its key there."""
+
+    file: str
+    used: list[str] = field(default_factory=list)
+    resized: list[str] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+    faults: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        names = dict.fromkeys(re.sub(r"\d+", "*", key) for key in self.left_out)
+        listed = f" ({', '.join(names)})" if names else ""
+        counts = f"{len(self.used)} tensors used, {len(self.resized)} resized"
+        return f"{self.file}: {counts}, {len(self.left_out)} left out{listed}"
+
+    def compare(self, found: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Note as faults what is missing from a file, or of another shape than it must have."""
+        self.faults += [f"missing {key}" for key in shapes if key not in found]
+        self.faults += [
+            f"{key} is {tuple(found[key].shape)}, expected {shape}"
+            for key, shape in shapes.items()
+            if key in found and tuple(found[key].shape) != shape
+        ]
+
+    def check(self, expected: str) -> None:
+        """Raise CheckpointError with the list of what did not fit, where something did not."""
+        if self.faults:
+            shown = "; ".join(self.faults[:8]) + ("; ..." if len(self.faults) > 8 else "")
+            raise CheckpointError(
+                f"{self.file} does not fit in {len(self.faults)} tensors, expected {expected}: "
+                f"{shown}"
+            )
+
+
+def read_tensors(path: Path, report: LoadReport) -> dict[str, Tensor]:
+    """The tensors of a .safetensors or torch file, floating ones as float32, wrappers taken off.
+
+    What else lies in the file (an epoch, an optimiser) is noted as left out.
+
+    Raises:
+        CheckpointError: no such file, or more in it than torch reads without running its code.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            found: Any = load_file(path)
+        else:
+            found = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise CheckpointError(f"expected a file of weights: {error}") from error
+    except (
+        SafetensorError,
+        pickle.UnpicklingError,
+        RuntimeError,
+        EOFError,
+        ValueError,
+        KeyError,
+    ) as error:
+        raise CheckpointError(
+            f"{path.name} is not a file of plain tensors: save its state dict alone, with "
+            f"torch.save or safetensors ({(str(error).splitlines() or ['it is empty'])[0]})"
+        ) from error
+    while isinstance(found, Mapping) and (inner := [w for w in WRAPPERS if _wraps(found, w)]):
+        report.left_out += [str(key) for key in found if key != inner[0]]
+        found = found[inner[0]]
+    if not isinstance(found, Mapping):
+        raise CheckpointError(f"{path.name}: expected tensors by name, got {type(found).__name__}")
+    report.left_out += [str(key) for key, value in found.items() if not torch.is_tensor(value)]
+    return {
+        str(key): value.float().contiguous() if value.is_floating_point() else value
+        for key, value in found.items()
+        if torch.is_tensor(value)
+    }
+
+
+def _wraps(found: Mapping[Any, Any], key: str) -> bool:
+    return isinstance(found.get(key), Mapping)

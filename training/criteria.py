@@ -92,7 +92,7 @@ def sharpness(heatmaps: Heatmaps, codec: HeatmapCodec) -> Floats:
     return values.reshape(heatmaps.shape[:-2])
 
 
-def _radius(heatmap: Floats) -> float:
+def _radius(heatmap: Heatmaps | Floats) -> float:
     """Root mean square distance, in cells, of what rises above the background from its centre."""
     weight = np.where(heatmap > PEAK_FLOOR * heatmap.max(), heatmap, 0.0)
     weight = weight / weight.sum()

@@ -17,12 +17,12 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from model.anatomy import Floats
 from model.frame import Letterbox, Pair, input_to_cells
-from model.image import BadFrame, ImageError, open_image
+from model.images.source import BadFrame, ImageError, open_image
 from model.masks import CLASSES
 from training.augment import augment
-from training.cases import Case, CaseError, read_cases
-from training.masks import read_mask
+from training.cases import Case, CaseError, read_cases, require_images
 from training.recipes import Recipe
+from training.sources import read_mask
 
 
 class LandmarkDataset(Dataset[dict[str, Tensor]]):
@@ -127,11 +127,7 @@ def further_cases(
     found = []
     for table, folder in tables:
         cases = [case for case in read_cases(table) if case.split in (None, "train")]
-        missing = [case.file for case in cases if not (folder / case.file).exists()]
-        if missing:
-            raise CaseError(
-                f"{len(missing)} images of {table} not in {folder}, the first is {missing[0]}"
-            )
+        require_images(cases, folder, table)
         leaked = [c.file for c in cases if ((folder / c.file).resolve(), c.frame) in kept]
         if leaked:
             raise CaseError(
@@ -190,22 +186,29 @@ class EpochSampler(Sampler[tuple[int, int]]):
         return math.ceil(self.length / self.world)
 
 
+class TrainLoader(DataLoader[dict[str, Tensor]]):
+    """Batches of this process's share; set `sampler.epoch` before each pass."""
+
+    sampler: EpochSampler
+
+
 def train_loader(
-    dataset: LandmarkDataset, rank: int, world: int, weights: Floats | None = None
-) -> DataLoader[dict[str, Tensor]]:
-    """Batches of this process's share; set `loader.sampler.epoch` before each pass.
+    dataset: Dataset[dict[str, Tensor]], sampler: EpochSampler, batch: int, workers: int
+) -> TrainLoader:
+    """Batches of a dataset, in the sampler's order.
 
     Args:
-        weights: chance of each image, as `EpochSampler` takes them.
+        batch: images a step, over all processes.
+        workers: processes that load images; 0: none.
     """
-    recipe = dataset.recipe
-    return DataLoader(
+    own = max(1, batch // sampler.world)
+    return TrainLoader(
         dataset,
-        batch_size=max(1, recipe.batch // world),
-        sampler=EpochSampler(len(dataset), recipe.seed, rank, world, weights),
-        num_workers=recipe.workers,
-        drop_last=len(dataset) // world >= max(1, recipe.batch // world),
-        worker_init_fn=_one_thread,
+        batch_size=own,
+        sampler=sampler,
+        num_workers=workers,
+        drop_last=sampler.length // sampler.world >= own,
+        worker_init_fn=_use_one_thread,
     )
 
 
@@ -220,9 +223,9 @@ def chances(dataset: LandmarkDataset) -> Floats | None:
     groups = [case.group or f"case {k}" for k, case in enumerate(dataset.cases)]
     sizes = Counter(groups)
     weights = np.array([sizes[group] ** -balance for group in groups])
-    return weights / weights.sum()
+    return np.asarray(weights / weights.sum())
 
 
-def _one_thread(_worker: int) -> None:
+def _use_one_thread(_worker: int) -> None:
     cv2.setNumThreads(0)
     torch.set_num_threads(1)

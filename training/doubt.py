@@ -3,47 +3,63 @@
     python -m training.doubt --model aop.onnx --data cases.csv --images DIR --split test \\
         --others DIR 'test_*'
 
-Each image is judged exactly as process.py judges it. Of the split as it is few should be doubted;
-of the rest (mirrored, upside down, inverted, noise, ..., other views) all of them.
+Each image is judged exactly as process.py judges it. Few images of the split should be doubted as
+they are. Everything else (mirrored, upside down, inverted, noise, ..., other views) should be.
 """
 
 import argparse
 import json
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 from model.frame import Geometry, Pixels
-from model.image import GreyFrame, is_supported_name
+from model.images.source import GreyFrame
 from model.measure import measure
 from model.predictor import ModelError, Predictor, load_predictor
 from training.agreement import coverage_interval
-from training.cases import CaseError, read_cases
+from training.cases import CaseError, cases_of_split
 from training.checkpoint import write_text
 from training.data import read_grey
 from training.scenes import SCENES, SPOILED
+from training.sources import images_matching
 
 SCENE_SIZE = 384  # px
 Counts = dict[str, tuple[int, int]]  # kind -> doubted, of how many
 
 
+@dataclass(frozen=True)
+class DoubtOptions:
+    """The command line.
+
+    others: a folder and perhaps a pattern of file names. scenes: how many of each kind are drawn.
+    """
+
+    model: Path
+    data: Path
+    images: Path
+    split: str | None
+    others: Sequence[str] | None
+    scenes: int
+    output: Path | None
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status."""
-    args = _parser().parse_args(arguments)
+    options = DoubtOptions(**vars(_parser().parse_args(arguments)))
     try:
-        predictor = load_predictor(args.model)
-        cases = [case for case in read_cases(args.data) if args.split in (None, case.split)]
-        if not cases:
-            raise CaseError(f"{args.data}: no case has split '{args.split}'")
-        paths = [(args.images / case.file, case.frame) for case in cases]
-        others = files_of(args.others) if args.others else []
-        counts = count(predictor, paths, others, args.scenes)
+        predictor = load_predictor(options.model)
+        cases = cases_of_split(options.data, options.split)
+        paths = [(options.images / case.file, case.frame) for case in cases]
+        others = images_matching(options.others) if options.others else []
+        counts = count(predictor, paths, others, options.scenes)
         print(as_text(counts))
-        if args.output:
-            write_text(args.output, json.dumps(counts, indent=1) + "\n")
+        if options.output:
+            write_text(options.output, json.dumps(counts, indent=1) + "\n")
     except (CaseError, ModelError, OSError, ValueError) as error:
         print(f"training.doubt: {error}", file=sys.stderr)
         return 2
@@ -80,17 +96,8 @@ def count(
     return counts
 
 
-def files_of(given: Sequence[str]) -> list[Path]:
-    """Image files below a folder whose names match a pattern."""
-    folder, pattern = Path(given[0]), given[1] if len(given) > 1 else "*"
-    found = sorted(path for path in folder.rglob(pattern) if is_supported_name(path))
-    if not found:
-        raise CaseError(f"{folder}: no image file's name matches '{pattern}'")
-    return found
-
-
 def as_text(counts: Counts) -> str:
-    """A line a kind, with the 95 % interval of the share."""
+    """One line for each kind, with the 95 % interval of the share."""
     return "\n".join(_lines(counts))
 
 
@@ -112,12 +119,21 @@ def _parser() -> argparse.ArgumentParser:
     add("--model", type=Path, required=True, help="the ONNX file")
     add("--data", type=Path, required=True, help="case table (CSV) of images of the right view")
     add("--images", type=Path, required=True, help="folder of its images")
-    add("--split", help="train, val or test; by default all cases")
+    add("--split", help="train, val or test (default: all cases)")
     add(
-        "--others", nargs="+", metavar="DIR [PATTERN]", help="images of other views; names' pattern"
+        "--others",
+        nargs="+",
+        metavar="DIR [PATTERN]",
+        help="images of other views: a folder, and a pattern of names if not all of it",
     )
-    add("--scenes", type=int, default=100, metavar="N", help="of each kind (%(default)s)")
-    add("--output", type=Path, help="write the counts as JSON too")
+    add(
+        "--scenes",
+        type=int,
+        default=100,
+        metavar="N",
+        help="drawn scenes of each kind (%(default)s)",
+    )
+    add("--output", type=Path, help="JSON file to write the counts to as well")
     return parser
 
 

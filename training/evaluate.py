@@ -28,100 +28,123 @@ import json
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Literal, get_args
 
-from model.files import write_bytes
 from model.heatmap import Decode
-from model.image import ImageError
-from training.answers import (
+from model.images.source import ImageError
+from model.results.files import write_bytes
+from training.cases import Case, CaseError, cases_of_split, require_images
+from training.jobs import (
     Answers,
+    PixelGrid,
     ScoresError,
-    View,
+    Sockets,
+    aggregates,
+    answers_of_scores,
     image_file,
     kind_of,
+    pixel_grid_of,
     read_answers,
-    view_of_image,
+    score_jobs,
 )
-from training.cases import Case, CaseError, read_cases
-from training.certainty import LABELS as OF_CERTAINTY
-from training.certainty import certainty
-from training.jobs import Sockets
-from training.metrics import case_errors, summarise
-from training.scores import aggregates, answered, score_jobs
+from training.metrics import Summary, as_text, evaluate
 
-if TYPE_CHECKING:  # torch, which an evaluation container does without
-    from training.predict import CasePrediction
-
-Report = dict[str, dict[str, object]]
 METRICS = Path("/output/metrics.json")
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """The command line; either `predictions` or `model` is given.
+
+    split: None for all cases. size: width and height of all images, px. slugs: of a job's sockets.
+    """
+
+    data: Path
+    images: Path
+    split: str | None
+    predictions: Path | None
+    model: Path | None
+    decode: Decode | None
+    output: Path | None
+    report: Path | None
+    note: str | None
+    frame_of_answers: Literal["world", "pixel"]
+    size: tuple[int, int] | None
+    landmarks_slug: str
+    angle_slug: str
+    image_slug: str | None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status."""
-    args = _parser().parse_args(arguments)
-    folder = args.data if args.data.is_dir() else args.data.parent
-    args.images = args.images or (folder / "images" if (folder / "images").is_dir() else folder)
+    options = read_options(arguments)
     try:
-        cases = [case for case in read_cases(args.data) if args.split in (None, case.split)]
-        if not cases:
-            raise CaseError(f"{args.data}: no case has split '{args.split}'")
-        kind = "model" if args.model else kind_of(args.predictions)
-        if kind == "jobs":
-            report, answers = _measure_jobs(args, cases)
-        else:
-            reader = (args.predictions, kind, cases, args.images)
-            answers = _predict(args, cases) if args.model else read_answers(*reader)
-            report = evaluate(*answers[:2])
-            report["all"]["missing"] = answers[2]
-            if args.output:
-                write_json(args.output, report)
-        fate = "counted as the worst" if kind == "jobs" else "without a prediction, in no mean"
-        print(as_text(report, answers[2], fate))
+        cases = cases_of_split(options.data, options.split)
+        figures, answers, fate = measure(options, cases)
+        print(as_text(figures, answers.missing, fate))
     except (CaseError, ScoresError, ImageError, OSError) as error:
-        print(f"training.evaluate: {_words(error)}", file=sys.stderr)
+        print(f"training.evaluate: {sentence_of(error)}", file=sys.stderr)
         return 2
     try:
-        if args.report:
-            _write_report(args, answers)
+        if options.report:
+            _write_report(options, options.report, answers)
     except (ScoresError, ImageError, OSError) as error:
         print(
-            f"training.evaluate: measured, but without a report: {_words(error)}", file=sys.stderr
+            f"training.evaluate: measured, but without a report: {sentence_of(error)}",
+            file=sys.stderr,
         )
         return 1
     return 0
 
 
-def _words(error: Exception) -> object:
-    is_file = isinstance(error, OSError)
-    return f"{error.filename} cannot be used: {error.strerror}" if is_file else error
+def read_options(arguments: Sequence[str] | None) -> EvaluateOptions:
+    """The command line, with the folder of images filled in where it is left out."""
+    given = _parser().parse_args(arguments)
+    folder = given.data if given.data.is_dir() else given.data.parent
+    beside = folder / "images"
+    given.images = given.images or (beside if beside.is_dir() else folder)
+    return EvaluateOptions(**vars(given))
 
 
-def evaluate(cases: Sequence[Case], predictions: "Sequence[CasePrediction]") -> Report:
-    """Figures of `training.metrics` and `training.certainty`, of all cases and of each device."""
-    radial, aop = case_errors(predictions, cases)
-    groups = {"all": list(range(len(cases)))}
-    devices = sorted({case.device for case in cases if case.device})
-    for device in devices if len(devices) > 1 else []:
-        groups[f"device {device}"] = [k for k, one in enumerate(cases) if one.device == device]
-    return {
-        name: summarise(radial[chosen], aop[chosen])
-        | certainty([cases[k] for k in chosen], [predictions[k] for k in chosen], aop[chosen])
-        for name, chosen in groups.items()
-    }
+def measure(options: EvaluateOptions, cases: list[Case]) -> tuple[dict[str, Summary], Answers, str]:
+    """The figures of each group, the answers, and what becomes of cases without one.
+
+    The figures are written as JSON too, if that is asked for; those of jobs always.
+    """
+    if options.model:
+        answers = _predict(options, options.model, cases)
+    else:
+        assert options.predictions is not None  # the command line demands one of the two
+        kind = kind_of(options.predictions)
+        if kind == "jobs":
+            return *_measure_jobs(options, options.predictions, cases), "counted as the worst"
+        answers = read_answers(options.predictions, kind, cases, options.images)
+    figures = evaluate(answers.cases, answers.predictions)
+    figures["all"]["missing"] = answers.missing
+    if options.output:
+        write_json(options.output, figures)
+    return figures, answers, "without a prediction, in no mean"
 
 
-def _predict(args: argparse.Namespace, cases: list[Case]) -> Answers:
-    """Answers of a model: an ONNX file, weights, or the folder of a training."""
+def sentence_of(error: Exception) -> str:
+    """An error in words, with the name of the file that it is about."""
+    if isinstance(error, OSError):
+        return f"{error.filename} cannot be used: {error.strerror}"
+    return str(error)
+
+
+def _predict(options: EvaluateOptions, model: Path, cases: list[Case]) -> Answers:
+    """Answers of an ONNX file, of weights, or of the best weights in the folder of a training."""
     import torch  # noqa: PLC0415
 
     from model.predictor import ModelError, load_predictor  # noqa: PLC0415
     from training.checkpoint import CheckpointError, load_weights  # noqa: PLC0415
     from training.predict import predict_cases, torch_predictor  # noqa: PLC0415
 
-    path = args.model / "best.safetensors" if args.model.is_dir() else args.model
+    require_images(cases, options.images, options.data)
+    path = model / "best.safetensors" if model.is_dir() else model
     try:
         if path.suffix == ".onnx":
             predictor = load_predictor(path)
@@ -129,85 +152,55 @@ def _predict(args: argparse.Namespace, cases: list[Case]) -> Answers:
             network, checkpoint = load_weights(path)
             device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
             predictor = torch_predictor(network.to(device), checkpoint.spec, device)
-        return cases, predict_cases(predictor, cases, args.images, args.decode), []
+        return Answers(cases, predict_cases(predictor, cases, options.images, options.decode), [])
     except (CheckpointError, ModelError) as error:
         raise ScoresError(str(error)) from error
 
 
-def _measure_jobs(args: argparse.Namespace, cases: list[Case]) -> tuple[Report, Answers]:
+def _measure_jobs(
+    options: EvaluateOptions, predictions: Path, cases: list[Case]
+) -> tuple[dict[str, Summary], Answers]:
     """Scores of grand-challenge's jobs, written to metrics.json."""
-    in_world = args.frame_of_answers == "world"
-    if args.size and in_world:
+    in_world = options.frame_of_answers == "world"
+    if options.size and in_world:
         raise ScoresError("--size is for answers in px: add --frame-of-answers pixel")
-    view_of = (lambda _: View(*args.size)) if args.size else partial(view_of_image, args.images)
-    sockets = Sockets(args.landmarks_slug, args.angle_slug, args.image_slug)
-    scores, unmatched = score_jobs(args.predictions, cases, view_of, sockets, in_world)
+    of_all = PixelGrid(*options.size) if options.size else None
+
+    def grid_of(case: Case) -> PixelGrid:
+        return of_all or pixel_grid_of(options.images, case)
+
+    sockets = Sockets(options.landmarks_slug, options.angle_slug, options.image_slug)
+    scores, unmatched = score_jobs(predictions, cases, grid_of, sockets, in_world)
     figures = aggregates(scores, unmatched)
     results = [score.result for score in scores]
-    write_json(args.output or METRICS, {"results": results, "aggregates": figures})
+    write_json(options.output or METRICS, {"results": results, "aggregates": figures})
     if unmatched:
-        print(f"{len(unmatched)} jobs are of no case, the first: {unmatched[0]}")
+        print(f"{len(unmatched)} jobs belong to no case, the first: {unmatched[0]}")
     bad = [f"{r['case']}: {'; '.join(r['problems'])}" for r in results if r["problems"]]
-    return {"all": figures}, (*(answered(scores) if args.report else ([], [])), bad)
+    found = answers_of_scores(scores) if options.report else Answers([], [], [])
+    return {"all": figures}, found._replace(missing=bad)
 
 
-def _write_report(args: argparse.Namespace, answers: Answers) -> None:
+def _write_report(options: EvaluateOptions, path: Path, answers: Answers) -> None:
     from training.report import write_report  # noqa: PLC0415
 
     cases, predictions, missing = answers
     if not cases:
         print("no report: no case has an answer")
         return
-    source = args.model or args.predictions
-    title = f"{source.name} against labels" + (f", split {args.split}" if args.split else "")
-    more = {"note": args.note} if args.note else {}
-    cases = [replace(case, file=image_file(args.images, case)) for case in cases]
+    source = options.model or options.predictions
+    assert source is not None
+    title = f"{source.name} against labels"
+    title += f", split {options.split}" if options.split else ""
+    more = {"note": options.note} if options.note else {}
+    cases = [replace(case, file=image_file(options.images, case)) for case in cases]
     figures = evaluate(cases, predictions)
-    write_report(args.report, cases, predictions, args.images, figures, missing, title, **more)
+    write_report(path, cases, predictions, options.images, figures, missing, title, **more)
 
 
 def write_json(path: Path, content: object) -> None:
     """Write a JSON file whole or not at all."""
     write_bytes(path, json.dumps(content, indent=1, allow_nan=False).encode() + b"\n")
-
-
-LABELS = {
-    "mre_px": "mean radial error, px",
-    "median_re_px": "median radial error, px",
-    "mre_PS1_px": "  PS1, px",
-    "mre_PS2_px": "  PS2, px",
-    "mre_FH1_px": "  FH1, px",
-    "sdr_4px": "within 4 px",
-    "sdr_8px": "within 8 px",
-    "sdr_16px": "within 16 px",
-    "sdr_24px": "within 24 px",
-    "aop_error_deg": "AoP error, deg",
-    "aop_error_median_deg": "  median, deg",
-    "aop_error_p95_deg": "  95th percentile, deg",
-    **OF_CERTAINTY,
-}
-
-
-def as_text(report: Report, missing: Sequence[str], fate: str) -> str:
-    """The report as a table for a terminal."""
-    width = max(map(len, LABELS.values())) + 2
-    heads = [f"{name} (n={figures['cases']})" for name, figures in report.items()]
-    lines = [
-        "errors at 512 px, with 95 % intervals",
-        " " * width + "".join(f"{h:>26}" for h in heads),
-    ]
-    for key, label in LABELS.items():
-        cells = []
-        if key not in report["all"]:  # of a model that is not calibrated
-            continue
-        for figures in report.values():
-            figure = figures[key]
-            cells.append(f"{figure['value']:.2f} ({figure['low']:.2f} to {figure['high']:.2f})")
-        lines.append(f"{label:<{width}}" + "".join(f"{cell:>26}" for cell in cells))
-    if missing:
-        shown = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
-        lines.append(f"{len(missing)} cases {fate}: {shown}")
-    return "\n".join(lines)
 
 
 def _size(text: str) -> tuple[int, int]:
@@ -227,26 +220,26 @@ def _parser() -> argparse.ArgumentParser:
     add("--data", "--truth", type=Path, required=True, metavar="TABLE", help=table)
     images = "folder of its images, of any format (images/ beside the table, else the table's)"
     add("--images", type=Path, metavar="DIR", help=images)
-    add("--split", help="train, val or test; by default all cases")
+    add("--split", help="train, val or test (default: all cases)")
     source = parser.add_mutually_exclusive_group(required=True)
     answers = "predictions.json, results.json, landmarks.csv or another reader's table"
     source.add_argument("--predictions", type=Path, metavar="FILE", help=answers)
     source.add_argument("--model", type=Path, help=".onnx, .safetensors with its .json, or RUN")
-    add("--decode", choices=Decode.__args__, help="the model's own by default")
-    output = f"write the figures as JSON too; of jobs always, by default as {METRICS}"
+    add("--decode", choices=get_args(Decode), help="decoder (default: the model's own)")
+    output = f"JSON file for the figures (default: none; for jobs {METRICS})"
     add("--output", type=Path, metavar="FILE", help=output)
-    add("--report", type=Path, metavar="FILE", help="write a page to look at (HTML)")
-    add("--note", help="a sentence on the page: where the labels come from")
+    add("--report", type=Path, metavar="FILE", help="HTML page to write, to look at")
+    add("--note", help="sentence for the page that says where the labels come from")
     add = parser.add_argument_group("jobs").add_argument
-    frame = "of the points: the image's world frame, in mm, or px (%(default)s)"
+    frame = "frame of the jobs' points: the image's world frame in mm, or px (%(default)s)"
     add("--frame-of-answers", choices=("world", "pixel"), default="world", help=frame)
-    size = "of all images, where they are not at hand"
+    size = "size of all images in px, if they are not at hand"
     add("--size", type=_size, metavar="WIDTHxHEIGHT", help=size)
-    slug = "of the output that holds the points (%(default)s)"
+    slug = "slug of the output with the points (%(default)s)"
     add("--landmarks-slug", default=Sockets().landmarks, metavar="SLUG", help=slug)
-    slug = "of the output that holds the angle (%(default)s)"
+    slug = "slug of the output with the angle (%(default)s)"
     add("--angle-slug", default=Sockets().angle, metavar="SLUG", help=slug)
-    slug = "of the input that names the case (the one that is an image)"
+    slug = "slug of the input that names the case (default: the one that is an image)"
     add("--image-slug", metavar="SLUG", help=slug)
     return parser
 

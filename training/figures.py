@@ -24,9 +24,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from model.anatomy import Floats, Landmark
+from model.drawing.overlay import BEYOND
+from model.drawing.page import escape
 from model.frame import Letterbox, Pair, Pixels
-from model.overlay import BEYOND
-from model.page import escape
 from training.agreement import BlandAltman, Estimate, risk_coverage
 
 LONGEST = 512  # px of an embedded picture

@@ -4,10 +4,10 @@
         --output FOLDS
 
 The cases of train and val, never those of test, are dealt by group into --folds parts. For each
-part training.fit trains a network on all the others, to the last epoch, and it answers the part:
-each answer is of a network that neither was trained on the case's group nor chosen by it. Flags
-that are not listed below go to training.fit, but for --init (its weights would know the cases) and
---max-minutes (it would leave a fold half trained). --start is the --init of each fold:
+part a network is trained on all the others, to the last epoch, as training.fit --all does. It then
+answers the part: no network was trained on the group of a case that it answers, nor chosen by it.
+Every flag of training.fit works here too. Refused are --init, whose weights would know the cases,
+and --max-minutes, which would leave a fold half trained. --start is the --init of each fold:
 
     python -m training.folds --recipe finish --start FOLDS ... --output FINISHED
 
@@ -19,86 +19,141 @@ cases.csv. FOLDS/landmarks.csv holds the answers to all parts, to be looked at w
 
     python -m training.evaluate --data cases.csv --predictions FOLDS/landmarks.csv --report FILE
 
-What is done is not done again: the same command goes on where it stopped, and --only lets several
-share the work, or is content with some parts for want of time. Then train on all cases
-(training.fit --all), and calibrate with --folds FOLDS.
+What is done is not done again: the same command goes on where it stopped. With --only several
+machines share the work, or some parts have to do. Then train on all cases (training.fit --all), and
+calibrate with --folds FOLDS.
 """
 
 import argparse
 import hashlib
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from pydantic import TypeAdapter, ValidationError
-from torch import nn
 
-from model.image import ImageError
+from model.images.source import ImageError
 from model.spec import MaskShares
-from training import fit
 from training.cases import Case, CaseError, read_cases, write_cases
-from training.checkpoint import Checkpoint, CheckpointError, load_weights, write_text
+from training.checkpoint import CheckpointError, load_weights, write_text
 from training.data import read_grey
-from training.evaluate import as_text, evaluate
 from training.groups import clusters, deal
-from training.metrics import mean_errors
-from training.predict import CasePrediction, predict_cases, torch_predictor
+from training.loop import FitSettings, fit, parse_fit, processes
+from training.metrics import as_text, evaluate, mean_errors
+from training.predict import (
+    KEPT_OUT,
+    CasePrediction,
+    kept_out,
+    predict_cases,
+    splits_of_fold,
+    torch_predictor,
+)
+from training.recipes import Recipe, mask_shares
 
-KEPT_OUT = "test"  # the split that training.fit never reads
 TEACHER = "aop.onnx"  # of a fold, as export.to_onnx makes it
+
+
+@dataclass(frozen=True)
+class FoldsOptions:
+    """A cross-validation; how each fold trains, its FitSettings and its recipe say.
+
+    Args:
+        data: case table with split and group.
+        output: folder of the folds' runs.
+        folds: number of parts.
+        seed: random seed of the dealing, and of the trainings if `training_seed` is None.
+        alike: groups whose images correlate so much or more are dealt together; None: none are.
+        start: an earlier cross-validation, from whose weights each fold trains on.
+        teachers: earlier cross-validations, whose exported models teach.
+        mask_shares: shares of the masks in the answer to compare.
+        only: numbers of the folds to train.
+    """
+
+    data: Path
+    images: Path
+    output: Path
+    folds: int
+    seed: int
+    only: tuple[int, ...]
+    masks: Path | None = None
+    alike: float | None = None
+    training_seed: int | None = None
+    start: Path | None = None
+    teachers: tuple[Path, ...] = ()
+    mask_shares: tuple[MaskShares, ...] = ()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status."""
     parser = _parser()
     args, of_fit = parser.parse_known_args(arguments)
-    given = {flag.split("=")[0] for flag in of_fit}
-    if refused := given & {"--init", "--max-minutes"}:
-        parser.error(f"{min(refused)} is not for cross-validation")
-    args.only = range(args.folds) if args.only is None else args.only
-    if not {*args.only} <= {*range(args.folds)}:
-        parser.error(f"--only: expected numbers from 0 to {args.folds - 1}, got {args.only}")
+    only = tuple(range(args.folds) if args.only is None else args.only)
+    lists = {"only": only, "teachers": tuple(args.teachers), "mask_shares": tuple(args.mask_shares)}
+    options = FoldsOptions(**{**vars(args), **lists})
+    if not {*only} <= {*range(options.folds)}:
+        parser.error(f"--only: expected numbers from 0 to {options.folds - 1}, got {args.only}")
     try:
-        runs = deal_out(args)
-        given = [given_to(args, runs[k]) for k in args.only]  # raises before hours of training
-        for k, (start, teachers) in zip(args.only, given, strict=True):
-            train(args, runs[k], of_fit, start, teachers)
-        unfinished = [run.name for run in runs if not (run / "done").exists()]
-        if unfinished:
-            print(f"{', '.join(unfinished)} remain; the figures come with the last")
-            return 0
-        cases, answers = answer(args)
-        pairs = zip(cases, answers, strict=True)
-        found = [replace(c, landmarks_px=a.landmarks_px, aop_deg=a.aop_deg) for c, a in pairs]
-        write_cases(args.output / "landmarks.csv", found)
-        print(as_text(evaluate(cases, answers), [], ""))
-        for share in args.mask_shares:
-            mre_px, aop_deg = mean_errors(answer(args, share)[1], cases)
-            shown = ",".join(f"{part:g}" for part in (share if len({*share}) > 1 else share[:1]))
-            print(f"masks' share {shown}: MRE {mre_px:.2f} px, AoP error {aop_deg:.2f} deg")
+        settings, recipe = _parse_of_fit(parser, options, of_fit)
+        cross_validate(options, settings, recipe)
     except (CaseError, CheckpointError, ImageError, OSError) as error:
         print(f"training.folds: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-def deal_out(args: argparse.Namespace) -> list[Path]:
+def _parse_of_fit(
+    parser: argparse.ArgumentParser, options: FoldsOptions, of_fit: Sequence[str]
+) -> tuple[FitSettings, Recipe]:
+    """What the flags that only training.fit lists say, for every fold alike."""
+    required = {"--data": options.data, "--images": options.images, "--output": options.output}
+    flags = [str(part) for pair in required.items() for part in pair]
+    try:
+        settings, recipe = parse_fit([*flags, *of_fit])
+    except ValueError as error:
+        raise CaseError(f"a flag of training.fit is wrong: {error}") from error
+    for flag, value in (("--init", settings.init), ("--max-minutes", settings.max_minutes)):
+        if value is not None:
+            parser.error(f"{flag} is not for cross-validation")
+    return settings, recipe
+
+
+def cross_validate(options: FoldsOptions, settings: FitSettings, recipe: Recipe) -> None:
+    """Train the folds asked for; once all are done, write and measure their answers."""
+    runs = deal_out(options)
+    origins = [origin_of(options, runs[k]) for k in options.only]  # raises before hours of training
+    for k, (start, teachers) in zip(options.only, origins, strict=True):
+        train(options, runs[k], settings, recipe, start, teachers)
+    unfinished = [run.name for run in runs if not (run / "done").exists()]
+    if unfinished:
+        print(f"{', '.join(unfinished)} remain; the figures come with the last")
+        return
+    cases, answers = answer(options)
+    pairs = zip(cases, answers, strict=True)
+    found = [replace(c, landmarks_px=a.landmarks_px, aop_deg=a.aop_deg) for c, a in pairs]
+    write_cases(options.output / "landmarks.csv", found)
+    print(as_text(evaluate(cases, answers), [], ""))
+    for share in options.mask_shares:
+        mre_px, aop_deg = mean_errors(answer(options, share)[1], cases)
+        shown = ",".join(f"{part:g}" for part in (share if len({*share}) > 1 else share[:1]))
+        print(f"masks' share {shown}: MRE {mre_px:.2f} px, AoP error {aop_deg:.2f} deg")
+
+
+def deal_out(options: FoldsOptions) -> list[Path]:
     """Write the case table of each fold asked for; returns the folders of all trainings."""
-    cases = [case for case in read_cases(args.data) if case.split in ("train", "val")]
-    groups = [case.group for case in cases]
+    cases = [case for case in read_cases(options.data) if case.split in ("train", "val")]
+    groups: list[Hashable] = [case.group for case in cases]
     if not cases or None in groups:
         raise CaseError(
-            f"{args.data}: expected cases of split train or val, each with a group; "
+            f"{options.data}: expected cases of split train or val, each with a group; "
             "training.prepare --splits writes both"
         )
-    if args.alike is not None:
-        images = (read_grey(args.images / case.file, case.frame)[0] for case in cases)
-        groups = clusters(images, groups, args.alike)
-    parts = deal(groups, [1 / args.folds] * args.folds, args.seed)
-    runs = [args.output / f"fold-{k}" for k in range(args.folds)]
-    for k in args.only:
+    if options.alike is not None:
+        images = (read_grey(options.images / case.file, case.frame)[0] for case in cases)
+        groups = [*clusters(images, groups, options.alike)]
+    parts = deal(groups, [1 / options.folds] * options.folds, options.seed)
+    runs = [options.output / f"fold-{k}" for k in range(options.folds)]
+    for k in options.only:
         run = runs[k]
         run.mkdir(parents=True, exist_ok=True)
         table = [
@@ -106,30 +161,32 @@ def deal_out(args: argparse.Namespace) -> list[Path]:
             for case, part in zip(cases, parts, strict=True)
         ]
         path = run / "cases.csv"
-        if path.exists() and dealt(run) != [(case.file, case.split) for case in table]:
+        if path.exists() and splits_of_fold(run) != [(case.file, case.split) for case in table]:
             raise CaseError(f"{path} deals the cases in another way: choose another --output")
         write_cases(path, table)
     return runs
 
 
-def dealt(run: Path) -> list[tuple[str, str | None]]:
-    """Each case's file and split in a fold's folder."""
-    return [(case.file, case.split) for case in read_cases(run / "cases.csv")]
-
-
 def train(
-    args: argparse.Namespace,
+    options: FoldsOptions,
     run: Path,
-    of_fit: Sequence[str],
+    settings: FitSettings,
+    recipe: Recipe,
     start: Path | None,
     teachers: Sequence[Path],
 ) -> None:
-    """Run training.fit on what a fold does not keep out, or go on with it."""
-    seed = args.seed if args.training_seed is None else args.training_seed
+    """Train on what a fold does not keep out, or go on with it.
+
+    Args:
+        settings, recipe: as every fold has them.
+        start, teachers: the fold's own, of `origin_of`.
+    """
+    seed = options.seed if options.training_seed is None else options.training_seed
     of = [*([start] if start else []), *teachers]
     origin = "".join(hashlib.sha256(file.read_bytes()).hexdigest() + "\n" for file in of)
     note = run / "origin.txt"  # what it starts from, and who teaches
-    if not ((run / "done").exists() or (run / "checkpoint.pt").exists()):
+    resume = (run / "checkpoint.pt").exists()
+    if not ((run / "done").exists() or resume):
         write_text(note, origin)
     elif note.exists() and note.read_text(encoding="utf-8") != origin:
         raise CaseError(f"{run} has other --start or --teachers: give those, or another --output")
@@ -139,24 +196,29 @@ def train(
             raise CaseError(f"{run} was trained with seed {known}: choose another --output")
         return
     print(f"{run.name}: training", flush=True)
-    places = {"--data": run / "cases.csv", "--images": args.images, "--output": run}
-    places |= {"--masks": args.masks} if args.masks else {}
-    flags = [str(part) for pair in places.items() for part in pair]
-    if teachers:
-        flags += ["--teachers", *map(str, teachers)]
-    if (run / "checkpoint.pt").exists():
-        flags += ["--resume"]
-    elif start:
-        flags += ["--init", str(start)]
-    if fit.main([*flags, "--all", "--seed", str(seed), *of_fit]):
-        raise CaseError(f"training.fit failed in {run}, for the reason above")
+    own = replace(
+        settings,
+        data=run / "cases.csv",
+        images=options.images,
+        masks=options.masks,
+        output=run,
+        init=None if resume else start,
+        teachers=tuple(teachers),
+        all=True,
+        resume=resume,
+    )
+    try:
+        with processes(own.device) as place:
+            fit(own, recipe.model_copy(update={"seed": seed}), place)
+    except (ValueError, OSError) as error:
+        raise CaseError(f"the training in {run} failed: {error}") from error
     (run / "done").touch()
 
 
-def given_to(args: argparse.Namespace, run: Path) -> tuple[Path | None, list[Path]]:
+def origin_of(options: FoldsOptions, run: Path) -> tuple[Path | None, list[Path]]:
     """The weights that a fold's training starts from, and its teachers, where there are any."""
-    start = _same(args.start, run) / "best.safetensors" if args.start else None
-    teachers = [_same(one, run) / TEACHER for one in args.teachers]
+    start = _same_fold(options.start, run) / "best.safetensors" if options.start else None
+    teachers = [_same_fold(one, run) / TEACHER for one in options.teachers]
     for file in teachers:
         weights = file.with_name("best.safetensors")
         if not file.is_file() or file.stat().st_mtime < weights.stat().st_mtime:
@@ -165,35 +227,16 @@ def given_to(args: argparse.Namespace, run: Path) -> tuple[Path | None, list[Pat
     return start, teachers
 
 
-def _same(folds: Path, run: Path) -> Path:
+def _same_fold(folds: Path, run: Path) -> Path:
     """This fold of another cross-validation, which must keep out the same cases."""
     other = folds / run.name
-    if not (other / "done").exists() or dealt(other) != dealt(run):
+    if not (other / "done").exists() or splits_of_fold(other) != splits_of_fold(run):
         raise CaseError(f"{other} is not done, or keeps out other cases than {run}")
     return other
 
 
-def finished(folds: Path) -> list[Path]:
-    """The folders of the trainings.
-
-    Raises:
-        CaseError: no fold is there, or one is not done.
-    """
-    runs = sorted(folds.glob("fold-*"))
-    if not runs or not all((run / "done").exists() for run in runs):
-        raise CaseError(f"{folds} holds no finished folds: run training.folds --output {folds}")
-    return runs
-
-
-def kept_out(folds: Path) -> Iterator[tuple[nn.Module, Checkpoint, list[Case]]]:
-    """Each fold's network, and the cases that it has not seen; CaseError as `finished`."""
-    for run in finished(folds):
-        cases = [case for case in read_cases(run / "cases.csv") if case.split == KEPT_OUT]
-        yield *load_weights(run / "best.safetensors"), cases
-
-
 def answer(
-    args: argparse.Namespace, share: MaskShares | None = None
+    options: FoldsOptions, share: MaskShares | None = None
 ) -> tuple[list[Case], list[CasePrediction]]:
     """Every case, and what the network that has not seen it answers.
 
@@ -201,24 +244,15 @@ def answer(
         share: of the masks in the answer; by default the networks' own.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    all_cases, answers = [], []
-    for network, checkpoint, cases in kept_out(args.output):
+    all_cases: list[Case] = []
+    answers: list[CasePrediction] = []
+    for network, checkpoint, cases in kept_out(options.output):
         spec = checkpoint.spec
         spec = spec if share is None else spec.model_copy(update={"mask_share": share})
         predictor = torch_predictor(network.to(device), spec, device)
         all_cases += cases
-        answers += predict_cases(predictor, cases, args.images)
+        answers += predict_cases(predictor, cases, options.images)
     return all_cases, answers
-
-
-def mask_shares(text: str) -> MaskShares:
-    """A command line's share of the masks: one for all landmarks, or three with commas between."""
-    parts = text.split(",")
-    try:
-        return TypeAdapter(MaskShares).validate_python(parts * 3 if len(parts) == 1 else parts)
-    except ValidationError as error:
-        expected = "a share of 0 to 1, or three as 0.3,0.1,0.6 for PS1, PS2 and FH1"
-        raise argparse.ArgumentTypeError(f"expected {expected}; got {text!r}") from error
 
 
 def _several(text: str) -> int:
@@ -237,23 +271,19 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--data", type=Path, required=True, help="case table with split and group (CSV)")
     add("--images", type=Path, required=True, help="folder of its images")
-    add("--masks", type=Path, help="folder of masks, handed on to fit")
+    add("--masks", type=Path, help="folder of masks: an auxiliary target")
     add("--output", type=Path, required=True, metavar="FOLDS", help="folder of the folds' runs")
     add("--folds", type=_several, default=4, metavar="N", help="parts (%(default)s)")
-    add("--seed", type=int, default=1, help="of the dealing, and of the trainings (%(default)s)")
-    alike = "deal groups together whose images correlate so much or more: stranger scans"
+    add("--seed", type=int, default=1, help="random seed for dealing and training (%(default)s)")
+    alike = "deal groups together whose images correlate by R or more, for stranger scans"
     add("--alike", type=float, metavar="R", help=alike)
-    other = (
-        "of the trainings alone: other networks for the same parts, to be joined (training.join)"
-    )
+    other = "another seed for training: other networks of the same parts, for training.join"
     add("--training-seed", type=int, metavar="SEED", help=other)
-    start = "of an earlier cross-validation with the same parts: each fold trains on from there"
+    start = "an earlier cross-validation of the same parts, where each fold starts from"
     add("--start", type=Path, metavar="FOLDS", help=start)
-    teachers = (
-        f"of earlier ones: in each fold, the {TEACHER} that export.to_onnx made there teaches"
-    )
+    teachers = f"earlier ones: the {TEACHER} that export.to_onnx made in each fold teaches there"
     add("--teachers", type=Path, nargs="+", default=[], metavar="FOLDS", help=teachers)
-    only = "train these folds alone (0 is the first), while others train elsewhere"
+    only = "folds to train here (0 is the first), while others train elsewhere"
     shares = "shares of the masks in the answer to compare, such as 0 0.5 0.3,0.1,0.6"
     add("--mask-shares", type=mask_shares, nargs="+", default=[], metavar="SHARE", help=shares)
     add("--only", type=int, nargs="+", metavar="K", help=only)

@@ -11,7 +11,8 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-SPLITS = ("train", "val", "test")
+from training.cases import SPLITS
+
 SIDE = 32  # px a side
 DUPLICATE_CORRELATION = 0.92
 BLOCK = 1024  # rows of the correlation matrix held at once

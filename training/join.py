@@ -3,18 +3,19 @@
     python -m training.join FIRST.safetensors SECOND.safetensors [...] --output ALL.safetensors
     python -m training.join FOLDS SECOND_FOLDS [...] --output ALL_FOLDS  # of training.folds
 
-Networks that differ by their seeds alone err in part by chance, each in its own way: their mean
-finds landmarks a little nearer. export/BENCHMARK.md tells by how much, and what it costs in time.
-The description is the first file's; its calibration and figures are not, so calibrate anew.
+Networks that differ only by their seeds err in part by chance, each in its own way, so that their
+mean errs a little less. export/BENCHMARK.md says by how much, and what it costs in time. The
+description is the first file's, without its calibration and figures: calibrate anew.
 """
 
 import argparse
 import shutil
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 
-from model.network import TransUNetConfig, build_network
+from model.network import TransUNet, TransUNetConfig, build_network
 from training.cases import CaseError
 from training.checkpoint import (
     Checkpoint,
@@ -23,7 +24,7 @@ from training.checkpoint import (
     load_weights,
     save_weights,
 )
-from training.folds import dealt, finished
+from training.predict import finished_folds, splits_of_fold
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -57,8 +58,8 @@ def join_folds(folds: Sequence[Path], output: Path) -> None:
         CaseError: a fold is not done, or keeps out other cases.
         CheckpointError, ValueError: as `join`.
     """
-    runs = [finished(one) for one in folds]
-    parts = [[dealt(run) for run in one] for one in runs]
+    runs = [finished_folds(one) for one in folds]
+    parts = [[splits_of_fold(run) for run in one] for one in runs]
     for one, cases in zip(folds, parts, strict=True):
         if cases != parts[0]:
             raise CaseError(f"{folds[0]} and {one} keep out different cases: deal with one --seed")
@@ -79,15 +80,17 @@ def join(files: Sequence[Path], output: Path) -> None:
     loaded = [load_weights(file) for file in files]
     described = [checkpoint for _, checkpoint in loaded]
     ways = {(one.spec.mean, one.spec.std, one.spec.sigma_cells, one.masks) for one in described}
-    if len(ways) > 1 or not all(isinstance(one.network, TransUNetConfig) for one in described):
+    own = [one.network for one in described if isinstance(one.network, TransUNetConfig)]
+    if len(ways) > 1 or len(own) < len(described):
         raise CheckpointError(
             f"{', '.join(file.name for file in files)} are not transunets that take grey values "
             "alike, aim at heatmaps of one width and give the same masks"
         )
-    networks = [part for network, _ in loaded for part in (network, *network.members)]
-    configs = [part for one in described for part in (one.network, *one.network.members)]
-    first, *others = (one.model_copy(update={"view_channels": 0, "members": ()}) for one in configs)
-    config = first.model_copy(update={"members": tuple(others)})
+    transunets = [network for network, _ in loaded if isinstance(network, TransUNet)]
+    networks = [part for network in transunets for part in (network, *network.members)]
+    configs = [part for one in own for part in (one, *one.members)]
+    first, *others = (replace(part, view_channels=0, members=()) for part in configs)
+    config = replace(first, members=tuple(others))
     tensors = {
         f"members.{k - 1}.{name}" if k else name: tensor
         for k, network in enumerate(networks)
@@ -102,7 +105,7 @@ def join(files: Sequence[Path], output: Path) -> None:
         "calibration": None,
         "metrics": {},
         "val_trained": any(one.spec.val_trained for one in described),
-        "recipe": spec.recipe | {"network": config.model_dump(mode="json")},
+        "recipe": spec.recipe | {"network": asdict(config)},
     }
     joined = Checkpoint(
         network=config, masks=described[0].masks, spec=spec.model_copy(update=changes)

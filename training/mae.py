@@ -10,17 +10,55 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializeAsAny,
+    ValidationError,
+    model_validator,
+)
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from model.network.vit import Block, sincos_positions
 from training.checkpoint import CheckpointError, load_strictly
-from training.pretrain_recipe import PretrainRecipe
 
 GREY_MEAN, GREY_STD = 30 / 255, 46.4 / 255  # of ultrasound images; the encoder's input scale
 FILE = "mae.safetensors"  # in a run's folder
+
+
+class AutoencoderConfig(BaseModel):
+    """Sizes of a masked autoencoder; the defaults are the paper's, and MAE's where it is silent."""
+
+    model_config = ConfigDict(frozen=True)
+
+    image_size: int = Field(224, description="side of a crop, px")
+    patch: int = Field(16, description="side of a patch, px")
+    width: int = Field(192, description="the encoder's width: the bottleneck's, to fit into it")
+    depth: int = Field(12, description="blocks of the encoder: the bottleneck's, to fit into it")
+    heads: int = Field(12, description="attention heads of the encoder, likewise")
+    decoder_width: int = Field(96, description="the decoder's width")
+    decoder_depth: int = Field(1, description="blocks of the decoder")
+    decoder_heads: int = Field(3, description="attention heads of the decoder")
+
+    @model_validator(mode="after")
+    def _fits(self) -> "AutoencoderConfig":
+        if self.image_size % self.patch:
+            raise ValueError(
+                f"image_size {self.image_size} is not a multiple of patch {self.patch}"
+            )
+        for part in ("", "decoder_"):
+            width, heads = getattr(self, f"{part}width"), getattr(self, f"{part}heads")
+            if width % heads or width % 4:
+                raise ValueError(f"{part}width {width} is not a multiple of 4 and of {heads} heads")
+        return self
+
+    @property
+    def grid(self) -> int:
+        """Patches along a side."""
+        return self.image_size // self.patch
 
 
 class Features(NamedTuple):
@@ -33,13 +71,13 @@ class Features(NamedTuple):
 class Encoder(nn.Module):
     """Patches to features; its blocks and norm are those of the network's bottleneck."""
 
-    def __init__(self, recipe: PretrainRecipe) -> None:
+    def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
-        width, grid = recipe.width, recipe.grid
-        self.patch_embed = nn.Conv2d(1, width, recipe.patch, recipe.patch)
+        width, grid = config.width, config.grid
+        self.patch_embed = nn.Conv2d(1, width, config.patch, config.patch)
         positions = sincos_positions(grid, grid, width)
         self.position_embedding = nn.Parameter(positions[None], requires_grad=False)
-        self.blocks = nn.ModuleList(Block(width, recipe.heads) for _ in range(recipe.depth))
+        self.blocks = nn.ModuleList(Block(width, config.heads) for _ in range(config.depth))
         self.norm = nn.LayerNorm(width, eps=1e-6)
 
     def forward(
@@ -52,6 +90,7 @@ class Encoder(nn.Module):
             tokens = take(tokens, kept)
         maps = None
         for k, block in enumerate(self.blocks):
+            assert isinstance(block, Block)
             if attention and k + 1 == len(self.blocks):
                 maps = block.attn.maps(block.norm1(tokens))
             tokens = block(tokens)
@@ -61,18 +100,18 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """Features of the kept patches to the grey values of all."""
 
-    def __init__(self, recipe: PretrainRecipe) -> None:
+    def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
-        width, grid = recipe.decoder_width, recipe.grid
-        self.embed = nn.Linear(recipe.width, width)
+        width, grid = config.decoder_width, config.grid
+        self.embed = nn.Linear(config.width, width)
         self.mask_token = nn.Parameter(0.02 * torch.randn(1, 1, width))
         positions = sincos_positions(grid, grid, width)
         self.position_embedding = nn.Parameter(positions[None], requires_grad=False)
         self.blocks = nn.ModuleList(
-            Block(width, recipe.decoder_heads) for _ in range(recipe.decoder_depth)
+            Block(width, config.decoder_heads) for _ in range(config.decoder_depth)
         )
         self.norm = nn.LayerNorm(width, eps=1e-6)
-        self.predict = nn.Linear(width, recipe.patch**2)
+        self.predict = nn.Linear(width, config.patch**2)
 
     def forward(self, features: Tensor, kept: Tensor) -> Tensor:
         """(n, tokens kept, encoder's width) -> (n, tokens, patch * patch)."""
@@ -83,15 +122,16 @@ class Decoder(nn.Module):
         tokens = tokens + self.position_embedding
         for block in self.blocks:
             tokens = block(tokens)
-        return self.predict(self.norm(tokens))
+        found: Tensor = self.predict(self.norm(tokens))
+        return found
 
 
 class MaskedAutoencoder(nn.Module):
-    """Encoder and decoder of one recipe."""
+    """Encoder and decoder of one configuration."""
 
-    def __init__(self, recipe: PretrainRecipe) -> None:
+    def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
-        self.encoder, self.decoder = Encoder(recipe), Decoder(recipe)
+        self.encoder, self.decoder = Encoder(config), Decoder(config)
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -99,7 +139,8 @@ class MaskedAutoencoder(nn.Module):
 
     def forward(self, image: Tensor, kept: Tensor) -> Tensor:
         """(n, tokens, patch * patch): every patch, in the scale that the loss compares."""
-        return self.decoder(self.encoder(image, kept).tokens, kept)
+        found: Tensor = self.decoder(self.encoder(image, kept).tokens, kept)
+        return found
 
 
 def take(tokens: Tensor, kept: Tensor) -> Tensor:
@@ -152,11 +193,14 @@ def resize_positions(embedding: Tensor, rows: int, columns: int) -> Tensor:
 
 
 class Pretrained(BaseModel):
-    """The JSON beside a run's weights."""
+    """The JSON beside a run's weights.
+
+    `recipe` is written whole, as training.pretrain has it. Only the sizes are read back.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    recipe: PretrainRecipe
+    recipe: SerializeAsAny[AutoencoderConfig]
     epoch: int
     val_explained: float
 

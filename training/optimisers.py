@@ -1,12 +1,12 @@
 """Optimisers by their recipe's name, Muon among them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from training.recipes import Recipe
+from training.recipes import TrainingRecipe
 
 BY_ADAMW = ("encoder.stem.", "encoder.conv1.", "head.", "view.")  # a TransUNet's ends
 MOMENTUM = 0.95
@@ -24,7 +24,7 @@ class Muon(torch.optim.Optimizer):
         named: name and parameter of each that is trained.
     """
 
-    def __init__(self, named: list[tuple[str, Tensor]], lr: float, weight_decay: float) -> None:
+    def __init__(self, named: Sequence[tuple[str, Tensor]], lr: float, weight_decay: float) -> None:
         inner = [p for n, p in named if p.ndim in (2, 4) and not any(x in n for x in BY_ADAMW)]
         chosen = {id(parameter) for parameter in inner}
         rest = [p for _, p in named if id(p) not in chosen]
@@ -83,7 +83,7 @@ def orthogonal(matrix: Tensor) -> Tensor:
     return product @ matrix
 
 
-def optimiser(network: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+def optimiser(network: nn.Module, recipe: TrainingRecipe) -> torch.optim.Optimizer:
     """The recipe's optimiser of all parameters that are trained."""
     named = [(n, p) for n, p in network.named_parameters() if p.requires_grad]
     if recipe.optimiser == "muon":

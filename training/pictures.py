@@ -6,15 +6,15 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from model.anatomy import LANDMARKS
-from model.frame import Letterbox, Pair
+from model.anatomy import LANDMARKS, Floats
+from model.drawing.overlay import COLOURS
+from model.drawing.text import Colour, Picture
+from model.frame import Letterbox, Pair, Pixels
 from model.masks import HEAD, SYMPHYSIS, outer_contour
-from model.overlay import COLOURS, Colour
 from training.cases import Case
 from training.data import read_grey
-from training.masks import read_mask
 from training.predict import CasePrediction
-from training.sources import Source, one_frame
+from training.sources import Source, one_frame, read_mask
 
 TILE = 256  # px
 TRUTH, PREDICTED = (80, 220, 80), (255, 80, 255)
@@ -26,22 +26,22 @@ MASK_COLOURS = {SYMPHYSIS: (80, 130, 255), HEAD: (230, 190, 90)}
 
 def sample_sheet(
     predictions: Sequence[CasePrediction], cases: Sequence[Case], images: Path, count: int = 12
-) -> np.ndarray:
-    """(H, W, 3) BGR: some cases with truth and prediction, and beside each its heatmaps."""
+) -> Picture:
+    """Some cases with truth and prediction, and beside each its heatmaps."""
     tiles = []
     for k in spread(len(cases), count):
         case, found = cases[k], predictions[k]
         tile, box = tile_of(*read_grey(images / case.file, case.frame), TILE)
         for points, colour in ((case.landmarks_px, TRUTH), (found.landmarks_px, PREDICTED)):
             mark(tile, box.to_input(points), [colour] * len(LANDMARKS), 4, 1)
-        heat = np.clip(found.heatmaps.transpose(1, 2, 0), 0, 1) * 255
-        heat = cv2.resize(heat, (TILE, TILE), interpolation=cv2.INTER_NEAREST)
+        cells = np.clip(found.heatmaps.transpose(1, 2, 0), 0, 1) * 255
+        heat = cv2.resize(cells, (TILE, TILE), interpolation=cv2.INTER_NEAREST)
         tiles.append(np.hstack([tile, heat.astype(np.uint8)]))
     return with_legend(grid(tiles, 3), {"truth": TRUTH, "predicted": PREDICTED})
 
 
-def contact_sheet(cases: Sequence[Case], sources: Mapping[str, Source]) -> np.ndarray:
-    """(H, W, 3) BGR: some cases with their landmarks and the outlines of their masks.
+def contact_sheet(cases: Sequence[Case], sources: Mapping[str, Source]) -> Picture:
+    """Some cases with their landmarks and the outlines of their masks.
 
     Args:
         sources: what the cases are made from, by the case's file.
@@ -54,7 +54,7 @@ def contact_sheet(cases: Sequence[Case], sources: Mapping[str, Source]) -> np.nd
     return with_legend(sheet, names)
 
 
-def with_legend(sheet: np.ndarray, names: Mapping[str, Colour]) -> np.ndarray:
+def with_legend(sheet: Picture, names: Mapping[str, Colour]) -> Picture:
     """The sheet below a line that says what each colour is."""
     legend = np.zeros((2 * CAPTION, sheet.shape[1], 3), np.uint8)
     for k, (name, colour) in enumerate(names.items()):
@@ -63,8 +63,8 @@ def with_legend(sheet: np.ndarray, names: Mapping[str, Colour]) -> np.ndarray:
     return np.vstack([legend, sheet])
 
 
-def case_tile(case: Case, source: Source) -> np.ndarray:
-    """(CAPTION + SHEET_TILE, SHEET_TILE, 3) BGR of one case."""
+def case_tile(case: Case, source: Source) -> Picture:
+    """(CAPTION + SHEET_TILE, SHEET_TILE, 3): one case."""
     tile, box = tile_of(one_frame(source.image).pixels, (1, 1), SHEET_TILE)
     if source.mask is not None:
         mask = read_mask(source.mask)
@@ -78,18 +78,18 @@ def case_tile(case: Case, source: Source) -> np.ndarray:
 
 
 def spread(length: int, count: int) -> list[int]:
-    """So many indices, evenly over a sequence of this length; all of them where it is shorter."""
-    return np.linspace(0, length - 1, min(count, length)).round().astype(int).tolist()
+    """`count` indices, evenly over a sequence of this length; all of them if it is shorter."""
+    return [round(k) for k in np.linspace(0, length - 1, min(count, length)).tolist()]
 
 
-def tile_of(grey: np.ndarray, spacing: Pair, size: int) -> tuple[np.ndarray, Letterbox]:
-    """(size, size, 3) BGR of an image, letterboxed, and where its points come to lie in it."""
+def tile_of(grey: Pixels, spacing: Pair, size: int) -> tuple[Picture, Letterbox]:
+    """(size, size, 3): an image, letterboxed; and the letterbox, which says where points lie."""
     box = Letterbox(grey.shape[1], grey.shape[0], size, spacing)
     square = box.apply(np.clip(grey, 0, 255).astype(np.uint8))
-    return cv2.cvtColor(square, cv2.COLOR_GRAY2BGR), box
+    return np.asarray(cv2.cvtColor(square, cv2.COLOR_GRAY2BGR), np.uint8), box
 
 
-def grid(tiles: Sequence[np.ndarray], columns: int) -> np.ndarray:
+def grid(tiles: Sequence[Picture], columns: int) -> Picture:
     """Tiles of one size, row by row."""
     blank = [np.zeros_like(tiles[0])] * (-len(tiles) % columns)
     rows = [*tiles, *blank]
@@ -97,12 +97,12 @@ def grid(tiles: Sequence[np.ndarray], columns: int) -> np.ndarray:
 
 
 def mark(
-    image: np.ndarray, points: np.ndarray, colours: Sequence[Colour], radius: int, thickness: int
+    image: Picture, points: Floats, colours: Sequence[Colour], radius: int, thickness: int
 ) -> None:
     """Draw a circle at each of the (n, 2) points."""
     for (x, y), colour in zip(points, colours, strict=True):
         cv2.circle(image, (round(x), round(y)), radius, colour, thickness, cv2.LINE_AA)
 
 
-def put_text(image: np.ndarray, text: str, at: tuple[int, int]) -> None:
+def put_text(image: Picture, text: str, at: tuple[int, int]) -> None:
     cv2.putText(image, text, at, cv2.FONT_HERSHEY_SIMPLEX, 0.4, (230, 230, 230), 1, cv2.LINE_AA)

@@ -13,11 +13,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from model.image import BadFrame, GreyFrame, ImageError, is_supported_name, open_image
-from training.cases import Case, CaseError, read_cases
+from model.images.source import BadFrame, GreyFrame, ImageError, is_supported_name, open_image
+from training.cases import SPLITS, Case, CaseError, read_cases
 from training.criteria import Objection
 from training.data import read_grey
-from training.groups import SPLITS, Thumbnail, near_duplicate_groups, thumbnail
+from training.groups import Thumbnail, near_duplicate_groups, thumbnail
 from training.sources import by_stem, stem_of
 
 

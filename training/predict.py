@@ -1,7 +1,10 @@
-"""Predictions for a case table, by any predictor: torch weights or an ONNX file."""
+"""Predictions for a case table, by any predictor: torch weights or an ONNX file.
+
+Those of a cross-validation (training.folds) are each of a network that has not seen the case.
+"""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -16,8 +19,11 @@ from model.heatmap import Decode, Heatmaps
 from model.measure import doubts, interval_of
 from model.predictor import Output, Prediction, Predictor
 from model.spec import ModelSpec
-from training.cases import Case
+from training.cases import Case, CaseError, read_cases
+from training.checkpoint import Checkpoint, load_weights
 from training.data import read_grey
+
+KEPT_OUT = "test"  # the split of the cases that a fold keeps out: training.fit never reads it
 
 
 @dataclass(frozen=True)
@@ -90,3 +96,27 @@ def answer_of(
         expected_error_px=found.expected.landmarks_px,
         expected_aop_error_deg=found.expected.aop_deg,
     )
+
+
+def finished_folds(folds: Path) -> list[Path]:
+    """The folders of a cross-validation's trainings.
+
+    Raises:
+        CaseError: no fold is there, or one is not done.
+    """
+    runs = sorted(folds.glob("fold-*"))
+    if not runs or not all((run / "done").exists() for run in runs):
+        raise CaseError(f"{folds} holds no finished folds: run training.folds --output {folds}")
+    return runs
+
+
+def splits_of_fold(run: Path) -> list[tuple[str, str | None]]:
+    """Each case's file and split in a fold's folder: two folds with equal ones fit together."""
+    return [(case.file, case.split) for case in read_cases(run / "cases.csv")]
+
+
+def kept_out(folds: Path) -> Iterator[tuple[nn.Module, Checkpoint, list[Case]]]:
+    """Each fold's network, and the cases that it has not seen; CaseError as `finished_folds`."""
+    for run in finished_folds(folds):
+        cases = [case for case in read_cases(run / "cases.csv") if case.split == KEPT_OUT]
+        yield *load_weights(run / "best.safetensors"), cases

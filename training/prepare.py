@@ -18,6 +18,16 @@ landmarks_data.csv with aop_results.csv; the images anywhere below the folder):
 
     python -m training.prepare --iugc DIR --output cases.csv
 
+A table of an expert's clicks is a case table already, and training.fit reads it as it is:
+
+    Filename,PS1,PS2,FH1,AoP,split,group
+    site1/0001.png,"(131.5, 82)","(60, 95.25)","(190, 141)",,train,patient-7
+
+Filename is the path below the folder of images, suffix included. Points are in px: x to the right,
+y down, and the centre of the top left pixel is (0, 0). AoP (degrees), split (train, val or test)
+and group (a patient or examination, which a split keeps together) may be missing. Pass the table's
+folder to --iugc to have points and images checked and groups found; --split then draws a split.
+
 Landmarks from masks are no expert's clicks: the ends of the ellipse fitted to the symphysis, and
 the point where the tangent from PS1 touches the ellipse fitted to the head. What cannot be derived
 is named on stdout and in OUTPUT's .skipped.csv; the rest is written. Frames that look alike get one
@@ -30,26 +40,23 @@ import argparse
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import cv2
-import numpy as np
 from tqdm import tqdm
 
-from model.anatomy import angle_of_progression
-from model.image import ImageError
+from model.anatomy import LANDMARKS, angle_of_progression
+from model.images.source import ImageError
 from model.masks import MaskError, landmarks_from_mask
-from training.cases import Case, read_table, write_cases, write_rows
+from training.cases import SPLITS, Case, read_table, write_cases, write_rows
 from training.groups import (
     DUPLICATE_CORRELATION,
-    SPLITS,
     Thumbnail,
     near_duplicate_groups,
     split_by_group,
     thumbnail,
 )
-from training.masks import read_mask
 from training.pictures import contact_sheet
 from training.sources import (
     Skipped,
@@ -58,60 +65,87 @@ from training.sources import (
     iugc_sources,
     mask_sources,
     one_frame,
+    read_mask,
     skip,
     stem_of,
 )
 
 
+@dataclass(frozen=True)
+class PrepareOptions:
+    """The command line: either `iugc`, or `images` and `masks`.
+
+    split: shares of train, val and test. patients, splits: tables of Filename and more.
+    """
+
+    images: Path | None
+    masks: Path | None
+    iugc: Path | None
+    output: Path
+    patients: Path | None
+    patient_column: str | None
+    split: Sequence[float] | None
+    splits: Path | None
+    seed: int
+    duplicate_correlation: float
+    contact_sheet: Path | None
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status."""
     parser = _parser()
-    args = parser.parse_args(arguments)
-    if (args.iugc is None) == (args.images is None) or (args.images is None) != (
-        args.masks is None
-    ):
+    options = PrepareOptions(**vars(parser.parse_args(arguments)))
+    from_masks = (options.images is not None, options.masks is not None)
+    if from_masks not in ((True, True), (False, False)) or from_masks[0] == bool(options.iugc):
         parser.error("give --images and --masks, or --iugc")
-    if (args.patients is None) != (args.patient_column is None):
+    if (options.patients is None) != (options.patient_column is None):
         parser.error("--patients and --patient-column belong together")
-    if args.splits and (args.split or args.patients):
+    if options.splits and (options.split or options.patients):
         parser.error("--splits tells split and group: leave out --split and --patients")
     try:
-        if args.split:
-            split_by_group([], args.split)  # refuses wrong shares before the work, not after it
-        return prepare(args)
+        if options.split:
+            split_by_group([], options.split)  # refuses wrong shares before the work, not after it
+        prepare(options)
     except ValueError as error:
         print(f"nothing was written: {error}", file=sys.stderr)
         return 1
+    return 0
 
 
-def prepare(args: argparse.Namespace) -> int:
-    """From the files to the table, the list of what was skipped, and the contact sheet."""
-    folder: Path = args.iugc or args.images
-    for each in (folder, args.masks or folder):
-        if not each.is_dir():
-            raise Unusable(f"{each} is not a folder")
-    args.output.parent.mkdir(parents=True, exist_ok=True)
+def prepare(options: PrepareOptions) -> None:
+    """Write the table, the list of what was skipped, and the contact sheet.
+
+    Raises:
+        ValueError: no case could be made, or a folder or table cannot be used.
+    """
+    for folder in (options.iugc, options.images, options.masks):
+        if folder is not None and not folder.is_dir():
+            raise Unusable(f"{folder} is not a folder")
+    options.output.parent.mkdir(parents=True, exist_ok=True)
     skipped: Skipped = []
-    sources = list(
-        iugc_sources(folder, skipped) if args.iugc else mask_sources(folder, args.masks, skipped)
-    )
+    if options.images is not None and options.masks is not None:
+        sources = list(mask_sources(options.images, options.masks, skipped))
+    else:
+        assert options.iugc is not None
+        sources = list(iugc_sources(options.iugc, skipped))
     derived = derive_all(sources, skipped)
-    cases = group_cases(derived, args, skipped)
-    write_skipped(args.output.with_name(args.output.stem + ".skipped.csv"), skipped)
+    cases = group_cases(derived, options, skipped)
+    write_skipped(options.output.with_name(options.output.stem + ".skipped.csv"), skipped)
     if not cases:
         first = f"; the first: {skipped[0][0]}: {skipped[0][1]}" if skipped else ""
         raise Unusable(f"no case could be derived from {len(skipped)} files{first}")
-    if args.split:
-        splits = split_by_group([case.group for case in cases], args.split, args.seed)
+    if options.split:
+        splits = split_by_group([case.group for case in cases], options.split, options.seed)
         cases = [replace(case, split=split) for case, split in zip(cases, splits, strict=True)]
-    write_cases(args.output, cases)
-    report(cases, skipped, args)
-    sheet = args.contact_sheet or args.output.with_name(args.output.stem + ".contact-sheet.png")
+    write_cases(options.output, cases)
+    report(cases, skipped, options.output)
+    sheet = options.contact_sheet or options.output.with_name(
+        options.output.stem + ".contact-sheet.png"
+    )
     sheet.parent.mkdir(parents=True, exist_ok=True)
     if not cv2.imwrite(str(sheet), contact_sheet(cases, {each.file: each for each in sources})):
         raise Unusable(f"the contact sheet cannot be written to {sheet}")
     print(f"look at {sheet} before you train")
-    return 0
 
 
 def derive_all(sources: Sequence[Source], skipped: Skipped) -> list[tuple[Case, Thumbnail]]:
@@ -135,10 +169,14 @@ def derive(source: Source) -> tuple[Case, Thumbnail]:
     height, width = frame.pixels.shape
     if source.labelled is not None:
         case = source.labelled
-        outside = (case.landmarks_px < -0.5) | (case.landmarks_px > np.array([width, height]) - 0.5)
-        if outside.any():
-            raise Unusable(f"a landmark of the table lies outside the image of {width}x{height} px")
+        for name, (x, y) in zip(LANDMARKS, case.landmarks_px.tolist(), strict=True):
+            if not (-0.5 <= x <= width - 0.5 and -0.5 <= y <= height - 0.5):
+                raise Unusable(
+                    f"{name} of the table, ({x:g}, {y:g}), lies outside the image of "
+                    f"{width}x{height} px"
+                )
     else:
+        assert source.mask is not None
         mask = read_mask(source.mask)
         if mask.shape != (height, width):
             size = f"{mask.shape[1]}x{mask.shape[0]}"
@@ -150,19 +188,23 @@ def derive(source: Source) -> tuple[Case, Thumbnail]:
 
 
 def group_cases(
-    derived: Sequence[tuple[Case, Thumbnail]], args: argparse.Namespace, skipped: Skipped
+    derived: Sequence[tuple[Case, Thumbnail]], options: PrepareOptions, skipped: Skipped
 ) -> list[Case]:
-    """The cases with their groups: the patients of a CSV, or near-duplicate frames."""
-    if args.splits:
-        return _as_split(derived, args.splits, skipped)
-    if args.patients is None:
-        groups = near_duplicate_groups((small for _, small in derived), args.duplicate_correlation)
+    """The cases with their groups: a CSV's patients, a release's own groups, or near-duplicates."""
+    if options.splits:
+        return _as_split(derived, options.splits, skipped)
+    if options.patients is None or options.patient_column is None:
+        if all(case.group for case, _ in derived):
+            return [case for case, _ in derived]
+        groups = near_duplicate_groups(
+            (small for _, small in derived), options.duplicate_correlation
+        )
         return [
             replace(case, group=f"g{group:03d}")
             for (case, _), group in zip(derived, groups, strict=True)
         ]
-    table = read_table(args.patients)
-    file, column = table.find("Filename"), table.find(args.patient_column)
+    table = read_table(options.patients)
+    file, column = table.find("Filename"), table.find(options.patient_column)
     patients = {stem_of(row[file]): row[column] for _, row in table.rows}
     cases = []
     for case, _ in derived:
@@ -170,7 +212,7 @@ def group_cases(
         if patient:
             cases.append(replace(case, group=patient))
         else:
-            skip(skipped, case.file, f"{args.patients} names no {column} for it")
+            skip(skipped, case.file, f"{options.patients} names no {column} for it")
     return cases
 
 
@@ -179,31 +221,31 @@ def _as_split(
 ) -> list[Case]:
     """The cases that a table names, with its split, device and group."""
     table = read_table(path)
-    names = {field: table.find(field) for field in ("split", "device", "group")}
+    split, device, group = (table.find(name) for name in ("split", "device", "group"))
     file = table.find("Filename")
     known = {stem_of(row[file]): row for _, row in table.rows}
     cases = []
     for case, _ in derived:
         row = known.get(stem_of(case.file))
         if row:
-            cases.append(replace(case, **{field: row[name] for field, name in names.items()}))
+            cases.append(replace(case, split=row[split], device=row[device], group=row[group]))
         else:
             skip(skipped, case.file, f"{path} does not name it")
     return cases
 
 
 def write_skipped(path: Path, skipped: Skipped) -> None:
-    """The list of what was skipped; a list of an earlier run is removed where there is nothing."""
+    """Write the list of what was skipped; if nothing was, remove that of an earlier run."""
     if skipped:
         write_rows(path, ["file", "reason"], skipped)
     else:
         path.unlink(missing_ok=True)
 
 
-def report(cases: Sequence[Case], skipped: Skipped, args: argparse.Namespace) -> None:
-    """What was written, how large the groups are, and how the splits came out."""
+def report(cases: Sequence[Case], skipped: Skipped, output: Path) -> None:
+    """Print what was written, how large the groups are, and how the splits came out."""
     sizes = Counter(case.group for case in cases)
-    print(f"{len(cases)} cases written to {args.output}, {len(skipped)} files skipped")
+    print(f"{len(cases)} cases written to {output}, {len(skipped)} files skipped")
     print(f"{len(sizes)} groups, the largest of {max(sizes.values())} images")
     splits = Counter(case.split for case in cases if case.split)
     for name in SPLITS if splits else ():
@@ -239,7 +281,7 @@ def _parser() -> argparse.ArgumentParser:
         help="shares of images, adding up to 1, drawn by group; in place of a release's own splits",
     )
     add("--splits", type=Path, metavar="CSV", help="table of Filename, split, device and group")
-    add("--seed", type=int, default=0, help="of the split (default: %(default)s)")
+    add("--seed", type=int, default=0, help="random seed of the split (default: %(default)s)")
     add(
         "--duplicate-correlation",
         type=float,

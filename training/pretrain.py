@@ -18,38 +18,47 @@ of training.fit with --pretrained RUN and without.
 """
 
 import argparse
-import csv
+import json
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, ClassVar, Literal
 
 import cv2
 import numpy as np
 import torch
-from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
+import torch.nn.functional as F
+from pydantic import ConfigDict, Field
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from training.cases import CaseError, read_table, write_rows
 from training.checkpoint import CheckpointError, save_weights
-from training.data import train_loader
-from training.distill import PretrainTrainer, Student
-from training.loop import Processes, processes
+from training.data import EpochSampler, train_loader
+from training.loop import Processes, Trainer, log_epoch, processes
 from training.mae import (
     FILE,
+    AutoencoderConfig,
+    Features,
     MaskedAutoencoder,
     Pretrained,
+    mae_loss,
     patchify,
     statistics,
     unpatchify,
 )
 from training.pictures import CAPTION, put_text, spread
-from training.pretrain_recipe import PretrainRecipe, add_recipe_arguments, recipe_from_arguments
-from training.teachers import load_teacher
+from training.recipes import Range, one_cycle_factor
+from training.teachers import Beit, MaeTeacher, load_teacher
 from training.unlabelled import (
+    CropSettings,
+    ImageChoice,
     UnlabelledDataset,
     add_image_arguments,
     find_images,
+    image_choice,
     read_squares,
     split_indices,
 )
@@ -58,49 +67,258 @@ SAMPLES_EVERY, SAMPLES = 10, 6  # epochs between two sheets, images on each
 COLUMNS = ("image", "what it sees", "patch means", "reconstruction")
 
 
+class PretrainRecipe(AutoencoderConfig):
+    """One pretraining; the defaults are the paper's, and MAE's where it is silent."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    optimiser: ClassVar[str] = "adamw"
+
+    name: str = Field("paper", description="the recipe's name")
+    mask_ratio: float = Field(0.75, gt=0, lt=1, description="share of the patches that is masked")
+    variance_floor: float = Field(
+        1e-6, gt=0, description="added to a patch's variance (grey 0..1) before it is normalised"
+    )
+    teacher: str = Field(
+        "none", description="usfm:FILE (BEiT-style weights), mae:RUN (our own), none (plain MAE)"
+    )
+    target: Literal["features", "attention", "features+attention"] = Field(
+        "features", description="what of the teacher is matched: features, attention, or both"
+    )
+    teacher_sees: Literal["image", "kept"] = Field(
+        "image", description="image: features of the whole image are matched (Eq. 1); kept: patches"
+    )
+    mae_weight: float = Field(1.0, ge=0, description="lambda of Eq. 1, weight of the MAE's loss")
+    attention_weight: float = Field(1.0, ge=0, description="weight of the attention maps' loss")
+    crop_area: Range = Field((0.2, 1.0), description="range of a crop's share of the area")
+    rotation_deg: float = Field(10.0, description="rotation by up to +- this")
+    gamma: Range = Field((0.8, 1.2), description="range of the greys' exponent")
+    contrast: Range = Field((0.8, 1.2), description="factor about the mean grey")
+    learning_rate: float = Field(1e-4, description="the highest learning rate of AdamW")
+    weight_decay: float = Field(0.05, description="weight decay")
+    warm_up: float = Field(0.1, description="share of the training in which the rate climbs")
+    clip_norm: float = Field(0.0, description="largest gradient norm; 0: not clipped")
+    epochs: int = Field(400, description="passes over the images")
+    batch: int = Field(1024, description="images a step, over all processes")
+    ema_decay: float = Field(0.0, description="decay of the averaged weights a step; 0: none")
+    val_share: float = Field(0.05, gt=0, lt=1, description="share of the images kept for val")
+    seed: int = Field(1, description="seed of weights, order, crops and masks")
+    workers: int = Field(1, description="processes that cut crops; 0: none")
+
+    @property
+    def crops(self) -> CropSettings:
+        """How crops are cut; the encoder sees one of their patches or more."""
+        return CropSettings(
+            size_px=self.image_size,
+            patches=self.grid**2,
+            kept=max(1, round(self.grid**2 * (1 - self.mask_ratio))),
+            area=self.crop_area,
+            rotation_deg=self.rotation_deg,
+            gamma=self.gamma,
+            contrast=self.contrast,
+            seed=self.seed,
+        )
+
+    def rate_factor(self, step: int, steps_an_epoch: int) -> float:
+        """The learning rate at a step, counted from 0, as a share of `learning_rate`."""
+        return one_cycle_factor(step / max(1, self.epochs * steps_an_epoch), self.warm_up)
+
+
+PAPER = PretrainRecipe()
+COMPACT = PretrainRecipe(
+    name="compact",
+    image_size=128,
+    depth=6,
+    variance_floor=1e-3,
+    crop_area=(0.4, 1.0),
+    learning_rate=5e-4,
+    clip_norm=1.0,
+    epochs=200,
+    batch=16,  # of few images many steps: with 64 it had explained 0.10 where this explains 0.16
+)
+RECIPES = {"paper": PAPER, "compact": COMPACT}
+
+
+class Student(nn.Module):
+    """What is trained: the autoencoder, and a linear map of its features where widths differ."""
+
+    def __init__(self, recipe: PretrainRecipe, teacher_width: int | None) -> None:
+        super().__init__()
+        self.mae = MaskedAutoencoder(recipe)
+        self.taught, self.whole = teacher_width is not None, recipe.teacher_sees == "image"
+        self.attention = self.taught and "attention" in recipe.target
+        self.match: nn.Module = nn.Identity()
+        if teacher_width not in (None, recipe.width) and "features" in recipe.target:
+            self.match = nn.Linear(recipe.width, teacher_width)
+
+    def forward(self, image: Tensor, kept: Tensor) -> tuple[Tensor, Features | None]:
+        """The autoencoder's prediction, and features to compare with the teacher's, if any."""
+        encoder = self.mae.encoder
+        features = encoder(image, kept, self.attention and not self.whole)
+        prediction = self.mae.decoder(features.tokens, kept)
+        if not self.taught:
+            return prediction, None
+        if self.whole:
+            features = encoder(image, None, self.attention)
+        return prediction, Features(self.match(features.tokens), features.attention)
+
+
+def distillation_loss(student: Features, teacher: Features, recipe: PretrainRecipe) -> Tensor:
+    """Eq. 1's MSE of features and, or, the divergence of the last block's attention maps."""
+    loss = student.tokens.new_zeros((), dtype=torch.float32)
+    if "features" in recipe.target:
+        loss = loss + F.mse_loss(student.tokens.float(), teacher.tokens.float())
+    if "attention" in recipe.target:
+        assert student.attention is not None and teacher.attention is not None  # both were asked
+        divergence = attention_divergence(student.attention, teacher.attention)
+        loss = loss + recipe.attention_weight * divergence
+    return loss
+
+
+def attention_divergence(student: Tensor, teacher: Tensor) -> Tensor:
+    """Kullback-Leibler divergence of (n, heads, tokens, tokens) maps, mean over their rows.
+
+    Shares of some hundred tokens are too small for a squared error. Where the numbers of heads
+    differ, the means over heads are compared.
+    """
+    if student.shape[1] != teacher.shape[1]:
+        student, teacher = student.mean(1, keepdim=True), teacher.mean(1, keepdim=True)
+    student, teacher = student.float().clamp(min=1e-8), teacher.float().clamp(min=1e-8)
+    return (teacher * (teacher.log() - student.log())).sum(dim=-1).mean()
+
+
+class PretrainTrainer(Trainer[PretrainRecipe]):
+    """The trainer of the pretraining."""
+
+    def __init__(
+        self,
+        student: Student,
+        recipe: PretrainRecipe,
+        steps: int,
+        place: Processes,
+        teacher: Beit | MaeTeacher | None,
+    ) -> None:
+        super().__init__(student, recipe, steps, place)
+        self.teacher = teacher.to(place.device) if teacher else None
+        self.parts: list[tuple[float, float]] = []  # L_MAE and distillation of the epoch's steps
+
+    def losses(self, network: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """L_MAE and the distillation's loss of a batch."""
+        recipe, image, kept = self.recipe, batch["image"], batch["kept"]
+        truth: Features | None = None
+        with self.autocast:
+            prediction, features = network(image, kept)
+            if self.teacher is not None:
+                shown = kept if recipe.teacher_sees == "kept" else None
+                with torch.no_grad():
+                    truth = self.teacher(image, shown, "attention" in recipe.target)
+        mae = mae_loss(prediction, image, kept, recipe.variance_floor)
+        if truth is None:
+            return mae, torch.zeros_like(mae)
+        return mae, distillation_loss(features, truth, recipe)
+
+    def loss(self, batch: dict[str, Tensor]) -> Tensor:
+        """Eq. 1 of the paper; notes its parts."""
+        mae, distillation = self.losses(self.wrapped, batch)
+        self.parts.append((mae.item(), distillation.item()))
+        return distillation + self.recipe.mae_weight * mae
+
+    @property
+    def student(self) -> Student:
+        """The weights that count."""
+        student = self.evaluated
+        assert isinstance(student, Student)  # the trained one, or the average's copy of it
+        return student
+
+    @torch.no_grad()
+    def validate(self, held_out: UnlabelledDataset) -> tuple[float, float, float]:
+        """Of the weights that count, on whole val images: L_MAE, what share of the variance within
+        masked patches is explained (0: no more than each patch's mean is known), distillation.
+        """
+        network, recipe = self.evaluated.eval(), self.recipe
+        keys = [(0, k) for k in range(len(held_out))]
+        sums = np.zeros(3)
+        for loaded in DataLoader(held_out, batch_size=min(64, recipe.batch), sampler=keys):
+            batch = {name: tensor.to(self.place.device) for name, tensor in loaded.items()}
+            image, kept = batch["image"], batch["kept"]
+            mae, distillation = self.losses(network, batch)
+            blank = image.new_zeros(len(image), recipe.grid**2, recipe.patch**2)
+            nothing = mae_loss(blank, image, kept, recipe.variance_floor)
+            sums += len(image) * np.array([mae.item(), nothing.item(), distillation.item()])
+        mae, nothing, distillation = (sums / len(held_out)).tolist()
+        return mae, 1 - mae / nothing if nothing else 0.0, distillation
+
+
+@dataclass(frozen=True)
+class PretrainOptions:
+    """What a pretraining reads and where it writes; its recipe says how it trains.
+
+    Args:
+        choice: the images.
+        output: the run's folder.
+        resume: go on from the checkpoint in it.
+        max_minutes: stop after the epoch in which these end.
+        device: auto, cuda or cpu, for `processes`.
+    """
+
+    choice: ImageChoice
+    output: Path
+    resume: bool = False
+    max_minutes: float | None = None
+    device: str = "auto"
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status."""
     args = _parser().parse_args(arguments)
+    options = PretrainOptions(
+        choice=image_choice(args),
+        output=args.output,
+        resume=args.resume,
+        max_minutes=args.max_minutes,
+        device=args.device,
+    )
     try:
         recipe = recipe_from_arguments(args)
-        with processes(args.device) as place:
-            pretrain(args, recipe, place)
+        with processes(options.device) as place:
+            pretrain(options, recipe, place)
     except (CaseError, CheckpointError, ValueError, OSError) as error:
         print(f"training.pretrain: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-def pretrain(args: argparse.Namespace, recipe: PretrainRecipe, place: Processes) -> None:
+def pretrain(options: PretrainOptions, recipe: PretrainRecipe, place: Processes) -> None:
     """Train until the recipe's epochs or --max-minutes are over."""
-    checkpoint: Path = args.output / "checkpoint.pt"
-    if checkpoint.exists() != args.resume:
-        what = "there is nothing to resume" if args.resume else "it holds a training: pass --resume"
-        raise CaseError(f"{args.output}: {what}, or another --output")
+    checkpoint = options.output / "checkpoint.pt"
+    if checkpoint.exists() != options.resume:
+        what = (
+            "there is nothing to resume" if options.resume else "it holds a training: pass --resume"
+        )
+        raise CaseError(f"{options.output}: {what}, or another --output")
     teacher, line = load_teacher(recipe.teacher, recipe.grid)
-    names, squares = read_squares(find_images(args), recipe.image_size)
-    train, val = split_indices(len(squares), recipe)
-    args.output.mkdir(parents=True, exist_ok=True)
-    note_images(args.output / "images.csv", names, set(val), args.resume, place)
-    loader = train_loader(
-        UnlabelledDataset([squares[k] for k in train], recipe), place.rank, place.world
-    )
+    names, squares = read_squares(find_images(options.choice), recipe.image_size)
+    train, val = split_indices(len(squares), recipe.val_share, recipe.seed)
+    options.output.mkdir(parents=True, exist_ok=True)
+    note_images(options.output / "images.csv", names, set(val), options.resume, place)
+    order = EpochSampler(len(train), recipe.seed, place.rank, place.world)
+    dataset = UnlabelledDataset([squares[k] for k in train], recipe.crops)
+    loader = train_loader(dataset, order, recipe.batch, recipe.workers)
     torch.manual_seed(recipe.seed)
     student = Student(recipe, teacher.width if teacher else None)
     trainer = PretrainTrainer(student, recipe, len(loader), place, teacher)
-    spent = trainer.resume(checkpoint) if args.resume else 0.0
+    spent = trainer.resume(checkpoint) if options.resume else 0.0
     if place.leads:
         print(f"{line}\n{len(train)} images train, {len(val)} val, {place.world} x {place.device}")
     start = time.monotonic() - spent
-    held_out = UnlabelledDataset([squares[k] for k in val], recipe, train=False)
+    held_out = UnlabelledDataset([squares[k] for k in val], recipe.crops, train=False)
     while trainer.epoch < recipe.epochs:
-        loader.sampler.epoch = trainer.epoch
         loss = trainer.train_epoch(loader)
         seconds = time.monotonic() - start
         if place.leads:
-            keep(trainer, args.output, held_out, loss, seconds)
+            keep(trainer, options.output, held_out, loss, seconds)
         place.barrier()
-        if place.any(args.max_minutes is not None and seconds > 60 * args.max_minutes):
+        if place.any(options.max_minutes is not None and seconds > 60 * options.max_minutes):
             if place.leads:
                 print(f"--max-minutes reached after epoch {trainer.epoch}; --resume goes on")
             return
@@ -124,17 +342,17 @@ def keep(
     """Validate, log, save the weights that count, checkpoint."""
     recipe, epoch = trainer.recipe, trainer.epoch
     val_mae, explained, val_distillation = trainer.validate(held_out)
-    mae, distillation = np.mean(trainer.parts, axis=0)
+    of_mae, of_distillation = np.mean(trainer.parts, axis=0)
     trainer.parts.clear()
-    row = {
+    row: dict[str, float] = {
         "epoch": epoch,
         "loss": round(loss, 5),
-        "mae": round(float(mae), 5),
-        "distillation": round(float(distillation), 5),
+        "mae": round(float(of_mae), 5),
+        "distillation": round(float(of_distillation), 5),
         "val_mae": round(val_mae, 5),
         "val_explained": round(explained, 5),
         "val_distillation": round(val_distillation, 5),
-        "learning_rate": trainer.scheduler.get_last_lr()[0],
+        "learning_rate": float(trainer.scheduler.get_last_lr()[0]),
         "minutes": round(seconds / 60, 2),
     }
     print("  ".join(f"{name} {value:g}" for name, value in row.items()), flush=True)
@@ -144,10 +362,11 @@ def keep(
         batch = {
             k: torch.stack([s[k] for s in samples]).to(trainer.place.device) for k in samples[0]
         }
-        sheet = reconstructions(trainer.evaluated.mae.eval(), **batch, floor=recipe.variance_floor)
-    log(folder, row, sheet)
+        mae = trainer.student.mae.eval()
+        sheet = reconstructions(mae, batch["image"], batch["kept"], recipe.variance_floor)
+    log_epoch(folder, row, "reconstructions", sheet)
     described = Pretrained(recipe=recipe, epoch=epoch, val_explained=explained)
-    save_weights(folder / FILE, trainer.evaluated.mae.state_dict(), described)
+    save_weights(folder / FILE, trainer.student.mae.state_dict(), described)
     trainer.save(folder / "checkpoint.pt", seconds)
 
 
@@ -175,22 +394,29 @@ def reconstructions(
     return cv2.vconcat([caption, sheet])
 
 
-def log(folder: Path, row: dict[str, float], sheet: np.ndarray | None) -> None:
-    """Add an epoch to log.csv and TensorBoard, and its reconstructions to both."""
-    with (folder / "log.csv").open(
-        "w" if row["epoch"] == 1 else "a", newline="", encoding="utf-8"
-    ) as file:
-        writer = csv.DictWriter(file, row.keys())
-        if row["epoch"] == 1:
-            writer.writeheader()
-        writer.writerow(row)
-    with SummaryWriter(str(folder / "tensorboard")) as board:
-        for name, value in row.items():
-            board.add_scalar(name, value, row["epoch"])
-        if sheet is not None:
-            board.add_image("reconstructions", sheet, row["epoch"], dataformats="HW")
-            (folder / "samples").mkdir(exist_ok=True)
-            cv2.imwrite(str(folder / "samples" / f"epoch-{row['epoch']:03d}.png"), sheet)
+def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
+    """`--recipe` and one flag for every field."""
+    parser.add_argument("--recipe", choices=sorted(RECIPES), default="compact")
+    group = parser.add_argument_group(
+        "recipe fields", "override the recipe; pairs as 1,2; defaults below are paper | compact"
+    )
+    for name, field in PretrainRecipe.model_fields.items():
+        shown = " | ".join(json.dumps(getattr(recipe, name)) for recipe in RECIPES.values())
+        text = f"{field.description} ({shown})".replace("%", "%%")
+        group.add_argument(f"--{name}", metavar="V", default=argparse.SUPPRESS, help=text)
+
+
+def recipe_from_arguments(args: argparse.Namespace) -> PretrainRecipe:
+    """The chosen recipe with the fields that the command line sets.
+
+    Raises:
+        ValueError: (pydantic's ValidationError) a value that its field does not take.
+    """
+    values: dict[str, Any] = RECIPES[args.recipe].model_dump()
+    for name in PretrainRecipe.model_fields.keys() & vars(args).keys():
+        text = getattr(args, name)
+        values[name] = text.split(",") if isinstance(values[name], tuple) else text
+    return PretrainRecipe.model_validate(values)
 
 
 def _parser() -> argparse.ArgumentParser:

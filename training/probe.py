@@ -3,8 +3,8 @@
     python -m training.probe --run RUN --data cases.csv --images DIR
 
 The encoder stays as it is. Ridge regression takes all its patches' features to the landmarks: it is
-fitted on split train, its strength chosen there by leave-one-out, and measured on split val. Told
-beside it: an encoder of random weights, and the mean landmarks of train for every image.
+fitted on split train, its strength chosen there by leave-one-out, and measured on split val. For
+comparison it measures an encoder of random weights, and the mean landmarks of train everywhere.
 """
 
 import argparse

@@ -27,10 +27,18 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 
-from training.cases import Case, CaseError, read_cases, read_table, write_rows
+from model.predictor import Provider
+from training.cases import (
+    Case,
+    CaseError,
+    read_cases,
+    read_table,
+    write_rows,
+)
 from training.checkpoint import load_weights, write_text
 from training.groups import DUPLICATE_CORRELATION
 from training.labelling import Rule, label, load_teacher
@@ -40,92 +48,143 @@ from training.predict import predict_cases
 from training.recipes import Recipe, add_recipe_arguments, recipe_from_arguments
 
 HISTORY = ("round", "accepted", "val_mre_px", "val_aop_error_deg")
-FREE = ("rounds", "resume", "device", "max_minutes", "output")  # --resume may change them
+FREE = (  # --resume may change these; the recipe is written down by its flags
+    *("rounds", "resume", "device", "max_minutes", "output"),
+    *("recipe", "recipe_flags"),
+)
 ROOT = Path(__file__).resolve().parent.parent
 
 History = list[dict[str, float]]
 
 
+@dataclass(frozen=True)
+class PseudoLabelOptions:
+    """The command line.
+
+    teacher: the file, never a run's folder. exclude: tables, perhaps with splits, and their images.
+    Of accept and precision one is None. rounds: 0 labels once. recipe: the students', as
+    recipe_flags (name -> text, all that were given, and the recipe's name) make it.
+    """
+
+    teacher: Path
+    data: Path
+    images: Path
+    unlabelled: Sequence[Path]
+    exclude: Sequence[tuple[str, str]]
+    duplicate_correlation: float
+    accept: float | None
+    precision: float | None
+    precision_px: float
+    output: Path
+    rounds: int
+    scratch: bool
+    masks: Path | None
+    max_minutes: float | None
+    resume: bool
+    device: Provider
+    recipe: Recipe
+    recipe_flags: Mapping[str, str]
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status."""
-    args = _parser().parse_args(arguments)
     try:
-        pseudo_label(args, _recipe_flags(arguments))
+        pseudo_label(read_options(arguments))
     except (ValueError, OSError) as error:
         print(f"training.pseudo_label: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-def pseudo_label(args: argparse.Namespace, recipe_flags: Sequence[str]) -> None:
-    """Label once, or in rounds of labelling and training."""
-    args.teacher = args.teacher / "best.safetensors" if args.teacher.is_dir() else args.teacher
-    check_student(args, recipe_from_arguments(args))
-    apart = labelled_apart(args.data, args.images)
-    apart += [excluded(table, Path(images)) for table, images in args.exclude]
-    begin(args)
-    pool = find_pool(args.unlabelled, apart, args.duplicate_correlation)
+def read_options(arguments: Sequence[str] | None) -> PseudoLabelOptions:
+    """The command line.
+
+    Raises:
+        ValueError: (pydantic's ValidationError) a field of the recipe does not take its value.
+    """
+    parsed = _parser().parse_args(arguments)
+    recipe = recipe_from_arguments(parsed)
+    given = vars(parsed)
+    if parsed.teacher.is_dir():
+        given["teacher"] = parsed.teacher / "best.safetensors"
+    own = {field.name for field in fields(PseudoLabelOptions)} - {"recipe"}
+    flags = {name: given.pop(name) for name in sorted(given.keys() - own)}
+    return PseudoLabelOptions(**given, recipe=recipe, recipe_flags=flags)
+
+
+def pseudo_label(options: PseudoLabelOptions) -> None:
+    """Label once, or in rounds of labelling and training.
+
+    Raises:
+        ValueError, OSError: data, teacher or settings cannot be used, or no label is good enough.
+    """
+    check_student(options)
+    apart = labelled_apart(options.data, options.images)
+    apart += [excluded(table, Path(images)) for table, images in options.exclude]
+    begin(options)
+    pool = find_pool(options.unlabelled, apart, options.duplicate_correlation)
     print(f"{len(pool.candidates)} images to label, {len(pool.rejected)} left out or unreadable")
-    val = [case for case in read_cases(args.data) if case.split == "val"]
-    if args.rounds:
-        alternate(args, recipe_flags, pool, val)
+    val = [case for case in read_cases(options.data) if case.split == "val"]
+    if options.rounds:
+        alternate(options, pool, val)
     else:
-        _label(args, args.teacher, pool, val, args.output)
+        _label(options, options.teacher, pool, val, options.output)
 
 
-def check_student(args: argparse.Namespace, recipe: Recipe) -> None:
+def check_student(options: PseudoLabelOptions) -> None:
     """Refuse, before the work, a teacher from whose weights no student of the recipe can start."""
-    if not args.rounds or args.scratch:
+    if not options.rounds or options.scratch:
         return
-    if args.teacher.suffix == ".onnx":
+    if options.teacher.suffix == ".onnx":
         raise CaseError("a student cannot start from an ONNX teacher: pass weights, or --scratch")
-    described = load_weights(args.teacher)[1]
-    if described.network != recipe.network:
+    described = load_weights(options.teacher)[1]
+    if described.network != options.recipe.network:
         raise CaseError(
-            f"{args.teacher} is of another network than --recipe {args.recipe} with its flags: "
-            "give those it was trained with, or --scratch"
+            f"{options.teacher} has another network than --recipe {options.recipe_flags['recipe']} "
+            "with its flags: give those it was trained with, or --scratch"
         )
-    if args.masks and not described.masks:
-        raise CaseError(f"{args.teacher} has no mask outputs: leave --masks out, or pass --scratch")
+    if options.masks and not described.masks:
+        raise CaseError(
+            f"{options.teacher} has no mask outputs: leave --masks out, or pass --scratch"
+        )
 
 
-def begin(args: argparse.Namespace) -> None:
-    """Write down what is asked; what has been labelled is gone on with only as it was begun."""
-    asked = {name: str(value) for name, value in vars(args).items() if name not in FREE}
-    path = args.output / "settings.json"
-    folders = args.output, args.output / "round-1"
+def begin(options: PseudoLabelOptions) -> None:
+    """Write down the settings; a run that has labels goes on only with those it began with."""
+    names = [field.name for field in fields(options) if field.name not in FREE]
+    asked = {name: str(getattr(options, name)) for name in names} | dict(options.recipe_flags)
+    path = options.output / "settings.json"
+    folders = options.output, options.output / "round-1"
     if any((folder / "thresholds.json").exists() for folder in folders):
-        if not args.resume:
+        if not options.resume:
             raise CaseError(
-                f"{args.output} holds pseudo-labels: pass --resume, or another --output"
+                f"{options.output} holds pseudo-labels: pass --resume, or another --output"
             )
         before = json.loads(path.read_text(encoding="utf-8"))
-        names = sorted(asked.keys() | before.keys())
-        changed = [name for name in names if asked.get(name) != before.get(name)]
+        either = sorted(asked.keys() | before.keys())
+        changed = [name for name in either if asked.get(name) != before.get(name)]
         if changed:
             raise CaseError(
-                f"{args.output} was begun with other settings ({', '.join(changed)}); resume with "
-                "the same, or choose another --output"
+                f"{options.output} was begun with other settings ({', '.join(changed)}); resume "
+                "with the same, or choose another --output"
             )
     else:
-        (args.output / "rounds.csv").unlink(missing_ok=True)
-    args.output.mkdir(parents=True, exist_ok=True)
+        (options.output / "rounds.csv").unlink(missing_ok=True)
+    options.output.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(asked, indent=1) + "\n")
 
 
-def alternate(
-    args: argparse.Namespace, recipe_flags: Sequence[str], pool: Pool, val: Sequence[Case]
-) -> None:
+def alternate(options: PseudoLabelOptions, pool: Pool, val: Sequence[Case]) -> None:
     """Rounds of labelling and training, while val improves."""
-    teacher = args.teacher
-    history = _history(args.output) or _add(args, [], 0, teacher, val)
-    for number in range(1, args.rounds + 1):
-        folder = args.output / f"round-{number}"
+    teacher = options.teacher
+    history = _history(options.output) or _add(options, [], 0, teacher, val)
+    for number in range(1, options.rounds + 1):
+        folder = options.output / f"round-{number}"
         student = folder / "student" / "best.safetensors"
         if number == len(history):
-            accepted = _label(args, teacher, pool, val, folder)
-            train_student(args, recipe_flags, pool.root, folder, teacher)
-            history = _add(args, history, accepted, student, val)
+            accepted = _label(options, teacher, pool, val, folder)
+            train_student(options, pool.root, folder, teacher)
+            history = _add(options, history, accepted, student, val)
         *earlier, now = [row["val_mre_px"] for row in history[: number + 1]]
         if now >= min(earlier):
             print(
@@ -135,24 +194,22 @@ def alternate(
             return
         teacher = student
         for suffix in (".json", ".safetensors"):
-            shutil.copyfile(student.with_suffix(suffix), args.output / f"best{suffix}")
+            shutil.copyfile(student.with_suffix(suffix), options.output / f"best{suffix}")
 
 
-def train_student(
-    args: argparse.Namespace,
-    recipe_flags: Sequence[str],
-    root: Path,
-    folder: Path,
-    teacher: Path,
-) -> None:
+def train_student(options: PseudoLabelOptions, root: Path, folder: Path, teacher: Path) -> None:
     """Run training.fit, a stage of its own, on the labelled and the accepted images."""
     run = folder / "student"
-    command = [sys.executable, "-m", "training.fit", *recipe_flags, "--device", args.device]
-    command += ["--data", args.data, "--images", args.images, "--output", run]
+    flags = [f"--{name}={value}" for name, value in options.recipe_flags.items()]
+    command: list[str | Path] = [sys.executable, "-m", "training.fit", *flags]
+    command += ["--device", options.device]
+    command += ["--data", options.data, "--images", options.images, "--output", run]
     command += ["--more", folder / "pseudo.csv", root]
-    command += ["--masks", args.masks] if args.masks else []
-    command += [] if args.scratch else ["--init", teacher]
-    command += ["--max-minutes", str(args.max_minutes)] if args.max_minutes is not None else []
+    command += ["--masks", options.masks] if options.masks else []
+    command += [] if options.scratch else ["--init", teacher]
+    command += (
+        ["--max-minutes", str(options.max_minutes)] if options.max_minutes is not None else []
+    )
     command += ["--resume"] if (run / "checkpoint.pt").exists() else []
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     done = subprocess.run(command, check=False, env={**os.environ, "PYTHONPATH": path})
@@ -164,30 +221,30 @@ def train_student(
 
 
 def _label(
-    args: argparse.Namespace, teacher: Path, pool: Pool, val: Sequence[Case], folder: Path
+    options: PseudoLabelOptions, teacher: Path, pool: Pool, val: Sequence[Case], folder: Path
 ) -> int:
-    rule = Rule(args.accept, args.precision, args.precision_px)
-    return label(teacher, args.device, pool, val, args.images, rule, folder)
+    rule = Rule(options.accept, options.precision, options.precision_px)
+    return label(teacher, options.device, pool, val, options.images, rule, folder)
 
 
 def _history(output: Path) -> History:
-    """The rounds that are finished, the first being the teacher's."""
+    """The finished rounds; the first is the teacher's."""
     path = output / "rounds.csv"
     rows = read_table(path).rows if path.exists() else []
     return [{name: float(row[name]) for name in HISTORY} for _, row in rows]
 
 
 def _add(
-    args: argparse.Namespace, history: History, accepted: int, model: Path, val: Sequence[Case]
+    options: PseudoLabelOptions, history: History, accepted: int, model: Path, val: Sequence[Case]
 ) -> History:
     """The history with a model's errors on val, written down."""
-    predictor = load_teacher(model, args.device)
-    mre_px, aop_deg = mean_errors(predict_cases(predictor, val, args.images), val)
+    predictor = load_teacher(model, options.device)
+    mre_px, aop_deg = mean_errors(predict_cases(predictor, val, options.images), val)
     row = dict(zip(HISTORY, (len(history), accepted, mre_px, aop_deg), strict=True))
     print(f"round {len(history)}: val {mre_px:.2f} px, AoP {aop_deg:.2f} deg ({model})")
     history = [*history, row]
     written = [[f"{value:.10g}" for value in each.values()] for each in history]
-    write_rows(args.output / "rounds.csv", HISTORY, written)
+    write_rows(options.output / "rounds.csv", HISTORY, written)
     return history
 
 
@@ -196,14 +253,6 @@ def _share(text: str) -> float:
     if not 0 < value <= 1:
         raise argparse.ArgumentTypeError(f"expected a share above 0 and up to 1, got {text}")
     return value
-
-
-def _recipe_flags(arguments: Sequence[str] | None) -> list[str]:
-    """The recipe's flags among the arguments, to hand on."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    add_recipe_arguments(parser)
-    given, _ = parser.parse_known_args(arguments)
-    return [f"--{name}={value}" for name, value in vars(given).items()]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -219,8 +268,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--images", type=Path, required=True, metavar="DIR", help="folder of its images")
     add("--unlabelled", type=Path, nargs="+", required=True, metavar="DIR", help="image folders")
     add("--exclude", nargs=2, action="append", default=[], metavar=("TABLE[:SPLIT,...]", "DIR"),
-        help="a further table and its images, to be left out with what looks like them; of the "
-        "splits named, else all of it")  # fmt: skip
+        help="further table and its images, which are left out with what looks like them; all of "
+        "it, or only the splits that are named")  # fmt: skip
     add(
         "--duplicate-correlation",
         type=float,
@@ -229,23 +278,24 @@ def _parser() -> argparse.ArgumentParser:
         help="images whose 32x32 thumbnails correlate so much look alike (default: %(default)s)",
     )
     rule = parser.add_mutually_exclusive_group(required=True)
-    rule.add_argument("--accept", type=_share, metavar="SHARE", help="of the images to accept")
+    rule.add_argument("--accept", type=_share, metavar="SHARE", help="share of images to accept")
     rule.add_argument(
         "--precision",
         type=_share,
         metavar="SHARE",
-        help="of the accepted val cases that shall have an error within --precision-px",
+        help="share of the accepted val cases that must have an error within --precision-px",
     )
-    add("--precision-px", type=float, default=10.0, metavar="PX", help="at 512 (default: 10)")
-    add("--output", type=Path, required=True, metavar="DIR", help="see above")
-    add("--rounds", type=int, default=0, metavar="N", help="label and train so often; 0: label")
+    add("--precision-px", type=float, default=10.0, metavar="PX", help="px at 512 (default: 10)")
+    add("--output", type=Path, required=True, metavar="DIR", help="folder to write to, see above")
+    rounds = "rounds of labelling and training; 0 labels once (%(default)s)"
+    add("--rounds", type=int, default=0, metavar="N", help=rounds)
     add(
         "--scratch",
         action="store_true",
         help="students start from random weights, not from the teacher's",
     )
     add("--masks", type=Path, metavar="DIR", help="masks of --images, handed on to fit")
-    add("--max-minutes", type=float, metavar="MIN", help="of each student's training")
+    add("--max-minutes", type=float, metavar="MIN", help="limit of each student's training")
     add("--resume", action="store_true", help="go on where an earlier run into --output stopped")
     add("--device", choices=("auto", "cuda", "cpu"), default="auto")
     add_recipe_arguments(parser)

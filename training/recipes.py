@@ -8,14 +8,53 @@ those of the network too (`--network.vit_depth 4`), is a flag.
 
 import argparse
 import json
-from typing import Any, Literal
+import math
+from dataclasses import fields
+from typing import Any, Literal, Protocol
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from model.network import NetworkConfig, TransUNetConfig, UNetConfig
 from model.spec import MaskShares, ModelSpec
 
 Range = tuple[float, float]
+
+
+class TrainingRecipe(Protocol):
+    """What a trainer asks of a recipe: the main training's, or the pretraining's."""
+
+    @property
+    def optimiser(self) -> str:
+        """adam, adamw or muon."""
+
+    @property
+    def learning_rate(self) -> float:
+        """The highest one."""
+
+    @property
+    def weight_decay(self) -> float:
+        """L2 for adam, else decoupled."""
+
+    @property
+    def clip_norm(self) -> float:
+        """The largest gradient norm; 0: not clipped."""
+
+    @property
+    def epochs(self) -> int:
+        """Passes over the images."""
+
+    @property
+    def ema_decay(self) -> float:
+        """Decay of the averaged weights a step; 0: they are not averaged."""
+
+    def rate_factor(self, step: int, steps_an_epoch: int) -> float:
+        """The learning rate at a step, counted from 0, as a share of the highest."""
+
+    def model_dump(self, *, mode: str) -> dict[str, Any]:
+        """The fields by name, as pydantic gives them."""
+
+    def model_dump_json(self) -> str:
+        """The same as JSON."""
 
 
 class Augmentation(BaseModel):
@@ -50,7 +89,9 @@ class Recipe(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str = Field("paper", description="the recipe's name")
-    network: NetworkConfig = Field(TransUNetConfig(), description="the network's sizes")
+    network: NetworkConfig = Field(
+        TransUNetConfig(), discriminator="kind", description="the network's sizes"
+    )
     mean: float = Field(114.5, description="grey value subtracted from the input")
     std: float = Field(57.6, description="grey value that divides the input")
     sigma_cells: float = Field(4.0, description="sigma of the target Gaussians, heatmap cells")
@@ -92,6 +133,12 @@ class Recipe(BaseModel):
     seed: int = Field(1, description="seed of weights, order and augmentation")
     workers: int = Field(1, description="processes that load images; 0: none")
 
+    def rate_factor(self, step: int, steps_an_epoch: int) -> float:
+        """The learning rate at a step, counted from 0, as a share of `learning_rate`."""
+        if self.schedule == "step":
+            return float(self.step_factor ** (step // steps_an_epoch // self.step_epochs))
+        return one_cycle_factor(step / max(1, self.epochs * steps_an_epoch), self.warm_up)
+
     def spec(self, masks: int = 0) -> ModelSpec:
         """What inference will have to know of a network of so many masks trained by this recipe."""
         cells = self.network
@@ -107,6 +154,18 @@ class Recipe(BaseModel):
             mask_share=self.mask_share,
             recipe=self.model_dump(mode="json"),
         )
+
+
+def one_cycle_factor(done: float, warm_up: float) -> float:
+    """Share of the highest learning rate: up in a line from 0.04, then down in a cosine to 0.
+
+    Args:
+        done: share of the training's steps that are over.
+        warm_up: share of the steps in which the rate climbs.
+    """
+    if done < warm_up:
+        return 0.04 + 0.96 * done / warm_up
+    return 0.5 * (1 + math.cos(math.pi * (done - warm_up) / (1 - warm_up)))
 
 
 PAPER = Recipe()
@@ -209,14 +268,29 @@ def recipe_from_arguments(args: argparse.Namespace) -> Recipe:
     return Recipe.model_validate(values)
 
 
-def _fields(model: BaseModel, prefix: str = "") -> list[tuple[str, str]]:
+def mask_shares(text: str) -> MaskShares:
+    """A command line's share of the masks: one for all landmarks, or three with commas between."""
+    parts = text.split(",")
+    try:
+        return TypeAdapter(MaskShares).validate_python(parts * 3 if len(parts) == 1 else parts)
+    except ValidationError as error:
+        expected = "a share of 0 to 1, or three as 0.3,0.1,0.6 for PS1, PS2 and FH1"
+        raise argparse.ArgumentTypeError(f"expected {expected}; got {text!r}") from error
+
+
+def _fields(model: BaseModel | NetworkConfig, prefix: str = "") -> list[tuple[str, str]]:
+    """(path, description) of every field that is a flag."""
+    if isinstance(model, BaseModel):
+        texts = {name: field.description for name, field in type(model).model_fields.items()}
+    else:
+        texts = {field.name: field.metadata.get("description") for field in fields(model)}
     found = []
-    for name, field in type(model).model_fields.items():
+    for name, text in texts.items():
         value = getattr(model, name)
-        if isinstance(value, BaseModel):
+        if isinstance(value, BaseModel | NetworkConfig):
             found += _fields(value, f"{prefix}{name}.")
         elif name != "kind":
-            found.append((prefix + name, field.description or ""))
+            found.append((prefix + name, text or ""))
     return found
 
 

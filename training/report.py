@@ -16,9 +16,9 @@ import numpy as np
 import numpy.typing as npt
 
 from model.anatomy import LANDMARKS, Floats
-from model.files import write_bytes
-from model.image import GreyFrame, ImageError, open_image
-from model.page import escape, page
+from model.results.files import write_bytes
+from model.images.source import GreyFrame, ImageError, open_image
+from model.drawing.page import escape, page
 from training import figures as draw
 from training.agreement import (
     BlandAltman,

@@ -14,39 +14,39 @@ Grey = npt.NDArray[np.uint8]
 Draw = np.random.Generator
 
 
-def mirrored(image: Grey, _: Draw) -> Grey:
-    """The symphysis on the right."""
+def mirror(image: Grey, _: Draw) -> Grey:
+    """Left and right exchanged: the symphysis lies on the right."""
     return np.ascontiguousarray(image[:, ::-1])
 
 
-def upside_down(image: Grey, _: Draw) -> Grey:
-    """The probe below."""
+def turn_upside_down(image: Grey, _: Draw) -> Grey:
+    """The probe lies at the bottom."""
     return np.ascontiguousarray(image[::-1])
 
 
-def turned(image: Grey, _: Draw) -> Grey:
-    """By 180 deg."""
+def turn_around(image: Grey, _: Draw) -> Grey:
+    """A turn by 180 deg."""
     return np.ascontiguousarray(image[::-1, ::-1])
 
 
-def on_its_side(image: Grey, rng: Draw) -> Grey:
-    """By 90 deg to either side, flipped or not."""
+def lay_on_its_side(image: Grey, rng: Draw) -> Grey:
+    """A turn by 90 deg to either side, flipped or not."""
     side = np.rot90(image, 1 if rng.random() < 0.5 else 3)
     return np.ascontiguousarray(side if rng.random() < 0.5 else side[::-1])
 
 
-def inverted(image: Grey, _: Draw) -> Grey:
+def invert(image: Grey, _: Draw) -> Grey:
     """Dark where it was bright, the black around the sector too."""
     return 255 - image
 
 
-def inverted_inside(image: Grey, _: Draw) -> Grey:
+def invert_inside(image: Grey, _: Draw) -> Grey:
     """Dark where it was bright, with the black around the sector kept."""
     inside = cv2.morphologyEx((image > 8).astype(np.uint8), cv2.MORPH_CLOSE, np.ones((15, 15)))
     return np.where(inside > 0, 255 - image, image).astype(np.uint8)
 
 
-def shuffled(image: Grey, rng: Draw) -> Grey:
+def shuffle_tiles(image: Grey, rng: Draw) -> Grey:
     """Its tiles in another order: the texture is right, the anatomy is not."""
     count = int(rng.choice([2, 3, 4]))
     rows, columns = image.shape[0] // count, image.shape[1] // count
@@ -65,7 +65,7 @@ def shuffled(image: Grey, rng: Draw) -> Grey:
     return shown
 
 
-def far_away(image: Grey, rng: Draw) -> Grey:
+def shrink_into_frame(image: Grey, rng: Draw) -> Grey:
     """A screen shot: the image is a small part of a black frame."""
     share = rng.uniform(0.25, 0.5)
     height, width = image.shape
@@ -77,7 +77,7 @@ def far_away(image: Grey, rng: Draw) -> Grey:
     return frame
 
 
-def too_near(image: Grey, rng: Draw) -> Grey:
+def enlarge_part(image: Grey, rng: Draw) -> Grey:
     """A part of it enlarged, in which the landmarks cannot all lie."""
     share = rng.uniform(0.2, 0.4)
     height, width = (round(share * side) for side in image.shape)
@@ -88,15 +88,15 @@ def too_near(image: Grey, rng: Draw) -> Grey:
 
 
 SPOILED: dict[str, Callable[[Grey, Draw], Grey]] = {
-    "mirrored": mirrored,
-    "upside down": upside_down,
-    "turned by 180 deg": turned,
-    "on its side": on_its_side,
-    "grey-inverted": inverted,
-    "grey-inverted inside": inverted_inside,
-    "shuffled": shuffled,
-    "far away": far_away,
-    "too near": too_near,
+    "mirrored": mirror,
+    "upside down": turn_upside_down,
+    "turned by 180 deg": turn_around,
+    "on its side": lay_on_its_side,
+    "grey-inverted": invert,
+    "grey-inverted inside": invert_inside,
+    "shuffled": shuffle_tiles,
+    "far away": shrink_into_frame,
+    "too near": enlarge_part,
 }
 
 
@@ -141,8 +141,8 @@ def shapes(size: int, rng: Draw) -> Grey:
             end = tuple(int(v) for v in rng.integers(0, size, 2))
             cv2.line(image, centre, end, colour, int(rng.integers(1, 12)))
     if rng.random() < 0.5:
-        image = cv2.GaussianBlur(image, (0, 0), rng.uniform(0.5, 4))
-    return np.asarray(image, np.uint8)
+        return np.asarray(cv2.GaussianBlur(image, (0, 0), rng.uniform(0.5, 4)), np.uint8)
+    return image
 
 
 def lettering(size: int, rng: Draw) -> Grey:
@@ -183,4 +183,4 @@ SCENES: dict[str, Callable[[int, Draw], Grey]] = {
 
 
 def _grey(values: npt.NDArray[np.floating]) -> Grey:
-    return np.clip(np.rint(values), 0, 255).astype(np.uint8)
+    return np.asarray(np.clip(np.rint(values), 0, 255), np.uint8)

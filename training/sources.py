@@ -1,15 +1,21 @@
-"""What cases are made from: images with their masks, or the rows of an IUGC 2025 release."""
+"""What cases are made from: image files, masks, and the rows of an IUGC 2025 release."""
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+import cv2
+import numpy as np
+import numpy.typing as npt
 from tqdm import tqdm
 
-from model.image import BadFrame, GreyFrame, is_supported_name, open_image
+from model.images.source import BadFrame, GreyFrame, is_supported_name, open_image
+from model.masks import MaskError
 from training.cases import Case, CaseError, case_tables, read_cases
-from training.masks import MASK_SUFFIXES
+
+MASK_SUFFIXES = (".png", ".mha")
 
 
 class Unusable(ValueError):
@@ -54,22 +60,32 @@ def iugc_sources(folder: Path, skipped: Skipped) -> Iterator[Source]:
     if not tables:
         raise CaseError(
             f"no CSV below {folder} has the columns Filename, PS1, PS2 and FH1 (or AOP Tangency)"
+            f"{_first_objection(folder)}"
         )
     found = by_stem(folder, is_supported_name)
     for table in tables:
         for case in read_cases(table):
             images = found.get(stem_of(case.file), [])
-            for narrower in (
-                lambda path, case=case: path.as_posix().endswith("/" + case.file),
-                lambda path, table=table: path.is_relative_to(table.parent),
-            ):
-                images = [path for path in images if narrower(path)] or images
+            images = [p for p in images if p.as_posix().endswith("/" + case.file)] or images
+            images = [p for p in images if p.is_relative_to(table.parent)] or images
             if len(images) != 1:
                 skip(skipped, case.file, f"expected one image of this name, found {len(images)}")
                 continue
             file = images[0].relative_to(folder).as_posix()
-            split = split_of(f"{folder.name}/{table.relative_to(folder)}/{file}")
-            yield Source(file, images[0], labelled=replace(case, file=file, split=split))
+            named = split_of(f"{folder.name}/{table.relative_to(folder)}/{file}")
+            yield Source(
+                file, images[0], labelled=replace(case, file=file, split=case.split or named)
+            )
+
+
+def _first_objection(folder: Path) -> str:
+    """Why the first CSV below a folder is no table of landmarks, to end a sentence with."""
+    for path in sorted(folder.rglob("*.csv")):
+        try:
+            read_cases(path)
+        except CaseError as error:
+            return f"; the first: {error}"
+    return ""
 
 
 def by_stem(folder: Path, wanted: Callable[[Path], bool]) -> dict[str, list[Path]]:
@@ -78,6 +94,20 @@ def by_stem(folder: Path, wanted: Callable[[Path], bool]) -> dict[str, list[Path
     for path in sorted(folder.rglob("*")):
         if wanted(path) and path.is_file():
             found.setdefault(stem_of(path.name), []).append(path)
+    return found
+
+
+def images_matching(folder_and_pattern: Sequence[str]) -> list[Path]:
+    """The image files below a folder, or those whose names match a pattern that follows it.
+
+    Raises:
+        CaseError: there is none.
+    """
+    folder = Path(folder_and_pattern[0])
+    pattern = folder_and_pattern[1] if len(folder_and_pattern) > 1 else "*"
+    found = sorted(path for path in folder.rglob(pattern) if is_supported_name(path))
+    if not found:
+        raise CaseError(f"{folder}: no image file's name matches '{pattern}'")
     return found
 
 
@@ -105,3 +135,41 @@ def one_frame(path: Path) -> GreyFrame:
     if isinstance(frame, BadFrame):
         raise Unusable(frame.reason)
     return frame
+
+
+def read_mask(path: Path) -> npt.NDArray[np.uint8]:
+    """A .png or .mha file -> (H, W) uint8; a leading axis of 1 is dropped.
+
+    Raises:
+        MaskError: the file cannot be read, or holds something other than one uint8 plane.
+    """
+    suffix = path.suffix.lower()
+    if suffix not in MASK_SUFFIXES:
+        raise MaskError(f"a mask is read from {' or '.join(MASK_SUFFIXES)}, not from {suffix!r}")
+    if not path.is_file():
+        raise MaskError("the mask's file does not exist")
+    mask = _read_mha(path) if suffix == ".mha" else _read_png(path)
+    if mask.ndim == 3 and mask.shape[0] == 1:
+        mask = mask[0]
+    if mask.ndim != 2 or mask.dtype != np.uint8:
+        raise MaskError(
+            f"the mask is {mask.dtype} of {mask.shape}; expected uint8 of (height, width)"
+        )
+    return mask
+
+
+def _read_png(path: Path) -> npt.NDArray[Any]:
+    data = np.fromfile(path, np.uint8)
+    mask = cv2.imdecode(data, cv2.IMREAD_UNCHANGED) if data.size else None
+    if mask is None:
+        raise MaskError("the mask's file is no PNG, or damaged")
+    return np.asarray(mask)
+
+
+def _read_mha(path: Path) -> npt.NDArray[Any]:
+    import SimpleITK  # noqa: PLC0415  takes 0.4 s, and PNG masks do without it
+
+    try:
+        return np.asarray(SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(path))))
+    except RuntimeError as error:
+        raise MaskError("the mask's file is no MetaImage, or damaged") from error

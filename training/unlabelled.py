@@ -4,6 +4,7 @@ import argparse
 import fnmatch
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
@@ -13,18 +14,59 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from model.frame import Letterbox
-from model.image import BadFrame, GreyFrame, ImageError, is_supported_name, open_image
+from model.anatomy import Floats
+from model.frame import Letterbox, Pair
+from model.images.source import BadFrame, GreyFrame, ImageError, is_supported_name, open_image
 from training.cases import CaseError, read_cases
-from training.pretrain_recipe import PretrainRecipe
 from training.sources import stem_of
 
 FRAMES = 16  # taken from a stack, evenly: neighbours are nearly equal
 VAL = 2**32 - 1  # stands for the epoch in the draws that never change
 
 
+@dataclass(frozen=True)
+class ImageChoice:
+    """Which images are taken.
+
+    Args:
+        images: folders, searched with all below them.
+        pattern: shell pattern of the file names to take.
+        leave_out: patterns of file names to leave out, or text files that list such.
+        data: case table: of the images that it names only those of `splits` are taken.
+    """
+
+    images: tuple[Path, ...]
+    pattern: str = "*"
+    leave_out: tuple[str, ...] = ()
+    data: Path | None = None
+    splits: tuple[str, ...] = ("train",)
+
+
+@dataclass(frozen=True)
+class CropSettings:
+    """How crops are cut from an image, and how many of their patches stay visible.
+
+    Args:
+        size_px: a crop's side.
+        patches: in a crop; `kept` of them are seen by the encoder.
+        area: range of a crop's share of the image's area.
+        rotation_deg: rotation by up to +- this.
+        gamma, contrast: ranges of the grey values' exponent and of the factor about their mean.
+        seed: of all draws.
+    """
+
+    size_px: int
+    patches: int
+    kept: int
+    area: Pair
+    rotation_deg: float
+    gamma: Pair
+    contrast: Pair
+    seed: int
+
+
 def add_image_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags that say which images are taken."""
+    """Add the flags that `image_choice` reads."""
     add = parser.add_argument
     add("--images", type=Path, nargs="+", required=True, metavar="DIR", help="folders of images")
     add("--pattern", default="*", metavar="GLOB", help="take only files of such names")
@@ -44,31 +86,42 @@ def add_image_arguments(parser: argparse.ArgumentParser) -> None:
     add("--splits", nargs="+", default=["train"], metavar="SPLIT", help="default: train")
 
 
-def find_images(args: argparse.Namespace) -> list[Path]:
-    """The files below --images that the flags leave, in the order of folders and names.
+def image_choice(args: argparse.Namespace) -> ImageChoice:
+    """What the flags of `add_image_arguments` say."""
+    return ImageChoice(
+        images=tuple(args.images),
+        pattern=args.pattern,
+        leave_out=tuple(args.leave_out),
+        data=args.data,
+        splits=tuple(args.splits),
+    )
+
+
+def find_images(choice: ImageChoice) -> list[Path]:
+    """The chosen files, in the order of folders and names.
 
     Raises:
         CaseError: there is none, a folder is missing, or --data names none of them.
     """
-    missing = [str(folder) for folder in args.images if not folder.is_dir()]
+    missing = [str(folder) for folder in choice.images if not folder.is_dir()]
     if missing:
-        raise CaseError(f"--images: expected folders, {', '.join(missing)} is none")
-    unwanted = []
-    for text in args.leave_out:
+        raise CaseError(f"--images: expected folders, {', '.join(missing)} is not one")
+    unwanted: list[str] = []
+    for text in choice.leave_out:
         listed = text.endswith(".txt")
         unwanted += Path(text).read_text(encoding="utf-8").split("\n") if listed else [text]
     unwanted = [Path(line.strip()).name for line in unwanted if line.strip()]
     found = [
         path
-        for folder in args.images
+        for folder in choice.images
         for path in sorted(folder.rglob("*"))
         if is_supported_name(path)
         and path.is_file()
-        and fnmatch.fnmatchcase(path.name, args.pattern)
+        and fnmatch.fnmatchcase(path.name, choice.pattern)
         and not any(fnmatch.fnmatchcase(path.name, name) for name in unwanted)
     ]
-    if args.data:
-        found = _of_splits(found, args.data, args.splits)
+    if choice.data:
+        found = _of_splits(found, choice.data, choice.splits)
     if not found:
         raise CaseError("no image is left: look at --images, --pattern, --leave-out and --splits")
     return found
@@ -111,7 +164,7 @@ def read_squares(paths: Sequence[Path], size: int) -> tuple[list[str], list[np.n
                 if isinstance(frame, BadFrame):
                     tqdm.write(f"skipped {path.name}, frame {k}: {frame.reason}")
                 elif k in chosen:
-                    names.append(f"{path.name}" + (f"#{k}" if source.is_stack else ""))
+                    names.append(path.name + (f"#{k}" if source.is_stack else ""))
                     squares.append(_square(frame, 2 * size))
         except ImageError as error:
             tqdm.write(f"skipped {path.name}: {error}")
@@ -127,10 +180,10 @@ def _square(frame: GreyFrame, largest: int) -> np.ndarray:
     return np.rint(box.apply(frame.pixels)).astype(np.uint8)
 
 
-def split_indices(count: int, recipe: PretrainRecipe) -> tuple[list[int], list[int]]:
-    """Which images train and which are val: a draw by the recipe's seed."""
-    order = np.random.default_rng((recipe.seed, VAL)).permutation(count)
-    val = min(count - 1, max(1, round(count * recipe.val_share)))
+def split_indices(count: int, val_share: float, seed: int) -> tuple[list[int], list[int]]:
+    """Which of so many images train and which are val: a draw that keeps one or more of both."""
+    order = np.random.default_rng((seed, VAL)).permutation(count)
+    val = min(count - 1, max(1, round(count * val_share)))
     return sorted(order[val:].tolist()), sorted(order[:val].tolist())
 
 
@@ -143,38 +196,38 @@ class UnlabelledDataset(Dataset[dict[str, Tensor]]):
     """
 
     def __init__(
-        self, squares: Sequence[np.ndarray], recipe: PretrainRecipe, train: bool = True
+        self, squares: Sequence[np.ndarray], settings: CropSettings, train: bool = True
     ) -> None:
-        self.squares, self.recipe, self.train = squares, recipe, train
+        self.squares, self.settings, self.train = squares, settings, train
 
     def __len__(self) -> int:
         return len(self.squares)
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Tensor]:
         epoch, index = key
-        recipe = self.recipe
-        rng = np.random.default_rng((recipe.seed, epoch if self.train else VAL, index))
-        image = crop(self.squares[index], recipe, rng if self.train else None)
-        kept = rng.permutation(recipe.grid**2)[: recipe.kept]
+        settings = self.settings
+        rng = np.random.default_rng((settings.seed, epoch if self.train else VAL, index))
+        image = crop(self.squares[index], settings, rng if self.train else None)
+        kept = rng.permutation(settings.patches)[: settings.kept]
         return {"image": torch.from_numpy(image[None]), "kept": torch.from_numpy(kept)}
 
 
-def crop(square: np.ndarray, recipe: PretrainRecipe, rng: np.random.Generator | None) -> np.ndarray:
-    """(image_size, image_size) float32 grey 0..1: a random view of a square, or the whole of it.
+def crop(square: np.ndarray, settings: CropSettings, rng: np.random.Generator | None) -> np.ndarray:
+    """(size_px, size_px) float32 grey 0..1: a random view of a square, or the whole of it.
 
     No flips: left and right are anatomy here. Proportions are kept; what is turned in is black.
     """
-    side, size = square.shape[0], recipe.image_size
+    side, size = square.shape[0], settings.size_px
     extent, angle, centre = float(side), 0.0, np.full(2, (side - 1) / 2)
     if rng is not None:
-        extent *= math.sqrt(rng.uniform(*recipe.crop_area))
-        angle = rng.uniform(-recipe.rotation_deg, recipe.rotation_deg)
+        extent *= math.sqrt(rng.uniform(*settings.area))
+        angle = rng.uniform(-settings.rotation_deg, settings.rotation_deg)
         centre = centre + rng.uniform(-1, 1, 2) * (side - extent) / 2
-    matrix = cv2.getRotationMatrix2D(tuple(centre), angle, size / extent)
+    matrix: Floats = np.asarray(cv2.getRotationMatrix2D(tuple(centre), angle, size / extent))
     matrix[:, 2] += (size - 1) / 2 - centre
     image = cv2.warpAffine(square, matrix, (size, size), flags=cv2.INTER_LINEAR)
     grey = image.astype(np.float32) / 255
     if rng is not None:
-        grey = grey ** rng.uniform(*recipe.gamma)
-        grey += (rng.uniform(*recipe.contrast) - 1) * (grey - grey.mean()) * (grey > 0)
+        grey = grey ** rng.uniform(*settings.gamma)
+        grey += (rng.uniform(*settings.contrast) - 1) * (grey - grey.mean()) * (grey > 0)
     return np.clip(grey, 0, 1).astype(np.float32)

@@ -1,9 +1,10 @@
 """Training of the view head: does an image show the view that the landmarks are defined in?
 
-The network stays as it is. Right are the labelled images of split train, changed as in training but
-for their sides; wrong are the same spoiled (mirrored, turned, inverted, ... `training.scenes`),
-images of other views from given folders, and drawn scenes. The head sees features of the frozen
-network, computed once, and learns by binary cross-entropy in which right and wrong weigh the same.
+The network stays as it is. The right samples are the labelled images of split train, changed as in
+training, but never mirrored. The wrong ones are the same images spoiled (mirrored, turned,
+inverted, ... `training.scenes`), images of other views from given folders, and drawn scenes. The
+head sees features of the frozen network, computed once, and learns by binary cross-entropy in which
+right and wrong weigh the same.
 """
 
 from collections.abc import Iterator, Sequence
@@ -62,8 +63,9 @@ def train_view_head(
     head = network.view
     assert head is not None  # the caller has made it
     for module in head.modules():
-        if hasattr(module, "reset_parameters"):
-            module.reset_parameters()
+        reset = getattr(module, "reset_parameters", None)
+        if callable(reset):
+            reset()
     learn(head, x, right.float(), weight)
 
 
@@ -101,7 +103,7 @@ def features(
             batch.clear()
 
     for image, is_right in tqdm(seen, "features of the view", total=count, leave=False):
-        batch.append(spec.normalise(changed(image, rng)))
+        batch.append(spec.normalise(change_image(image, rng)))
         right.append(is_right)
         if len(batch) == BATCH:
             flush()
@@ -109,7 +111,7 @@ def features(
     return torch.cat(rows), torch.tensor(right)
 
 
-def changed(image: Grey, rng: Draw) -> np.ndarray:
+def change_image(image: Grey, rng: Draw) -> np.ndarray:
     """An image as another examination might have it; its sides and its top stay where they are.
 
     In every second one the marks at the top are gone, so that the anatomy is looked at.

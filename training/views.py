@@ -38,10 +38,13 @@ class View:
 
     def apply(self, image: Pixels) -> npt.NDArray[np.float32]:
         """(size, size) grey values 0..255 -> the view of them, black where nothing was."""
-        seen = image.astype(np.float32)
+        seen: npt.NDArray[np.float32] = image.astype(np.float32)
         if self.rotation_deg or self.scale != 1:
-            seen = cv2.warpAffine(seen, self.matrix(len(image)), image.shape)
-        return seen if self.gamma == 1 else 255 * (np.clip(seen, 0, 255) / 255) ** self.gamma
+            turned = cv2.warpAffine(seen, self.matrix(len(image)), image.shape)
+            seen = np.asarray(turned, np.float32)
+        if self.gamma == 1:
+            return seen
+        return np.asarray(255 * (np.clip(seen, 0, 255) / 255) ** self.gamma, np.float32)
 
     def to_view(self, points: npt.ArrayLike, size: int) -> Floats:
         """(..., 2) input px -> px of the view."""

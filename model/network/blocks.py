@@ -1,12 +1,22 @@
 """Pieces that the networks share: double convolution, residual block, heatmap head."""
 
+from __future__ import annotations
+
 import math
-from typing import NamedTuple
+from dataclasses import field
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from model.anatomy import LANDMARKS
+
+T = TypeVar("T")
+
+
+def setting(default: T, description: str) -> T:
+    """A field of a network's configuration; the description is its flag's help text."""
+    return field(default=default, metadata={"description": description})
 
 
 class ConvNormAct(nn.Sequential):

@@ -1,7 +1,8 @@
 """The two encoders: ResNet-50 under torchvision's key names, and a compact residual one."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
-from itertools import pairwise
 
 from torch import Tensor, nn
 
@@ -78,7 +79,7 @@ class CompactEncoder(nn.Module):
         super().__init__()
         self.stem = ConvNormAct(channels, widths[0], stride=2)
         self.stages = nn.ModuleList()
-        for inputs, outputs in pairwise(widths):
+        for inputs, outputs in zip(widths, widths[1:]):
             rest = [ResidualBlock(outputs, outputs, 1) for _ in range(blocks - 1)]
             self.stages.append(nn.Sequential(ResidualBlock(inputs, outputs, 2), *rest))
 

@@ -1,58 +1,76 @@
-"""TransUNet: residual encoder, Vision Transformer bottleneck, U-Net up path to the heatmaps.
+"""The paper's TransUNet, and the heatmap U-Net that the challenge gave as its baseline.
 
-The paper's network with one correction: the up path stops at the heatmap's resolution, where the
+TransUNet: residual encoder, Vision Transformer bottleneck, U-Net up path to the heatmaps. It is the
+paper's network with one correction: the up path stops at the heatmap's resolution, where the
 published code climbs to stride 2 and shrinks back.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
-from typing import Literal
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from model.network.blocks import HeatmapHead, Raw, UpStep, ViewHead
+from model.network.blocks import ConvNormAct, HeatmapHead, Raw, UpStep, ViewHead, setting
 from model.network.resnet import RESNET50_WIDTHS, CompactEncoder, ResNet50
 from model.network.vit import ViTBottleneck
 
+# what pydantic reads where it validates a configuration: a field that is not known is an error
+STRICT = {"extra": "forbid"}
 
-class TransUNetConfig(BaseModel):
+
+@dataclass(frozen=True)
+class TransUNetConfig:
     """Sizes of a TransUNet; the defaults are the paper's."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    __pydantic_config__: ClassVar = STRICT
 
     kind: Literal["transunet"] = "transunet"
-    input_size: int = Field(512, description="side of the square input, px; a multiple of 32")
-    channels: Literal[1, 3] = Field(3, description="input channels; ImageNet weights want 3")
-    encoder: Literal["resnet50", "compact"] = Field("resnet50", description="the encoder's kind")
-    encoder_widths: tuple[int, ...] = Field(
-        RESNET50_WIDTHS, description="channels at strides 2, 4, 8, 16, 32 (compact encoder)"
+    input_size: int = setting(512, "side of the square input, px; a multiple of 32")
+    channels: Literal[1, 3] = setting(3, "input channels; ImageNet weights want 3")
+    encoder: Literal["resnet50", "compact"] = setting("resnet50", "the encoder's kind")
+    encoder_widths: tuple[int, ...] = setting(
+        RESNET50_WIDTHS, "channels at strides 2, 4, 8, 16, 32 (compact encoder)"
     )
-    encoder_blocks: int = Field(1, description="residual blocks a stride (compact encoder)")
-    vit_width: int = Field(192, description="the bottleneck's width")
-    vit_depth: int = Field(12, description="its blocks")
-    vit_heads: int = Field(12, description="its attention heads")
-    vit_positions: Literal["sincos", "relative"] = Field(
-        "sincos", description="sincos: fixed codes; relative: learned tables, as USFM's ViT has"
+    encoder_blocks: int = setting(1, "residual blocks a stride (compact encoder)")
+    vit_width: int = setting(192, "the bottleneck's width")
+    vit_depth: int = setting(12, "its blocks")
+    vit_heads: int = setting(12, "its attention heads")
+    vit_positions: Literal["sincos", "relative"] = setting(
+        "sincos", "sincos: fixed codes; relative: learned tables, as USFM's ViT has"
     )
-    up_widths: tuple[int, ...] = Field(
-        (1024, 512),
-        description="channels of the up path from stride 16 on; its length sets the stride",
+    up_widths: tuple[int, ...] = setting(
+        (1024, 512), "channels of the up path from stride 16 on; its length sets the stride"
     )
-    softmax_sigma_cells: float | None = Field(
-        None, description="None: plain heatmaps; a number: softmax heatmaps of that target sigma"
+    softmax_sigma_cells: float | None = setting(
+        None, "None: plain heatmaps; a number: softmax heatmaps of that target sigma"
     )
-    view_channels: int = Field(
-        0, description="width of the view head, which calibrate adds; 0: none"
-    )
-    members: tuple["TransUNetConfig", ...] = Field(
-        (), description="further networks on the same image; the maps are the mean of all"
+    view_channels: int = setting(0, "width of the view head, which calibrate adds; 0: none")
+    members: tuple[TransUNetConfig, ...] = setting(
+        (), "further networks on the same image; the maps are the mean of all"
     )
 
     @property
     def stride(self) -> int:
         """Input px per heatmap cell."""
         return int(2 ** (len(self.encoder_widths) - len(self.up_widths)))
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """Sizes of the baseline; the defaults are the challenge's."""
+
+    __pydantic_config__: ClassVar = STRICT
+
+    kind: Literal["unet"] = "unet"
+    input_size: int = setting(512, "side of the square input, px")
+    channels: Literal[1, 3] = setting(3, "input channels")
+    widths: tuple[int, ...] = setting((64, 128, 256, 512, 1024), "channels a level")
+    stride: int = setting(8, "input px per heatmap cell, averaged")
+    softmax_sigma_cells: float | None = setting(None, "as in TransUNetConfig")
 
 
 class TransUNet(nn.Module):
@@ -79,9 +97,7 @@ class TransUNet(nn.Module):
         )
         inputs = (config.vit_width, *config.up_widths)
         skips = widths[-2::-1]
-        self.up = nn.ModuleList(
-            UpStep(*step) for step in zip(inputs, skips, config.up_widths, strict=False)
-        )
+        self.up = nn.ModuleList(UpStep(*step) for step in zip(inputs, skips, config.up_widths))
         self.head = HeatmapHead(inputs[-1], masks, config.softmax_sigma_cells)
         seen = widths[-1] + config.vit_width
         self.view = ViewHead(seen, side, config.view_channels) if config.view_channels else None
@@ -95,7 +111,7 @@ class TransUNet(nn.Module):
         """
         features, tokens = self._encoded(x)
         y = tokens
-        for step, skip in zip(self.up, features[-2::-1], strict=False):
+        for step, skip in zip(self.up, features[-2::-1]):
             y = step(y, skip)
         maps = self.head(y)
         if self.members:
@@ -130,3 +146,35 @@ def _in_a_row(raw: Sequence[Raw]) -> Raw:
     """Several networks' maps, one after the other."""
     masks = [one.masks for one in raw if one.masks is not None]
     return Raw(torch.cat([one.heatmaps for one in raw], 1), torch.cat(masks, 1) if masks else None)
+
+
+class UNet(nn.Module):
+    """Four levels down, four up, and the full-resolution map averaged down to the heatmap grid.
+
+    The challenge's baseline (after Ronneberger et al. 2015).
+    """
+
+    def __init__(self, config: UNetConfig, masks: int = 0) -> None:
+        super().__init__()
+        widths = config.widths
+        self.down = nn.ModuleList()
+        for inputs, outputs in zip((config.channels, *widths), widths):
+            self.down.append(
+                nn.Sequential(ConvNormAct(inputs, outputs), ConvNormAct(outputs, outputs))
+            )
+        self.shrink = nn.MaxPool2d(2)
+        self.up = nn.ModuleList(
+            UpStep(below, skip, skip) for below, skip in zip(widths[::-1], widths[-2::-1])
+        )
+        self.pool = nn.AvgPool2d(config.stride)
+        self.head = HeatmapHead(widths[0], masks, config.softmax_sigma_cells)
+
+    def forward(self, x: Tensor) -> Tensor | Raw:
+        """(n, channels, s, s) -> (n, 3 + masks, s / stride, s / stride); in training mode `Raw`."""
+        features = []
+        for k, level in enumerate(self.down):
+            x = level(self.shrink(x) if k else x)
+            features.append(x)
+        for step, skip in zip(self.up, features[-2::-1]):
+            x = step(x, skip)
+        return self.head(self.pool(x))

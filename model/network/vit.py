@@ -4,6 +4,8 @@ Positions are fixed 2-D sin-cos codes added to the tokens, or, in the fashion of
 bias for every offset between two cells, added to each block's attention scores.
 """
 
+from __future__ import annotations
+
 import math
 from typing import Literal
 

@@ -1,0 +1,47 @@
+"""Pixel values of any type and range -> grey levels."""
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+
+from model.images.limits import ImageError, Raw
+
+Grey = npt.NDArray[np.uint8] | npt.NDArray[np.float32]
+
+BT_601 = (0.299, 0.587, 0.114)  # weights of R, G and B in luminance, as OpenCV has them
+
+
+def to_grey(raw: Raw) -> Grey:
+    """(H, W[, channels]) of any type -> (H, W) in 0..255: uint8 as it is, or stretched float32.
+
+    Raises:
+        ImageError: a value is not finite, or all are equal, or they are too far apart.
+    """
+    raw = raw[..., :3] if raw.ndim == 3 else raw[..., np.newaxis]
+    if raw.dtype.kind == "f":
+        if not np.isfinite(raw).all():
+            raise ImageError("the image has pixels that are NaN or infinite")
+    elif raw.min() >= 0 and raw.max() <= 255:
+        raw = raw.astype(np.uint8, copy=False)
+    grey = _luminance(raw)
+    low, high = float(grey.min()), float(grey.max())
+    if low == high:
+        raise ImageError("the image is constant: all its pixels have the same value")
+    if grey.dtype == np.uint8:
+        return np.ascontiguousarray(grey)
+    if not 1e-300 < high - low < 1e300:
+        raise ImageError(f"values from {low:g} to {high:g} cannot be spread over 256 grey levels")
+    stretched = np.empty(grey.shape, np.float32)
+    for row, values in zip(stretched, grey, strict=True):  # so that no whole copy is in float64
+        row[:] = (values.astype(np.float64) - low) * (255 / (high - low))
+    return stretched
+
+
+def _luminance(raw: Raw) -> Raw:
+    """(H, W, 1 or 3) -> (H, W); equal channels stay exact."""
+    if all(np.array_equal(raw[..., 0], raw[..., k]) for k in range(1, raw.shape[2])):
+        return raw[..., 0]
+    if raw.dtype == np.uint8:
+        return cv2.cvtColor(np.ascontiguousarray(raw), cv2.COLOR_RGB2GRAY)
+    grey: Raw = np.einsum("hwc,c->hw", raw, BT_601)  # which, unlike @, does not copy raw as float64
+    return grey
