@@ -72,10 +72,10 @@ from model.predictor import (
     usable_cpus,
 )
 from model.results.files import write_bytes, write_json
-from training.cases import CaseError
-from training.checkpoint import CheckpointError
-from training.metrics import case_errors, summarise
-from training.predict import predict_cases
+from training.data.case_table import CaseError
+from training.evaluation.metrics import case_errors, summarise
+from training.evaluation.predict import predict_cases
+from training.learning.checkpoint import CheckpointError
 
 WEIGHTS = Path(__file__).resolve().parent.parent / "model" / "weights"
 SHIPPED, SHIPPED_FOR_CPU = WEIGHTS / "aop.onnx", WEIGHTS / "aop.int8.onnx"  # as in process.py

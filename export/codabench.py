@@ -30,8 +30,8 @@ import torch
 from torch import nn
 
 from model.images.grey import to_grey
-from training.checkpoint import Checkpoint, CheckpointError, load_weights
-from training.predict import torch_predictor
+from training.evaluation.predict import torch_predictor
+from training.learning.checkpoint import Checkpoint, CheckpointError, load_weights
 
 TOLERANCE_PX = 0.1  # image px
 ROOT = Path(__file__).resolve().parent.parent

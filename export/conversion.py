@@ -16,7 +16,7 @@ from model.frame import Letterbox, Pair
 from model.heatmap import Heatmaps
 from model.predictor import decode_output, load_predictor
 from model.spec import METADATA_KEY, ModelSpec
-from training.predict import torch_predictor
+from training.evaluation.predict import torch_predictor
 
 OPSET, IR_VERSION = 20, 10
 TOLERANCE_PX = 0.05  # network input px

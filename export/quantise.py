@@ -38,10 +38,10 @@ from export.rewrites import Graph, rewritten, widened
 from model.heatmap import Heatmaps
 from model.predictor import ModelError, load_predictor
 from model.spec import ModelSpec
-from training.cases import Case, CaseError, read_cases
-from training.data import read_grey
-from training.metrics import mean_errors
-from training.predict import CasePrediction, predict_cases
+from training.data.case_table import Case, CaseError, read_cases
+from training.data.dataset import read_grey
+from training.evaluation.metrics import mean_errors
+from training.evaluation.predict import CasePrediction, predict_cases
 
 INT8_OPS = ("Conv", "MatMul", "Gemm", "Add", "Concat", "Relu", "Transpose", "Reshape")
 

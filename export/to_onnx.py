@@ -35,11 +35,11 @@ from export.conversion import (
 from export.rewrites import halved
 from model.predictor import load_predictor
 from model.spec import ModelSpec
-from training.cases import Case, CaseError, read_cases
-from training.checkpoint import Checkpoint, CheckpointError, load_weights, save_weights
-from training.data import read_grey
-from training.metrics import case_errors
-from training.predict import predict_cases
+from training.data.case_table import Case, CaseError, read_cases
+from training.data.dataset import read_grey
+from training.evaluation.metrics import case_errors
+from training.evaluation.predict import predict_cases
+from training.learning.checkpoint import Checkpoint, CheckpointError, load_weights, save_weights
 
 
 @dataclass(frozen=True)

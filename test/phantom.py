@@ -255,7 +255,7 @@ def phantom(seed: int, width: int = 256, height: int = 256) -> Phantom:
 
 def main(arguments: list[str] | None = None) -> int:
     """Write a folder of phantoms; returns the exit status."""
-    from training.cases import Case, write_cases
+    from training.data.case_table import Case, write_cases
 
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

@@ -15,7 +15,7 @@ chmod 755 "$images"
 "$python" - "$data" "$images" <<'PY'
 import shutil, sys
 from pathlib import Path
-from training.cases import read_cases
+from training.data.case_table import read_cases
 data, images = map(Path, sys.argv[1:])
 for case in read_cases(data / "cases.csv"):
     if case.split == "test":

@@ -22,8 +22,8 @@ from training.ablate import (
     pretraining,
     write_report,
 )
-from training.cases import Case, read_cases, write_cases
-from training.loop import parse_fit
+from training.data.case_table import Case, read_cases, write_cases
+from training.learning.trainer import parse_fit
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from training.agreement import (
+from training.evaluation.statistics import (
     area_under_risk_coverage,
     bland_altman,
     coverage_interval,

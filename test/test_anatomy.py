@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from model.anatomy import LANDMARKS, angle_of_progression, implausibilities
-from training.cases import read_cases
+from training.data.case_table import read_cases
 
 RIGHT = np.array([[10.0, 10.0], [0.0, 10.0], [10.0, 30.0]])  # PS1, PS2, FH1: 90 deg at PS1
 

@@ -5,7 +5,7 @@ import pytest
 
 from model.masks import HEAD, landmarks_from_mask
 from test.phantom import phantom
-from training.augment import augment, mix_amplitudes
+from training.data.augment import augment, mix_amplitudes
 from training.recipes import Augmentation
 
 IMAGE, STYLE = (phantom(seed, 96, 96).image.astype(np.float32) for seed in (1, 2))

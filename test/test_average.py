@@ -9,7 +9,7 @@ import torch
 from model.network import build_network
 from test.test_network import SMALL
 from training import average
-from training.checkpoint import Checkpoint, load_weights, save_weights
+from training.learning.checkpoint import Checkpoint, load_weights, save_weights
 from training.recipes import COMPACT
 
 

@@ -19,8 +19,8 @@ from model.predictor import load_predictor
 from model.spec import METADATA_KEY, ModelSpec
 from test.phantom import phantom
 from test.test_network import SMALL
-from training.cases import Case, write_cases
-from training.checkpoint import Checkpoint, save_weights
+from training.data.case_table import Case, write_cases
+from training.learning.checkpoint import Checkpoint, save_weights
 from training.recipes import COMPACT, PAPER, RECIPES
 
 RECIPE = COMPACT.model_copy(update={"network": SMALL, "sigma_cells": 1.5})

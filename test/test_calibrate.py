@@ -16,12 +16,13 @@ from model.predictor import load_predictor
 from model.uncertainty import QUANTITIES
 from test.phantom import phantom
 from test.test_network import SMALL
-from training import calibrate, doubt, fit, view
-from training.cases import Case, read_cases, write_cases
-from training.checkpoint import Checkpoint, load_weights, save_weights
-from training.data import read_grey
-from training.metrics import case_errors
-from training.predict import predict_cases, torch_predictor
+from training import calibrate, doubt, fit
+from training.data.case_table import Case, read_cases, write_cases
+from training.data.dataset import read_grey
+from training.evaluation.metrics import case_errors
+from training.evaluation.predict import predict_cases, torch_predictor
+from training.learning import view_head as view
+from training.learning.checkpoint import Checkpoint, load_weights, save_weights
 from training.recipes import COMPACT
 
 IMAGES, VAL = 34, 24

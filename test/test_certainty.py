@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from training.cases import Case
-from training.metrics import CERTAINTY_LABELS, as_text, certainty, evaluate
-from training.predict import CasePrediction
+from training.data.case_table import Case
+from training.evaluation.metrics import CERTAINTY_LABELS, as_text, certainty, evaluate
+from training.evaluation.predict import CasePrediction
 
 POINTS = np.array([[40.0, 12.0], [15.0, 16.0], [48.0, 40.0]])
 

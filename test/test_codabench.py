@@ -23,7 +23,7 @@ from test.conftest import ROOT
 from test.phantom import phantom
 from test.runs import png, run
 from test.test_network import SMALL
-from training.checkpoint import Checkpoint, load_weights, save_weights
+from training.learning.checkpoint import Checkpoint, load_weights, save_weights
 from training.recipes import COMPACT
 
 SHIPPED = ROOT / "model" / "weights" / "aop.safetensors"

@@ -6,12 +6,12 @@ import torch
 
 from export import to_onnx
 from test.test_fit import TINY, folder, run_fit  # noqa: F401
-from training.cases import read_cases
-from training.checkpoint import load_weights
-from training.data import LandmarkDataset
-from training.groups import clusters
+from training.data.case_table import read_cases
+from training.data.dataset import LandmarkDataset
+from training.data.near_duplicates import clusters
+from training.learning.checkpoint import load_weights
+from training.learning.teachers import Ensemble
 from training.recipes import Recipe
-from training.teachers import Ensemble
 
 
 @pytest.fixture(scope="module")

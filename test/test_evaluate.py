@@ -15,10 +15,10 @@ from model.anatomy import LANDMARKS, angle_of_progression
 from model.results.files import write_results
 from model.results.schemas import CaseEntry, Results, named
 from training import evaluate
-from training.cases import Case, read_cases, write_cases
-from training.data import read_grey
-from training.jobs import kind_of
-from training.metrics import radial_errors_px, summarise
+from training.data.case_table import Case, read_cases, write_cases
+from training.data.dataset import read_grey
+from training.evaluation.challenge_jobs import kind_of
+from training.evaluation.metrics import radial_errors_px, summarise
 
 POINTS = np.array([[60.0, 20.0], [20.0, 30.0], [90.0, 60.0]])
 
@@ -127,7 +127,7 @@ def shown(monkeypatch) -> list[tuple]:
     """What write_report was given."""
     calls: list[tuple] = []
     fake = SimpleNamespace(write_report=lambda *given: calls.append(given))
-    monkeypatch.setitem(sys.modules, "training.report", fake)
+    monkeypatch.setitem(sys.modules, "training.evaluation.report", fake)
     return calls
 
 

@@ -10,14 +10,12 @@ import numpy as np
 import pytest
 
 from model.anatomy import angle_of_progression
-from model.images.source import ImageError
 from model.drawing.page import escape
+from model.images.source import ImageError
 from test.browser import DESKTOP, PHONE, complaints, overflowing, resize
 from test.phantom import phantom
-from training.agreement import Estimate, bland_altman
-from training.cases import Case, read_cases
-from training.metrics import evaluate
-from training.figures import (
+from training.data.case_table import Case, read_cases
+from training.evaluation.figures import (
     STYLE,
     VARIABLES,
     calibration_chart,
@@ -25,10 +23,11 @@ from training.figures import (
     interval_text,
     picture_of_case,
 )
-from training.metrics import case_errors
-from training.pictures import PREDICTED, TRUTH
-from training.predict import CasePrediction
-from training.report import write_report
+from training.evaluation.metrics import case_errors, evaluate
+from training.evaluation.pictures import PREDICTED, TRUTH
+from training.evaluation.predict import CasePrediction
+from training.evaluation.report import write_report
+from training.evaluation.statistics import Estimate, bland_altman
 
 pytest_plugins = ["test.browser"]
 

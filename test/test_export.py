@@ -14,7 +14,7 @@ from model.network import build_network
 from model.predictor import load_predictor
 from model.spec import METADATA_KEY
 from test.test_network import SMALL
-from training.checkpoint import Checkpoint, load_weights, save_weights
+from training.learning.checkpoint import Checkpoint, load_weights, save_weights
 from training.recipes import COMPACT
 
 

@@ -17,12 +17,12 @@ from torch.optim.swa_utils import AveragedModel
 from model.anatomy import angle_of_progression
 from test.phantom import phantom
 from training import fit
-from training.augment import augment
-from training.cases import Case, read_cases, write_cases
-from training.checkpoint import CheckpointError, load_weights
-from training.data import EpochSampler, LandmarkDataset, chances
-from training.loop import number_format, running_average
-from training.losses import heatmap_cross_entropy, heatmap_mse, mask_loss
+from training.data.augment import augment
+from training.data.case_table import Case, read_cases, write_cases
+from training.data.dataset import EpochSampler, LandmarkDataset, chances
+from training.learning.checkpoint import CheckpointError, load_weights
+from training.learning.losses import heatmap_cross_entropy, heatmap_mse, mask_loss
+from training.learning.trainer import number_format, running_average
 from training.recipes import COMPACT, PAPER, Augmentation, Recipe
 
 # of fewer than 8 channels, a 1x1 convolution in float32 may never end on AVX2 (torch 2.13)

@@ -12,16 +12,18 @@ import torch
 from export import to_onnx
 from model.uncertainty import QUANTITIES
 from test.test_fit import TINY, folder, run_fit  # noqa: F401
-from training import calibrate, evaluate, folds, join, loop, teachers
-from training.cases import read_cases, write_cases
-from training.checkpoint import load_weights
-from training.predict import (
+from training import calibrate, evaluate, folds, join
+from training.data.case_table import read_cases, write_cases
+from training.evaluation.predict import (
     KEPT_OUT,
     finished_folds,
     kept_out,
     predict_cases,
     torch_predictor,
 )
+from training.learning import teachers
+from training.learning import trainer as loop
+from training.learning.checkpoint import load_weights
 
 ONE_EPOCH = [*TINY, "--epochs", "1", "--device", "cpu"]
 

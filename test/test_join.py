@@ -12,10 +12,10 @@ import torch
 from model.network import TransUNetConfig, build_network
 from test.test_network import SMALL
 from training import join
-from training.cases import Case, write_cases
-from training.checkpoint import Checkpoint, load_weights, save_weights
-from training.losses import heatmap_cross_entropy, mask_loss, total_loss
-from training.predict import kept_out
+from training.data.case_table import Case, write_cases
+from training.evaluation.predict import kept_out
+from training.learning.checkpoint import Checkpoint, load_weights, save_weights
+from training.learning.losses import heatmap_cross_entropy, mask_loss, total_loss
 from training.recipes import COMPACT
 
 OTHER = replace(SMALL, encoder_widths=(8, 8, 10, 12, 14), up_widths=(12, 10, 8))

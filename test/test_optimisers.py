@@ -8,7 +8,7 @@ from torch import nn
 
 from model.network import build_network
 from test.test_network import SMALL
-from training.optimisers import BY_ADAMW, Muon, optimiser, orthogonal
+from training.learning.optimisers import BY_ADAMW, Muon, optimiser, orthogonal
 from training.recipes import COMPACT
 
 RATE = 0.01

@@ -17,7 +17,7 @@ from model.results.schemas import (
     table_lines,
     three_point_angle,
 )
-from training.cases import read_cases
+from training.data.case_table import read_cases
 
 POINTS = {"PS1": (60.12344, 20.5), "PS2": (21.0, 31.25), "FH1": (80.99996, 71.00004)}
 FILES = AnswerFiles("aop-landmarks.json", "angle-of-progression.json")

@@ -14,7 +14,7 @@ from model.masks import Ellipse, MaskError, fit_ellipse, landmarks_from_mask, ou
 from test.phantom import main as phantom_main
 from test.phantom import phantom
 from training import prepare
-from training.cases import (
+from training.data.case_table import (
     SPLITS,
     Case,
     CaseError,
@@ -25,9 +25,9 @@ from training.cases import (
     require_images,
     write_cases,
 )
-from training.groups import BLOCK, near_duplicate_groups, split_by_group, thumbnail
-from training.pictures import SHEET_TILE
-from training.sources import read_mask
+from training.data.near_duplicates import BLOCK, near_duplicate_groups, split_by_group, thumbnail
+from training.data.sources import read_mask
+from training.evaluation.pictures import SHEET_TILE
 
 SPLITS_OF_PSFHS = Path(prepare.__file__).with_name("psfhs_splits.csv")
 

@@ -13,10 +13,10 @@ from torch import nn
 from test.beit_file import beit_tensors
 from test.phantom import phantom
 from training import pretrain, recipes
-from training.cases import Case, write_cases
-from training.checkpoint import CheckpointError
-from training.loop import Processes
-from training.mae import (
+from training.data.case_table import Case, write_cases
+from training.data.unlabelled import UnlabelledDataset, crop, split_indices
+from training.learning.checkpoint import CheckpointError
+from training.learning.mae import (
     Features,
     MaskedAutoencoder,
     load_mae,
@@ -26,6 +26,7 @@ from training.mae import (
     take,
     unpatchify,
 )
+from training.learning.trainer import Processes
 from training.pretrain import (
     COMPACT,
     PAPER,
@@ -35,7 +36,6 @@ from training.pretrain import (
     attention_divergence,
     distillation_loss,
 )
-from training.unlabelled import UnlabelledDataset, crop, split_indices
 
 SMALL = [
     "--image_size", "32", "--patch", "8", "--width", "16", "--depth", "2", "--heads", "2",

@@ -8,7 +8,7 @@ import pytest
 
 from test.phantom import phantom
 from training import pretrain, probe
-from training.cases import Case, write_cases
+from training.data.case_table import Case, write_cases
 
 
 def test_ridge_is_the_textbooks_with_the_strength_of_least_error_left_out() -> None:

@@ -28,7 +28,7 @@ from test.runs import (
     tree,
     volume,
 )
-from training.cases import read_cases
+from training.data.case_table import read_cases
 
 TURNED = (0.8, -0.6, 0.0, 0.6, 0.8, 0.0, 0.0, 0.0, 1.0)
 

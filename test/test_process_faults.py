@@ -37,7 +37,7 @@ from test.runs import (
     tree,
     volume,
 )
-from training.cases import read_cases
+from training.data.case_table import read_cases
 
 ROOT = Path(__file__).resolve().parent.parent
 TOLD = {"case", "file", "status", "error"}  # what an entry of an unreadable file says

@@ -20,10 +20,14 @@ from model.predictor import Predictor
 from test.phantom import phantom
 from test.test_fit import TINY
 from test.test_views import SPEC, dots, find_dots
-from training import fit, labelling, pseudo_label
-from training.cases import Case, read_cases, write_cases
-from training.checkpoint import Checkpoint, load_weights, save_weights
-from training.criteria import (
+from training import fit, pseudo_label
+from training.data.case_table import Case, read_cases, write_cases
+from training.data.dataset import LandmarkDataset, further_cases
+from training.evaluation.test_time_augmentation import ViewPrediction
+from training.learning.checkpoint import Checkpoint, load_weights, save_weights
+from training.learning.losses import mask_loss
+from training.pseudo_labels import labelling
+from training.pseudo_labels.criteria import (
     CriteriaError,
     Evidence,
     Thresholds,
@@ -32,11 +36,8 @@ from training.criteria import (
     judge,
     sharpness,
 )
-from training.data import LandmarkDataset, further_cases
-from training.losses import mask_loss
-from training.pool import excluded, find_pool, labelled_apart, read_candidates
+from training.pseudo_labels.pool import excluded, find_pool, labelled_apart, read_candidates
 from training.recipes import RECIPES, add_recipe_arguments, recipe_from_arguments
-from training.views import ViewPrediction
 
 CODEC = HeatmapCodec(48, 64, 4.0)
 PEAK = CODEC.encode([30.3, 20.6])
@@ -433,7 +434,7 @@ def test_help_explains_and_shares_are_shares(capsys):
 @pytest.fixture
 def teacher(tmp_path, monkeypatch) -> Path:
     """Random weights; their landmarks count as plausible, since what is tested are the rounds."""
-    monkeypatch.setattr("training.criteria.implausibilities", lambda *_: [])
+    monkeypatch.setattr("training.pseudo_labels.criteria.implausibilities", lambda *_: [])
     parser = argparse.ArgumentParser()
     add_recipe_arguments(parser)
     recipe = recipe_from_arguments(parser.parse_args(TINY))

@@ -17,7 +17,7 @@ from export.rewrites import widened
 from model.network import UNetConfig, build_network
 from model.predictor import load_predictor
 from test.phantom import phantom
-from training.cases import Case, write_cases
+from training.data.case_table import Case, write_cases
 from training.recipes import UNET
 
 

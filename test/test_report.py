@@ -25,7 +25,7 @@ from model.results.files import RunFiles, write_bytes, write_results
 from model.results.schemas import CaseEntry, Loop, Results, named
 from test.browser import PHONE, complaints, overflowing, resize
 from test.runs import job, load, made, png, run, volume
-from training.cases import read_cases
+from training.data.case_table import read_cases
 
 pytest_plugins = ["test.browser"]
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from test.phantom import phantom
-from training.scenes import SCENES, SPOILED
+from training.data.scenes import SCENES, SPOILED
 
 IMAGE = phantom(3, 130, 97).image
 

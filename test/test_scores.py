@@ -18,8 +18,8 @@ from test.conftest import ROOT
 from test.runs import job as input_job
 from test.runs import load, made, run, volume
 from training import evaluate
-from training.cases import Case, write_cases
-from training.jobs import (
+from training.data.case_table import Case, write_cases
+from training.evaluation.challenge_jobs import (
     MOST_BYTES,
     PixelGrid,
     ScoresError,
@@ -457,7 +457,7 @@ def test_scoring_jobs_needs_only_what_its_container_installs():
     assert "torch" in absent and "scipy" not in absent
     code = (
         f"import sys; sys.modules.update(dict.fromkeys({absent})); "
-        "import training.evaluate, training.report"
+        "import training.evaluate, training.evaluation.report"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 

@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import save_file
 
 from test.beit_file import USFM, beit_tensors
-from training.checkpoint import CheckpointError
-from training.teachers import Beit, load_teacher
-from training.transfer import read_beit, resize_tables
+from training.learning.checkpoint import CheckpointError
+from training.learning.pretrained import read_beit, resize_tables
+from training.learning.teachers import Beit, load_teacher
 
 GRID, PATCH, HEADS, WIDTH = 5, 4, 3, 24
 

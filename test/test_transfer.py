@@ -16,17 +16,17 @@ from test.beit_file import beit_tensors
 from test.phantom import phantom
 from test.test_fit import TINY
 from training import fit, pretrain
-from training.cases import Case, write_cases
-from training.checkpoint import CheckpointError
-from training.mae import load_mae, resize_positions
-from training.teachers import Beit
-from training.transfer import (
+from training.data.case_table import Case, write_cases
+from training.learning.checkpoint import CheckpointError
+from training.learning.mae import load_mae, resize_positions
+from training.learning.pretrained import (
     imagenet_into_encoder,
     mae_into_bottleneck,
     read_beit,
     start_pretrained,
     usfm_into_bottleneck,
 )
+from training.learning.teachers import Beit
 
 WIDTH, DEPTH, HEADS = 16, 2, 2
 SIZES = ["--width", "16", "--depth", "2", "--heads", "2", "--image_size", "32", "--patch", "8"]

@@ -7,7 +7,7 @@ import pytest
 from model.frame import input_to_cells
 from model.predictor import Output, Predictor
 from model.spec import ModelSpec
-from training.views import VIEWS, View, predict_views
+from training.evaluation.test_time_augmentation import VIEWS, View, predict_views
 
 SPEC = ModelSpec(input_size=128, mean=30.0, std=50.0, stride=4, sigma_cells=2.0)
 GREYS = (255, 170, 90)  # of the dots that stand for PS1, PS2 and FH1

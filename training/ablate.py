@@ -37,12 +37,12 @@ import numpy as np
 from model.drawing.text import Picture
 from model.heatmap import Heatmaps
 from model.predictor import Provider
-from training.cases import Case, CaseError, read_cases, write_cases
-from training.checkpoint import load_weights, write_text
-from training.data import read_grey
-from training.metrics import case_errors
-from training.pictures import mark, put_text, tile_of
-from training.predict import predict_cases, torch_predictor
+from training.data.case_table import Case, CaseError, read_cases, write_cases
+from training.data.dataset import read_grey
+from training.evaluation.metrics import case_errors
+from training.evaluation.pictures import mark, put_text, tile_of
+from training.evaluation.predict import predict_cases, torch_predictor
+from training.learning.checkpoint import load_weights, write_text
 
 LABELLED = 300
 ROOT = Path(__file__).resolve().parent.parent

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from model.network import without_view_head
-from training.checkpoint import CheckpointError, load_weights, save_weights
+from training.learning.checkpoint import CheckpointError, load_weights, save_weights
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -32,14 +32,14 @@ from model.network import TransUNet, TransUNetConfig, build_network, without_vie
 from model.predictor import Prediction, Predictor
 from model.spec import MaskShares, ModelSpec
 from model.uncertainty import QUANTITIES, Calibration, ErrorModel
-from training.cases import Case, CaseError, count_splits, read_cases, require_images
-from training.checkpoint import Checkpoint, CheckpointError, load_weights, save_weights
-from training.data import read_grey
-from training.metrics import case_errors, mean_errors
-from training.predict import CasePrediction, answer_of, kept_out, torch_predictor
+from training.data.case_table import Case, CaseError, count_splits, read_cases, require_images
+from training.data.dataset import read_grey
+from training.data.sources import images_matching
+from training.evaluation.metrics import case_errors, mean_errors
+from training.evaluation.predict import CasePrediction, answer_of, kept_out, torch_predictor
+from training.learning.checkpoint import Checkpoint, CheckpointError, load_weights, save_weights
+from training.learning.view_head import train_view_head
 from training.recipes import mask_shares
-from training.sources import images_matching
-from training.view import train_view_head
 
 LEVEL = 0.9
 VIEW_CHANNELS = 16

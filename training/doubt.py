@@ -21,12 +21,12 @@ from model.frame import Geometry, Pixels
 from model.images.source import GreyFrame
 from model.measure import measure
 from model.predictor import ModelError, Predictor, load_predictor
-from training.agreement import coverage_interval
-from training.cases import CaseError, cases_of_split
-from training.checkpoint import write_text
-from training.data import read_grey
-from training.scenes import SCENES, SPOILED
-from training.sources import images_matching
+from training.data.case_table import CaseError, cases_of_split
+from training.data.dataset import read_grey
+from training.data.scenes import SCENES, SPOILED
+from training.data.sources import images_matching
+from training.evaluation.statistics import coverage_interval
+from training.learning.checkpoint import write_text
 
 SCENE_SIZE = 384  # px
 Counts = dict[str, tuple[int, int]]  # kind -> doubted, of how many

@@ -35,8 +35,8 @@ from typing import Literal, get_args
 from model.heatmap import Decode
 from model.images.source import ImageError
 from model.results.files import write_bytes
-from training.cases import Case, CaseError, cases_of_split, require_images
-from training.jobs import (
+from training.data.case_table import Case, CaseError, cases_of_split, require_images
+from training.evaluation.challenge_jobs import (
     Answers,
     PixelGrid,
     ScoresError,
@@ -49,7 +49,7 @@ from training.jobs import (
     read_answers,
     score_jobs,
 )
-from training.metrics import Summary, as_text, evaluate
+from training.evaluation.metrics import Summary, as_text, evaluate
 
 METRICS = Path("/output/metrics.json")
 
@@ -140,8 +140,8 @@ def _predict(options: EvaluateOptions, model: Path, cases: list[Case]) -> Answer
     import torch  # noqa: PLC0415
 
     from model.predictor import ModelError, load_predictor  # noqa: PLC0415
-    from training.checkpoint import CheckpointError, load_weights  # noqa: PLC0415
-    from training.predict import predict_cases, torch_predictor  # noqa: PLC0415
+    from training.evaluation.predict import predict_cases, torch_predictor  # noqa: PLC0415
+    from training.learning.checkpoint import CheckpointError, load_weights  # noqa: PLC0415
 
     require_images(cases, options.images, options.data)
     path = model / "best.safetensors" if model.is_dir() else model
@@ -182,7 +182,7 @@ def _measure_jobs(
 
 
 def _write_report(options: EvaluateOptions, path: Path, answers: Answers) -> None:
-    from training.report import write_report  # noqa: PLC0415
+    from training.evaluation.report import write_report  # noqa: PLC0415
 
     cases, predictions, missing = answers
     if not cases:

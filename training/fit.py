@@ -19,9 +19,9 @@ from collections.abc import Sequence
 
 from pydantic import ValidationError
 
-from training.cases import CaseError
-from training.checkpoint import CheckpointError
-from training.loop import fit, parse_fit, processes
+from training.data.case_table import CaseError
+from training.learning.checkpoint import CheckpointError
+from training.learning.trainer import fit, parse_fit, processes
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -35,13 +35,11 @@ import torch
 
 from model.images.source import ImageError
 from model.spec import MaskShares
-from training.cases import Case, CaseError, read_cases, write_cases
-from training.checkpoint import CheckpointError, load_weights, write_text
-from training.data import read_grey
-from training.groups import clusters, deal
-from training.loop import FitSettings, fit, parse_fit, processes
-from training.metrics import as_text, evaluate, mean_errors
-from training.predict import (
+from training.data.case_table import Case, CaseError, read_cases, write_cases
+from training.data.dataset import read_grey
+from training.data.near_duplicates import clusters, deal
+from training.evaluation.metrics import as_text, evaluate, mean_errors
+from training.evaluation.predict import (
     KEPT_OUT,
     CasePrediction,
     kept_out,
@@ -49,6 +47,8 @@ from training.predict import (
     splits_of_fold,
     torch_predictor,
 )
+from training.learning.checkpoint import CheckpointError, load_weights, write_text
+from training.learning.trainer import FitSettings, fit, parse_fit, processes
 from training.recipes import Recipe, mask_shares
 
 TEACHER = "aop.onnx"  # of a fold, as export.to_onnx makes it

@@ -16,15 +16,15 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from model.network import TransUNet, TransUNetConfig, build_network
-from training.cases import CaseError
-from training.checkpoint import (
+from training.data.case_table import CaseError
+from training.evaluation.predict import finished_folds, splits_of_fold
+from training.learning.checkpoint import (
     Checkpoint,
     CheckpointError,
     load_strictly,
     load_weights,
     save_weights,
 )
-from training.predict import finished_folds, splits_of_fold
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -49,16 +49,15 @@ from tqdm import tqdm
 from model.anatomy import LANDMARKS, angle_of_progression
 from model.images.source import ImageError
 from model.masks import MaskError, landmarks_from_mask
-from training.cases import SPLITS, Case, read_table, write_cases, write_rows
-from training.groups import (
+from training.data.case_table import SPLITS, Case, read_table, write_cases, write_rows
+from training.data.near_duplicates import (
     DUPLICATE_CORRELATION,
     Thumbnail,
     near_duplicate_groups,
     split_by_group,
     thumbnail,
 )
-from training.pictures import contact_sheet
-from training.sources import (
+from training.data.sources import (
     Skipped,
     Source,
     Unusable,
@@ -69,6 +68,7 @@ from training.sources import (
     skip,
     stem_of,
 )
+from training.evaluation.pictures import contact_sheet
 
 
 @dataclass(frozen=True)

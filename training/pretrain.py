@@ -34,11 +34,21 @@ from pydantic import ConfigDict, Field
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from training.cases import CaseError, read_table, write_rows
-from training.checkpoint import CheckpointError, save_weights
-from training.data import EpochSampler, train_loader
-from training.loop import Processes, Trainer, log_epoch, processes
-from training.mae import (
+from training.data.case_table import CaseError, read_table, write_rows
+from training.data.dataset import EpochSampler, train_loader
+from training.data.unlabelled import (
+    CropSettings,
+    ImageChoice,
+    UnlabelledDataset,
+    add_image_arguments,
+    find_images,
+    image_choice,
+    read_squares,
+    split_indices,
+)
+from training.evaluation.pictures import CAPTION, put_text, spread
+from training.learning.checkpoint import CheckpointError, save_weights
+from training.learning.mae import (
     FILE,
     AutoencoderConfig,
     Features,
@@ -49,19 +59,9 @@ from training.mae import (
     statistics,
     unpatchify,
 )
-from training.pictures import CAPTION, put_text, spread
+from training.learning.teachers import Beit, MaeTeacher, load_teacher
+from training.learning.trainer import Processes, Trainer, log_epoch, processes
 from training.recipes import Range, one_cycle_factor
-from training.teachers import Beit, MaeTeacher, load_teacher
-from training.unlabelled import (
-    CropSettings,
-    ImageChoice,
-    UnlabelledDataset,
-    add_image_arguments,
-    find_images,
-    image_choice,
-    read_squares,
-    split_indices,
-)
 
 SAMPLES_EVERY, SAMPLES = 10, 6  # epochs between two sheets, images on each
 COLUMNS = ("image", "what it sees", "patch means", "reconstruction")

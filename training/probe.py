@@ -18,11 +18,11 @@ from tqdm import tqdm
 
 from model.anatomy import Floats
 from model.frame import Letterbox
-from training.cases import Case, CaseError, read_cases
-from training.checkpoint import CheckpointError
-from training.data import read_grey
-from training.mae import Encoder, load_mae
-from training.metrics import REFERENCE_PX
+from training.data.case_table import Case, CaseError, read_cases
+from training.data.dataset import read_grey
+from training.evaluation.metrics import REFERENCE_PX
+from training.learning.checkpoint import CheckpointError
+from training.learning.mae import Encoder, load_mae
 
 STRENGTHS = np.logspace(-4, 4, 33)  # times the mean eigenvalue
 

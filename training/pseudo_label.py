@@ -32,19 +32,19 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from model.predictor import Provider
-from training.cases import (
+from training.data.case_table import (
     Case,
     CaseError,
     read_cases,
     read_table,
     write_rows,
 )
-from training.checkpoint import load_weights, write_text
-from training.groups import DUPLICATE_CORRELATION
-from training.labelling import Rule, label, load_teacher
-from training.metrics import mean_errors
-from training.pool import Pool, excluded, find_pool, labelled_apart
-from training.predict import predict_cases
+from training.data.near_duplicates import DUPLICATE_CORRELATION
+from training.evaluation.metrics import mean_errors
+from training.evaluation.predict import predict_cases
+from training.learning.checkpoint import load_weights, write_text
+from training.pseudo_labels.labelling import Rule, label, load_teacher
+from training.pseudo_labels.pool import Pool, excluded, find_pool, labelled_apart
 from training.recipes import Recipe, add_recipe_arguments, recipe_from_arguments
 
 HISTORY = ("round", "accepted", "val_mre_px", "val_aop_error_deg")

@@ -21,7 +21,7 @@ from export import conversion
 from model.network import NetworkConfig, TransUNet, TransUNetConfig, build_network
 from model.predictor import load_predictor
 from model.spec import ModelSpec
-from training.checkpoint import Checkpoint, load_weights
+from training.learning.checkpoint import Checkpoint, load_weights
 from training.recipes import PAPER, UNET, Recipe
 
 PARITY_IMAGES = 4

@@ -37,8 +37,8 @@ from model.predictor import (
     decode_output,
 )
 from model.spec import METADATA_KEY, ModelSpec, parse_spec
-from training.cases import Case, CaseError, read_cases
-from training.data import read_grey
+from training.data.case_table import Case, CaseError, read_cases
+from training.data.dataset import read_grey
 from training.recipes import UNET
 
 STAGES = ("preprocess", "inference", "decode")  # of Prediction.milliseconds

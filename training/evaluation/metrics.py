@@ -9,16 +9,16 @@ import numpy.typing as npt
 
 from model.anatomy import LANDMARKS, Floats
 from model.frame import Pair
-from training.agreement import (
+from training.data.case_table import Case
+from training.evaluation.statistics import (
     Estimate,
     area_under_risk_coverage,
     coverage_interval,
     error_when_answering,
 )
-from training.cases import Case
 
 if TYPE_CHECKING:  # torch, which an evaluation container does without
-    from training.predict import CasePrediction
+    from training.evaluation.predict import CasePrediction
 
 # Name of a figure -> {"value", "low", "high"}; and "cases": of how many.
 Summary = dict[str, Any]

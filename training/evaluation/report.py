@@ -16,11 +16,14 @@ import numpy as np
 import numpy.typing as npt
 
 from model.anatomy import LANDMARKS, Floats
-from model.results.files import write_bytes
-from model.images.source import GreyFrame, ImageError, open_image
 from model.drawing.page import escape, page
-from training import figures as draw
-from training.agreement import (
+from model.images.source import GreyFrame, ImageError, open_image
+from model.results.files import write_bytes
+from training.data.case_table import Case
+from training.evaluation import figures as draw
+from training.evaluation.figures import captioned, interval_text, legend, signed_text
+from training.evaluation.metrics import REFERENCE_PX, SDR_PX, case_errors, summarise
+from training.evaluation.statistics import (
     BlandAltman,
     Estimate,
     area_under_risk_coverage,
@@ -30,14 +33,11 @@ from training.agreement import (
     icc_2_1,
     risk_coverage,
 )
-from training.cases import Case
-from training.figures import captioned, interval_text, legend, signed_text
-from training.metrics import REFERENCE_PX, SDR_PX, case_errors, summarise
 
 if TYPE_CHECKING:  # torch, which a report can do without
-    from training.predict import CasePrediction
+    from training.evaluation.predict import CasePrediction
 
-Metrics = Mapping[str, object]  # as `training.metrics.summarise` returns them
+Metrics = Mapping[str, object]  # as `training.evaluation.metrics.summarise` returns them
 Indices = npt.NDArray[np.int_]  # (k,) of cases
 Columns = Mapping[str, Mapping[str, str]]  # of a table: column -> row -> cell
 
@@ -142,7 +142,7 @@ class EvaluatedCases:
         return (ends[:, 0] <= self.label_deg[known]) & (self.label_deg[known] <= ends[:, 1])
 
     def metrics_of(self, chosen: Indices) -> Metrics:
-        """`training.metrics.summarise` of the chosen cases."""
+        """`training.evaluation.metrics.summarise` of the chosen cases."""
         return summarise(self.radial_px[chosen], self.aop_error_deg[chosen])
 
     def agreement_of(self, chosen: Indices) -> tuple[BlandAltman | None, Estimate | None]:

@@ -27,11 +27,11 @@ from model.frame import Geometry
 from model.images.formats import SUFFIXES
 from model.images.source import ImageError, open_image
 from model.results.schemas import CaseEntry, Results
-from training.cases import Case, CaseError, read_cases
-from training.metrics import REFERENCE_PX, Summary, radial_errors_px, summarise
+from training.data.case_table import Case, CaseError, read_cases
+from training.evaluation.metrics import REFERENCE_PX, Summary, radial_errors_px, summarise
 
 if TYPE_CHECKING:  # torch, which an evaluation container does without
-    from training.predict import CasePrediction
+    from training.evaluation.predict import CasePrediction
 
 MOST_BYTES = 2**16  # of an answer; ours have 500
 # A string that does not end goes to the end: no text takes longer than its length.
@@ -314,7 +314,7 @@ def aggregates(scores: Sequence[Score], unmatched: Sequence[str]) -> Summary:
 
 def answers_of_scores(scores: Sequence[Score]) -> Answers:
     """The cases whose jobs have given both answers, with these."""
-    from training.predict import CasePrediction  # noqa: PLC0415
+    from training.evaluation.predict import CasePrediction  # noqa: PLC0415
 
     answers = Answers([], [], [])
     for score in scores:
@@ -487,7 +487,7 @@ def _entries(path: Path) -> list[CaseEntry]:
 
 def _prediction(answer: Case | CaseEntry, grid: Callable[[], PixelGrid]) -> "CasePrediction":
     """An answer as it is measured; only for a table's row the image must say how large it is."""
-    from training.predict import CasePrediction  # noqa: PLC0415
+    from training.evaluation.predict import CasePrediction  # noqa: PLC0415
 
     if isinstance(answer, Case):
         return CasePrediction(answer.landmarks_px, max(grid()[:2]), answer.aop_deg)

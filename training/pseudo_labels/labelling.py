@@ -18,13 +18,10 @@ from model.anatomy import LANDMARKS, Floats
 from model.drawing.text import DOUBT, Picture
 from model.frame import Pair, Pixels
 from model.predictor import Predictor, Provider, load_predictor
-from training.cases import Case, CaseError, read_table, write_cases, write_rows
-from training.checkpoint import load_weights, write_text
-from training.criteria import Evidence, Objection, Thresholds, by_precision, by_share, judge
-from training.data import read_grey
-from training.loop import processes
-from training.metrics import radial_errors_px
-from training.pictures import (
+from training.data.case_table import Case, CaseError, read_table, write_cases, write_rows
+from training.data.dataset import read_grey
+from training.evaluation.metrics import radial_errors_px
+from training.evaluation.pictures import (
     CAPTION,
     LANDMARK_COLOURS,
     SHEET_COLUMNS,
@@ -37,9 +34,19 @@ from training.pictures import (
     tile_of,
     with_legend,
 )
-from training.pool import Candidate, Pool, read_candidates
-from training.predict import torch_predictor
-from training.views import predict_views
+from training.evaluation.predict import torch_predictor
+from training.evaluation.test_time_augmentation import predict_views
+from training.learning.checkpoint import load_weights, write_text
+from training.learning.trainer import processes
+from training.pseudo_labels.criteria import (
+    Evidence,
+    Objection,
+    Thresholds,
+    by_precision,
+    by_share,
+    judge,
+)
+from training.pseudo_labels.pool import Candidate, Pool, read_candidates
 
 EXAMPLES = 24  # of accepted and of rejected images on the sheet
 LINES, LETTERS = 4, 34  # of words on a tile

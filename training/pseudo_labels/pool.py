@@ -2,7 +2,7 @@
 
 Left out are images by their name, and images that look like one of split val or test: near-equal
 frames of one examination would carry the answer from there into the training. What looks alike is
-one group of `training.groups`: a chain of near-duplicates counts, over images of the folders too.
+one group of `training.data.near_duplicates`: a chain of near-duplicates counts, over images of the folders too.
 """
 
 import os
@@ -14,11 +14,11 @@ from pathlib import Path
 from tqdm import tqdm
 
 from model.images.source import BadFrame, GreyFrame, ImageError, is_supported_name, open_image
-from training.cases import SPLITS, Case, CaseError, read_cases
-from training.criteria import Objection
-from training.data import read_grey
-from training.groups import Thumbnail, near_duplicate_groups, thumbnail
-from training.sources import by_stem, stem_of
+from training.data.case_table import SPLITS, Case, CaseError, read_cases
+from training.data.dataset import read_grey
+from training.data.near_duplicates import Thumbnail, near_duplicate_groups, thumbnail
+from training.data.sources import by_stem, stem_of
+from training.pseudo_labels.criteria import Objection
 
 
 @dataclass(frozen=True)

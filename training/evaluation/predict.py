@@ -19,9 +19,9 @@ from model.heatmap import Decode, Heatmaps
 from model.measure import doubts, interval_of
 from model.predictor import Output, Prediction, Predictor
 from model.spec import ModelSpec
-from training.cases import Case, CaseError, read_cases
-from training.checkpoint import Checkpoint, load_weights
-from training.data import read_grey
+from training.data.case_table import Case, CaseError, read_cases
+from training.data.dataset import read_grey
+from training.learning.checkpoint import Checkpoint, load_weights
 
 KEPT_OUT = "test"  # the split of the cases that a fold keeps out: training.fit never reads it
 

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from model.images.source import BadFrame, GreyFrame, is_supported_name, open_image
 from model.masks import MaskError
-from training.cases import Case, CaseError, case_tables, read_cases
+from training.data.case_table import Case, CaseError, case_tables, read_cases
 
 MASK_SUFFIXES = (".png", ".mha")
 

@@ -19,10 +19,10 @@ from model.anatomy import Floats
 from model.frame import Letterbox, Pair, input_to_cells
 from model.images.source import BadFrame, ImageError, open_image
 from model.masks import CLASSES
-from training.augment import augment
-from training.cases import Case, CaseError, read_cases, require_images
+from training.data.augment import augment
+from training.data.case_table import Case, CaseError, read_cases, require_images
+from training.data.sources import read_mask
 from training.recipes import Recipe
-from training.sources import read_mask
 
 
 class LandmarkDataset(Dataset[dict[str, Tensor]]):
@@ -33,7 +33,7 @@ class LandmarkDataset(Dataset[dict[str, Tensor]]):
         masks: folder of masks with the images' stems, or None.
         train: augment and perturb; else the plain letterboxed image.
         more: further cases, each with its own folder of images; they have no masks.
-        styles: images whose look the augmentation may take (training.augment.mix_amplitudes).
+        styles: images whose look the augmentation may take (training.data.augment.mix_amplitudes).
     """
 
     def __init__(

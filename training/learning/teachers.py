@@ -1,7 +1,7 @@
 """Frozen teachers: of the pretraining one ViT, of the main training an ensemble of models.
 
 The ViT is USFM (BEiT-style weights) or a larger model of our own. Both take (n, 1, side, side) grey
-values 0..1, and `kept` as in training.mae.
+values 0..1, and `kept` as in training.learning.mae.
 
 The ensemble's maps are part of the targets, for the very image that the network sees, with all its
 random changes (Hinton et al. 2015; Beyer et al. 2022, "function matching"). A label is one reader's
@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from model.network.vit import Block, relative_index
 from model.predictor import Provider, load_predictor
-from training.checkpoint import load_strictly
-from training.mae import Encoder, Features, load_mae, resize_positions, take
+from training.learning.checkpoint import load_strictly
+from training.learning.mae import Encoder, Features, load_mae, resize_positions, take
+from training.learning.pretrained import BeitWeights, read_beit
 from training.recipes import Recipe
-from training.transfer import BeitWeights, read_beit
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # USFM's input scale
 ALIKE = ("input_size", "channels", "mean", "std", "stride", "sigma_cells", "masks")  # in ModelSpec
@@ -158,7 +158,7 @@ class Ensemble:
                     raise ValueError(f"{file} cannot teach: its {name} is {theirs}, here {ours}")
 
     def teach(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """A batch of training.data with the teachers' share in its `heatmaps` and `masks`."""
+        """A batch of training.data.dataset with the teachers' share in its `heatmaps` and `masks`."""
         images = batch["image"].float().cpu().numpy()
         maps = np.mean([model.run(images).maps for model in self.models], axis=0)
         taught = torch.from_numpy(maps).to(batch["image"].device)

@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from training.cases import SPLITS
+from training.data.case_table import SPLITS
 
 SIDE = 32  # px a side
 DUPLICATE_CORRELATION = 0.92

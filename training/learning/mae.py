@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from model.network.vit import Block, sincos_positions
-from training.checkpoint import CheckpointError, load_strictly
+from training.learning.checkpoint import CheckpointError, load_strictly
 
 GREY_MEAN, GREY_STD = 30 / 255, 46.4 / 255  # of ultrasound images; the encoder's input scale
 FILE = "mae.safetensors"  # in a run's folder

@@ -17,8 +17,8 @@ import numpy as np
 from model.anatomy import LANDMARKS, Floats, angle_of_progression, implausibilities
 from model.frame import Pair
 from model.heatmap import HeatmapCodec, Heatmaps
-from training.metrics import REFERENCE_PX
-from training.views import ViewPrediction
+from training.evaluation.metrics import REFERENCE_PX
+from training.evaluation.test_time_augmentation import ViewPrediction
 
 PEAK_FLOOR = 0.1  # of the peak's height; lower cells are background
 FEWEST = 10  # cases; a precision over fewer says nothing

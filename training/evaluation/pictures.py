@@ -11,10 +11,10 @@ from model.drawing.overlay import COLOURS
 from model.drawing.text import Colour, Picture
 from model.frame import Letterbox, Pair, Pixels
 from model.masks import HEAD, SYMPHYSIS, outer_contour
-from training.cases import Case
-from training.data import read_grey
-from training.predict import CasePrediction
-from training.sources import Source, one_frame, read_mask
+from training.data.case_table import Case
+from training.data.dataset import read_grey
+from training.data.sources import Source, one_frame, read_mask
+from training.evaluation.predict import CasePrediction
 
 TILE = 256  # px
 TRUTH, PREDICTED = (80, 220, 80), (255, 80, 255)

@@ -2,7 +2,7 @@
 
 The network stays as it is. The right samples are the labelled images of split train, changed as in
 training, but never mirrored. The wrong ones are the same images spoiled (mirrored, turned,
-inverted, ... `training.scenes`), images of other views from given folders, and drawn scenes. The
+inverted, ... `training.data.scenes`), images of other views from given folders, and drawn scenes. The
 head sees features of the frozen network, computed once, and learns by binary cross-entropy in which
 right and wrong weigh the same.
 """
@@ -19,11 +19,11 @@ from tqdm import tqdm
 from model.frame import Letterbox
 from model.network import TransUNet
 from model.spec import ModelSpec
-from training.augment import augment
-from training.cases import Case
-from training.data import read_grey
+from training.data.augment import augment
+from training.data.case_table import Case
+from training.data.dataset import read_grey
+from training.data.scenes import SCENES, SPOILED, Draw, Grey
 from training.recipes import COMPACT
-from training.scenes import SCENES, SPOILED, Draw, Grey
 
 RIGHT_DRAWS, OTHER_DRAWS = 5, 3  # of every image
 LEARNING_RATE, WEIGHT_DECAY, EPOCHS, BATCH = 1e-3, 0.05, 30, 64

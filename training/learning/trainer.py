@@ -30,9 +30,15 @@ from tqdm import tqdm
 from model.images.source import is_supported_name
 from model.masks import CLASSES
 from model.network import build_network
-from training.cases import Case, CaseError, count_splits, read_cases, require_images, write_cases
-from training.checkpoint import Checkpoint, save_weights
-from training.data import (
+from training.data.case_table import (
+    Case,
+    CaseError,
+    count_splits,
+    read_cases,
+    require_images,
+    write_cases,
+)
+from training.data.dataset import (
     EpochSampler,
     LandmarkDataset,
     TrainLoader,
@@ -41,15 +47,16 @@ from training.data import (
     read_grey,
     train_loader,
 )
-from training.groups import near_duplicate_groups, split_by_group
-from training.losses import total_loss
-from training.metrics import mean_errors
-from training.optimisers import optimiser
-from training.pictures import sample_sheet
-from training.predict import predict_cases, torch_predictor
+from training.data.near_duplicates import near_duplicate_groups, split_by_group
+from training.evaluation.metrics import mean_errors
+from training.evaluation.pictures import sample_sheet
+from training.evaluation.predict import predict_cases, torch_predictor
+from training.learning.checkpoint import Checkpoint, save_weights
+from training.learning.losses import total_loss
+from training.learning.optimisers import optimiser
+from training.learning.pretrained import start_from, start_pretrained, with_members
+from training.learning.teachers import Ensemble, teachers_of
 from training.recipes import Recipe, TrainingRecipe, add_recipe_arguments, recipe_from_arguments
-from training.teachers import Ensemble, teachers_of
-from training.transfer import start_from, start_pretrained, with_members
 
 FRACTIONS = (0.8, 0.2, 0.0)  # the paper's 4:1
 SAMPLES_EVERY = 8  # epochs between two sample sheets
@@ -246,7 +253,7 @@ class LandmarkTrainer(Trainer[Recipe]):
         self.teachers = teachers
 
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
-        """The loss of a batch of training.data, with the teachers' share in its targets."""
+        """The loss of a batch of training.data.dataset, with the teachers' share in its targets."""
         batch = self.teachers.teach(batch) if self.teachers else batch
         image = batch["image"].contiguous(memory_format=torch.channels_last)
         with self.autocast:

@@ -27,7 +27,7 @@ from model.anatomy import Floats, Landmark
 from model.drawing.overlay import BEYOND
 from model.drawing.page import escape
 from model.frame import Letterbox, Pair, Pixels
-from training.agreement import BlandAltman, Estimate, risk_coverage
+from training.evaluation.statistics import BlandAltman, Estimate, risk_coverage
 
 LONGEST = 512  # px of an embedded picture
 JPEG = [cv2.IMWRITE_JPEG_QUALITY, 85]
@@ -70,7 +70,7 @@ SETTINGS: dict[Any, Any] = {
     **{f"{axis}tick.major.size": 0 for axis in "xy"},
     **{f"{axis}tick.major.pad": 6 for axis in "xy"},
 }
-# Label and answer have the colours of training.pictures.
+# Label and answer have the colours of training.evaluation.pictures.
 STYLE = """\
 :root { --s0: #0060a8; --s1: #c44f00; --s2: #007a55; --s3: #8d4a8f; }
 @media (prefers-color-scheme: dark) { :root { --s0: #63b8f2; --s1: #f09a4a; --s2: #48cfa0;

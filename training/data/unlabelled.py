@@ -17,8 +17,8 @@ from tqdm import tqdm
 from model.anatomy import Floats
 from model.frame import Letterbox, Pair
 from model.images.source import BadFrame, GreyFrame, ImageError, is_supported_name, open_image
-from training.cases import CaseError, read_cases
-from training.sources import stem_of
+from training.data.case_table import CaseError, read_cases
+from training.data.sources import stem_of
 
 FRAMES = 16  # taken from a stack, evenly: neighbours are nearly equal
 VAL = 2**32 - 1  # stands for the epoch in the draws that never change

@@ -21,14 +21,14 @@ from torch import Tensor, nn
 from model.network import TransUNet, TransUNetConfig
 from model.network.resnet import ResNet50
 from model.network.vit import Block, ViTBottleneck
-from training.checkpoint import (
+from training.learning.checkpoint import (
     CheckpointError,
     LoadReport,
     load_strictly,
     load_weights,
     read_tensors,
 )
-from training.mae import FILE, load_mae, resize_positions
+from training.learning.mae import FILE, load_mae, resize_positions
 from training.recipes import Recipe
 
 CHANNELS = 3  # of ImageNet's files
