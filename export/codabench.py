@@ -1,4 +1,4 @@
-"""Pack trained weights into a submission for Codabench: one flat zip that needs nothing else.
+"""Pack trained weights into a submission for Codabench: a zip that needs nothing else.
 
     python -m export.codabench --weights model/weights/aop.safetensors --output submission.zip
 

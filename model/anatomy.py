@@ -25,8 +25,8 @@ class Landmark(IntEnum):
 LANDMARKS: tuple[str, ...] = tuple(landmark.name for landmark in Landmark)
 
 # Limits of `implausibilities`: the extremes of the 730 training images of PSFHS, each widened by
-# a fifth. Lengths are fractions of the image's longer side. test/test_anatomy.py holds the pass
-# rate on real cases at 99.5 % or more.
+# a fifth. Lengths are fractions of the image's longer side. A test holds the pass rate on real
+# cases at 99.5 % or more.
 SYMPHYSIS_LENGTH = (0.12, 0.42)
 TANGENT_LENGTH = (0.09, 0.65)
 AOP_DEG = (51.0, 180.0)

@@ -77,8 +77,8 @@ python() {  # with test/ at hand
 }
 check() {  # NAME [option ...]: the answers in $output/NAME
   local name=$1; shift
-  if [ "$docker" ]; then python test/check_answers.py "/output/$name" "$@"
-  else python test/check_answers.py "$output/$name" "$@"; fi
+  if [ "$docker" ]; then python test/container/check_answers.py "/output/$name" "$@"
+  else python test/container/check_answers.py "$output/$name" "$@"; fi
 }
 
 if [ $# -gt 0 ]; then
@@ -99,8 +99,8 @@ make_job() {  # FOLDER KEY IMAGE: a grand-challenge job
     "$2" "$2" >"$1/inputs.json"
 }
 ask() {  # METHOD PATH STATUS
-  if [ "$docker" ]; then docker exec -i "$server" python - "$@" <test/ask.py
-  else .venv/bin/python test/ask.py "$@"; fi
+  if [ "$docker" ]; then docker exec -i "$server" python - "$@" <test/container/ask.py
+  else .venv/bin/python test/container/ask.py "$@"; fi
 }
 serve_jobs() {
   mkdir -p "$work/serve"; mkdir -m 777 -p "$output/invoke"

@@ -25,4 +25,4 @@ time ./test/run_local.sh "$images" >"$images.log" 2>&1 || { tail -20 "$images.lo
 tail -3 "$images.log"
 "$python" -m training.evaluate --data "$data/cases.csv" --split test --images "$data/images" \
   --predictions test/output/landmarks.csv --output test/output/figures.json
-"$python" test/gate.py test/output/figures.json model/weights/MODEL_CARD.md
+"$python" test/container/gate.py test/output/figures.json model/weights/MODEL_CARD.md

@@ -43,8 +43,8 @@ docker run -d --name "$server" "${as[@]}" --network none --cap-drop ALL --read-o
   --security-opt no-new-privileges --pids-limit 256 --memory 4g --shm-size 128m \
   -v "$work/model":/opt/ml/model:ro -v "$work/in":/input:ro -v "$work/out":/output "$tag" >/dev/null
 if [ "$api" = invoke ]; then
-  docker exec -i "$server" python - GET /health 200 <test/ask.py
-  docker exec -i "$server" python - POST /invoke 201 <test/ask.py
+  docker exec -i "$server" python - GET /health 200 <test/container/ask.py
+  docker exec -i "$server" python - POST /invoke 201 <test/container/ask.py
   docker stop "$server" >/dev/null
 fi
 [ "$(docker wait "$server")" = 0 ] || { docker logs "$server" >&2; exit 1; }

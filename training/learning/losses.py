@@ -51,7 +51,7 @@ def total_loss(
     heatmap_weight: float,
     mask_weight: float,
 ) -> Tensor:
-    """The recipe's loss of one batch from `training.data.dataset`, summed over a network and its members.
+    """The recipe's loss of one batch, summed over a network and its members.
 
     Args:
         raw, mask_logits: (n, 3, h, w) and (n, masks, h, w) of each network after the other's.

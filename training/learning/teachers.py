@@ -158,7 +158,7 @@ class Ensemble:
                     raise ValueError(f"{file} cannot teach: its {name} is {theirs}, here {ours}")
 
     def teach(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """A batch of training.data.dataset with the teachers' share in its `heatmaps` and `masks`."""
+        """A batch with the teachers' share in its `heatmaps` and `masks`."""
         images = batch["image"].float().cpu().numpy()
         maps = np.mean([model.run(images).maps for model in self.models], axis=0)
         taught = torch.from_numpy(maps).to(batch["image"].device)

@@ -2,8 +2,8 @@
 
 The network stays as it is. The right samples are the labelled images of split train, changed as in
 training, but never mirrored. The wrong ones are the same images spoiled (mirrored, turned,
-inverted, ... `training.data.scenes`), images of other views from given folders, and drawn scenes. The
-head sees features of the frozen network, computed once, and learns by binary cross-entropy in which
+inverted, ...: `data.scenes`), images of other views from given folders, and drawn scenes. The head
+sees features of the frozen network, computed once, and learns by binary cross-entropy in which
 right and wrong weigh the same.
 """
 

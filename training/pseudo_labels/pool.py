@@ -2,7 +2,8 @@
 
 Left out are images by their name, and images that look like one of split val or test: near-equal
 frames of one examination would carry the answer from there into the training. What looks alike is
-one group of `training.data.near_duplicates`: a chain of near-duplicates counts, over images of the folders too.
+one group of `data.near_duplicates`: a chain of near-duplicates counts, over images of the folders
+too.
 """
 
 import os

@@ -1,0 +1,237 @@
+"""MetaImage, NIfTI and NRRD: shapes, stacks, and where the pixels lie."""
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import SimpleITK as sitk
+
+from model.frame import IDENTITY, Geometry
+from model.images.source import GreyFrame, ImageError, open_image
+from test.support.image_files import (
+    GREY,
+    RGB,
+    STACK,
+    VOLUMES,
+    H,
+    W,
+    assert_stack,
+    edit,
+    frames,
+    save,
+    single,
+    stretched,
+)
+
+pytestmark = pytest.mark.filterwarnings("error")
+
+
+# ---- Formats and shapes
+
+
+@pytest.mark.parametrize("suffix", VOLUMES)
+def test_volume_formats_and_shapes(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"a{suffix}"
+    for array in (GREY, GREY[None], np.stack([GREY] * 3), GREY[None, None], GREY[..., None]):
+        np.testing.assert_array_equal(single(save(path, array)).pixels, GREY)
+    grey = cv2.cvtColor(RGB, cv2.COLOR_RGB2GRAY)
+    np.testing.assert_array_equal(single(save(path, RGB, vector=True)).pixels, grey)
+    np.testing.assert_array_equal(single(save(path, RGB)).pixels, grey)
+    rgba = np.dstack([RGB, GREY])
+    np.testing.assert_array_equal(single(save(path, rgba, vector=True)).pixels, grey)
+
+
+@pytest.mark.parametrize("suffix", VOLUMES)
+@pytest.mark.parametrize("packed", [False, True])
+def test_volume_stacks(tmp_path: Path, suffix: str, packed: bool) -> None:
+    path = tmp_path / f"a{suffix}"
+    for array in (STACK, STACK[:3], STACK[:2], STACK[None], STACK[:, None]):
+        planes = array.reshape(-1, H, W)
+        assert_stack(save(path, array, packed=packed), planes)
+        over_time = array.ndim == 4 and array.shape[1] == 1
+        slices = [frame.slice_index for frame in open_image(path).frames()]
+        assert slices == ([0] * len(planes) if over_time else list(range(len(planes))))
+    colours = np.stack([RGB, RGB[::-1], RGB[:, ::-1], 255 - RGB])
+    expected = [cv2.cvtColor(np.ascontiguousarray(rgb), cv2.COLOR_RGB2GRAY) for rgb in colours]
+    assert_stack(save(path, colours, vector=True, packed=packed), expected)
+
+
+def test_metaimage_in_ascii_and_in_big_endian(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.mha", STACK)
+    head, local, _ = path.read_bytes().partition(b"LOCAL\n")
+    text = " ".join(map(str, STACK.ravel())).encode() + b"\n"
+    path.write_bytes(head.replace(b"BinaryData = True", b"BinaryData = False") + local + text)
+    assert_stack(path, STACK)
+    wide = STACK.astype(">u2") * 200
+    head = head.replace(b"OrderMSB = False", b"OrderMSB = True").replace(b"UCHAR", b"USHORT")
+    path.write_bytes(head + local + wide.astype(">u2").tobytes())
+    for frame, plane in zip(frames(path), wide, strict=True):
+        np.testing.assert_allclose(frame.pixels, stretched(plane), atol=1e-4)
+
+
+# ---- Refusals
+
+
+def test_truncated_stack_gives_the_frames_that_are_there(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.mha", STACK)
+    path.write_bytes(path.read_bytes()[: -2 * H * W])
+    items = frames(path)
+    assert [isinstance(item, GreyFrame) for item in items] == [True] * 3 + [False] * 2
+    assert "truncated" in items[4].reason
+    np.testing.assert_array_equal(items[2].pixels, STACK[2])
+
+
+@pytest.mark.parametrize("suffix", [".mha", ".mhd"])
+def test_packed_metaimage_with_less_than_it_claims(tmp_path: Path, suffix: str) -> None:
+    """ITK would fill up with zeros, or unpack the sixth frame for ever."""
+    path = save(tmp_path / f"a{suffix}", STACK, packed=True)
+    assert_stack(path, STACK)
+    edit(path, b"DimSize = 60 40 5", b"DimSize = 60 40 6")
+    with pytest.raises(ImageError, match="MetaImage data is damaged"):
+        open_image(path)
+
+
+def test_header_without_pixels(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.mhd", GREY)
+    (tmp_path / "a.raw").unlink()
+    with pytest.raises(ImageError, match="MetaImage data is damaged"):
+        open_image(path)
+
+
+def test_metaimage_of_too_many_dimensions(tmp_path: Path) -> None:
+    """ITK would crash on it."""
+    path = edit(save(tmp_path / "a.mha", GREY), b"NDims = 2", b"NDims = 92")
+    with pytest.raises(ImageError, match="none of the supported"):
+        open_image(path)
+    one = save(tmp_path / "a.mha", GREY).read_bytes().replace(b"NDims = 2", b"NDims = 1")
+    path.write_bytes(one)
+    with pytest.raises(ImageError, match="MetaImage data is damaged"):
+        open_image(path)
+
+
+def test_shapes_that_are_no_image(tmp_path: Path) -> None:
+    path = tmp_path / "a.nrrd"
+    with pytest.raises(ImageError, match=r"60 x 40 x 2 x 3: expected one image or one stack"):
+        open_image(save(path, np.zeros((3, 2, H, W))))
+    with pytest.raises(ImageError, match="a pixel has 2 values"):
+        open_image(save(path, np.dstack([GREY, GREY]), vector=True))
+    complex_image = sitk.RealAndImaginaryToComplex(*[sitk.GetImageFromArray(GREY * 1.0)] * 2)
+    sitk.WriteImage(complex_image, str(path))
+    with pytest.raises(ImageError, match="a pixel has 2 values"):
+        open_image(path)
+
+
+# ---- Geometry
+
+
+@pytest.mark.parametrize("suffix", VOLUMES)
+def test_geometry_in_three_dimensions(tmp_path: Path, suffix: str) -> None:
+    world = {
+        "Spacing": (0.5, 0.25, 2.0),
+        "Origin": (1.0, -2.0, 3.0),
+        "Direction": (0.0, 0.0, 1.0, 1.0, 0.0, 0.0, 0.0, 1.0, 0.0),
+    }
+    path = save(tmp_path / f"a{suffix}", STACK, **world)
+    source = open_image(path)
+    assert (source.width, source.height) == (W, H)
+    image = sitk.ReadImage(str(path))
+    for frame in source.frames():
+        assert frame.geometry == source.geometry
+        assert frame.geometry.spacing_mm == (0.5, 0.25)
+        expected = image.TransformIndexToPhysicalPoint((7, 11, frame.slice_index))
+        np.testing.assert_allclose(
+            frame.geometry.to_world([[7, 11]], frame.slice_index)[0], expected, atol=1e-5
+        )
+
+
+@pytest.mark.parametrize("suffix", VOLUMES)
+def test_geometry_in_two_dimensions(tmp_path: Path, suffix: str) -> None:
+    path = save(tmp_path / f"a{suffix}", GREY, Spacing=(0.5, 0.25), Origin=(3.0, 4.0))
+    geometry = single(path).geometry
+    assert geometry.spacing_mm == (0.5, 0.25)
+    assert geometry.world_spacing == (0.5, 0.25, 1.0)
+    assert geometry.origin == (3.0, 4.0, 0.0)
+    assert geometry.direction == IDENTITY
+
+
+def test_geometry_over_time(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.mha", STACK[:, None], Spacing=(0.5, 0.25, 2.0, 9.0))
+    geometry = open_image(path).geometry
+    assert geometry.world_spacing == (0.5, 0.25, 2.0)
+    assert geometry.direction == IDENTITY
+
+
+def test_geometry_where_channels_are_an_axis(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.mha", RGB, Spacing=(1.0, 0.5, 0.25), Origin=(1.0, 2.0, 3.0))
+    geometry = single(path).geometry
+    assert geometry.spacing_mm == (0.5, 0.25)
+    expected = sitk.ReadImage(str(path)).TransformIndexToPhysicalPoint((0, 7, 11))
+    np.testing.assert_allclose(geometry.to_world([[7, 11]])[0], expected)
+
+
+@pytest.mark.parametrize("suffix", VOLUMES)
+def test_spacing_of_one_is_unknown(tmp_path: Path, suffix: str) -> None:
+    frame = single(save(tmp_path / f"a{suffix}", GREY))
+    assert frame.geometry.spacing_mm is None and frame.warnings == ()
+    frame = single(save(tmp_path / f"a{suffix}", GREY, Spacing=(1.0, 2.0)))
+    assert frame.geometry.spacing_mm == (1.0, 2.0)
+
+
+@pytest.mark.parametrize("suffix", [".mha", ".mhd"])
+@pytest.mark.parametrize(
+    "spacing", [b"0 0.5 1", b"-2 0.5 1", b"nan 0.5 1", b"0.5 inf 1", b"a b c", b"1e200 1 1"]
+)
+def test_spacing_that_cannot_be(tmp_path: Path, suffix: str, spacing: bytes) -> None:
+    path = save(tmp_path / f"a{suffix}", STACK)
+    edit(path, b"ElementSpacing = 1 1 1", b"ElementSpacing = " + spacing)
+    assert_stack(path, STACK)
+    frame = next(open_image(path).frames())
+    assert frame.geometry.spacing_mm is None
+    assert "cannot be: lengths are in px only" in frame.warnings[0]
+    assert 0 not in frame.geometry.world_spacing
+    np.testing.assert_allclose(
+        frame.geometry.from_world(frame.geometry.to_world([[7, 11]], 2)), [[7, 11, 2]]
+    )
+
+
+def test_slices_without_thickness_keep_their_spacing(tmp_path: Path) -> None:
+    path = edit(save(tmp_path / "a.mha", STACK), b"Spacing = 1 1 1", b"Spacing = 0.5 0.25 0")
+    assert_stack(path, STACK)
+    frame = next(open_image(path).frames())
+    assert frame.geometry.spacing_mm == (0.5, 0.25) and frame.warnings == ()
+    assert frame.geometry.world_spacing == (0.5, 0.25, 1.0)
+
+
+def test_nrrd_with_a_spacing_of_zero(tmp_path: Path) -> None:
+    path = edit(save(tmp_path / "a.nrrd", STACK), b": (1,0,0) (0,1,0)", b": (0,0,0) (0,1,0)")
+    assert_stack(path, STACK)
+    assert open_image(path).geometry == Geometry()
+    assert "0 x 1 mm" in next(open_image(path).frames()).warnings[0]
+
+
+def test_axes_that_span_no_space(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.mha", STACK, Spacing=(0.5, 0.25, 2.0))
+    edit(path, b"Matrix = 1 0 0 0 1 0", b"Matrix = 1 0 0 1 0 0")
+    assert_stack(path, STACK)
+    frame = next(open_image(path).frames())
+    assert frame.geometry == Geometry((0.5, 0.25), (0.5, 0.25, 2.0))
+    assert "not turned" in frame.warnings[0]
+
+
+# ---- Real files
+
+
+@pytest.mark.real
+def test_psfhs_volumes_equal_the_pictures(psfhs: Path) -> None:
+    """PSFHS ships each image as .mha of three equal planes and as .png."""
+    volumes = sorted((psfhs / "original_format" / "image_mha").glob("*.mha"))
+    assert volumes
+    for volume in volumes:
+        frame = single(volume)
+        assert frame.pixels.dtype == np.uint8
+        expected = cv2.imread(str(psfhs / "images" / f"{volume.stem}.png"), cv2.IMREAD_GRAYSCALE)
+        np.testing.assert_array_equal(frame.pixels, expected)
+        np.testing.assert_array_equal(
+            single(psfhs / "images" / f"{volume.stem}.png").pixels, expected
+        )
