@@ -21,7 +21,7 @@ import numpy.typing as npt
 import onnx
 from onnxruntime.transformers.float16 import convert_float_to_float16
 from pydantic import BaseModel, ConfigDict
-from tqdm import tqdm  # type: ignore[import-untyped]  # it has no types
+from tqdm import tqdm
 
 from export.conversion import RANDOM_IMAGES, network_input, random_image
 from model.anatomy import Floats

@@ -11,6 +11,8 @@ import process
 from model.predictor import load_predictor
 from test.support.runs import Run, made, png, run, shipped, tree, volume
 
+pytestmark = pytest.mark.slow  # each runs process.py several times
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:

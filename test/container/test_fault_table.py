@@ -27,6 +27,8 @@ from test.container import strict
 from test.container.strict import IMAGE, Outcome
 from test.support.runs import ANGLE, POINTS, job, load, made, png, tree, volume
 
+pytestmark = pytest.mark.slow  # each starts process.py
+
 GREY = made(1)
 ODD = np.uint8([[7]])
 
@@ -248,6 +250,7 @@ def test_model(tmp_path: Path, fault: str) -> None:
     assert sentence in found.sentence and "export" in found.sentence
 
 
+@pytest.mark.docker
 @pytest.mark.skipif(not IMAGE, reason="another user is had only in the container")
 def test_model_that_may_not_be_read(tmp_path: Path) -> None:
     """It must not be passed over for the shipped one."""
@@ -281,6 +284,7 @@ def test_output_that_is_not_writable(tmp_path: Path) -> None:
     assert "mount a writable folder" in ran.stderr
 
 
+@pytest.mark.docker
 @pytest.mark.skipif(not IMAGE, reason="a small disk is had only in the container")
 @pytest.mark.parametrize("megabytes", [1, 2, 3])
 def test_output_that_is_full_in_the_middle(tmp_path: Path, megabytes: int) -> None:

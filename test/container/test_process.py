@@ -188,6 +188,7 @@ def test_equal_scenes_get_equal_answers_whatever_the_file(answered: Run) -> None
     )
 
 
+@pytest.mark.slow
 def test_same_input_gives_the_same_bytes(clinic: Path, answered: Run, tmp_path: Path) -> None:
     shutil.copytree(answered.folder, tmp_path / "out")  # an earlier run lies there
     again = run(clinic, tmp_path / "out")
@@ -233,6 +234,7 @@ def test_names_of_answers_and_overlay_by_option(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("below", ["", "series"])
 def test_job_of_a_dicom_folder_answers_all_frames_at_once(tmp_path: Path, below: str) -> None:
     folder = job(tmp_path / "in") / below
@@ -262,6 +264,7 @@ def test_job_of_a_dicom_folder_answers_all_frames_at_once(tmp_path: Path, below:
     assert load(result.folder / THREE)["angle"][1] == points[3 * middle]["point"]
 
 
+@pytest.mark.slow
 def test_frames_of_a_job_have_their_z(tmp_path: Path) -> None:
     stack = np.stack([made(1), made(2)])
     volume(job(tmp_path / "in") / "a.mha", stack, Spacing=(0.5, 0.5, 2), Origin=(0, 0, 5))

@@ -148,6 +148,7 @@ def test_wrong_pictures_are_answered_and_doubted(tmp_path: Path) -> None:
 # ---- Options
 
 
+@pytest.mark.slow
 def test_decoders_and_the_latency_budget(tmp_path: Path) -> None:
     png(tmp_path / "in" / "a.png")
     fine = run(tmp_path / "in", tmp_path / "out")
@@ -214,6 +215,7 @@ def changed(folder: Path, code: str) -> list[str | Path]:
     return [sys.executable, "-c", code, "--input", folder / "in", "--output", folder / "out"]
 
 
+@pytest.mark.slow
 def test_as_a_command(tmp_path: Path) -> None:
     """Quiet on stderr whatever libraries print, light, and safe from names that stdout lacks."""
     png(tmp_path / "in" / "ü.png")
@@ -309,6 +311,7 @@ def test_the_second_signal_ends_the_process_at_once(monkeypatch: pytest.MonkeyPa
     assert ended == [130]
 
 
+@pytest.mark.slow
 def test_nobody_listens(tmp_path: Path) -> None:
     """As in `process.py ... | head -1`."""
     for k in range(5):
@@ -320,6 +323,7 @@ def test_nobody_listens(tmp_path: Path) -> None:
     assert load(tmp_path / "o" / "results.json")["answered"] == 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("streams", [">/dev/full", "2>/dev/full", "<&- >&- 2>&-"])
 def test_streams_that_take_nothing(tmp_path: Path, streams: str) -> None:
     """A full disk of the log, or a caller that closed them, costs no answer and no status."""
@@ -333,6 +337,7 @@ def test_streams_that_take_nothing(tmp_path: Path, streams: str) -> None:
     assert load(tmp_path / "out" / "results.json")["answered"] == 3
 
 
+@pytest.mark.slow
 def test_an_error_that_nobody_foresaw(tmp_path: Path) -> None:
     """Python's own exit status would be that of a run that answered all other cases."""
     png(tmp_path / "in" / "a.png")
@@ -365,6 +370,7 @@ def test_no_input(tmp_path: Path, made_input: Callable, sentence: str) -> None:
     assert not result.folder.exists()
 
 
+@pytest.mark.slow
 def test_models(tmp_path: Path) -> None:
     png(tmp_path / "in" / "a.png")
     mounted, out = tmp_path / "models", tmp_path / "out"

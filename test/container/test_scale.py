@@ -19,6 +19,8 @@ from test.container import strict
 from test.container.strict import IMAGE, ROOT
 from test.support.runs import ANGLE, load, made, png, tree, volume
 
+pytestmark = pytest.mark.slow  # they answer folders of images
+
 COUNT = int(os.environ.get("AOP_SCALE", "160"))
 FEW = min(100, COUNT // 4)
 GROWTH = 1.3

@@ -23,6 +23,8 @@ from training.data.case_table import Case, write_cases
 from training.learning.checkpoint import Checkpoint, save_weights
 from training.recipes import COMPACT, PAPER, RECIPES
 
+pytestmark = pytest.mark.slow  # they export and time networks
+
 RECIPE = COMPACT.model_copy(update={"network": SMALL, "sigma_cells": 1.5})
 STRIDE_8 = replace(SMALL, up_widths=(10, 8), vit_depth=1)
 

@@ -119,6 +119,7 @@ def largest_difference(submission, images, folder):
     return np.linalg.norm(np.reshape(answers, (-1, 3, 2)) - expected, axis=-1).max()
 
 
+@pytest.mark.slow
 def test_bundle_answers_as_process_does_on_phantoms(submission, tmp_path):
     images = tmp_path / "images"
     for k, (width, height) in enumerate(SIZES):
@@ -128,6 +129,7 @@ def test_bundle_answers_as_process_does_on_phantoms(submission, tmp_path):
     assert largest_difference(submission, images, tmp_path) < 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.real
 def test_bundle_answers_as_process_does_on_real_images(submission, psfhs, tmp_path):
     images = tmp_path / "images"
@@ -138,6 +140,7 @@ def test_bundle_answers_as_process_does_on_real_images(submission, psfhs, tmp_pa
     assert largest_difference(submission, images, tmp_path) < 0.1
 
 
+@pytest.mark.slow
 def test_bundle_is_flat_and_says_what_it_is(submission):
     with zipfile.ZipFile(submission) as archive:
         texts = {name: archive.read(name) for name in archive.namelist()}
@@ -155,6 +158,7 @@ def test_bundle_is_flat_and_says_what_it_is(submission):
     assert str(ROOT).encode() not in b"".join(texts.values())
 
 
+@pytest.mark.slow
 def test_bundle_is_loaded_by_path_saves_and_takes_any_picture(submission, tmp_path):
     bundle = unpacked(submission, tmp_path / "bundle")
     elsewhere = tmp_path / "elsewhere"
@@ -164,6 +168,7 @@ def test_bundle_is_loaded_by_path_saves_and_takes_any_picture(submission, tmp_pa
     alone(BY_PATH, elsewhere, bundle, image)
 
 
+@pytest.mark.slow
 def test_same_weights_give_the_same_bytes(weights, tmp_path):
     for name in ("one.zip", "two.zip"):
         words = ["--name", "team", "--description", "a: 1\nand # 2"]
@@ -176,6 +181,7 @@ def test_same_weights_give_the_same_bytes(weights, tmp_path):
         assert "MODEL_CARD.md" not in archive.namelist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "config",
     [
@@ -202,11 +208,13 @@ def refused(capsys, folder, weights, output):
     return capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_nothing_is_written_where_the_landmarks_differ(weights, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(codabench, "check", lambda *_: (0.11, 4))
     assert "differ" in refused(capsys, tmp_path, weights, tmp_path / "a.zip")
 
 
+@pytest.mark.slow
 def test_check_sees_another_networks_weights(weights, tmp_path):
     network, described = load_weights(weights)
     bundle = tmp_path / "a.zip"
@@ -216,6 +224,7 @@ def test_check_sees_another_networks_weights(weights, tmp_path):
     assert codabench.check(bundle, other, described)[0] > 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("line", ["import pydantic", "import training.fit"])
 def test_nothing_is_written_where_the_bundle_needs_more(
     weights, tmp_path, monkeypatch, capsys, line

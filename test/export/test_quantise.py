@@ -20,6 +20,8 @@ from test.phantom import phantom
 from training.data.case_table import Case, write_cases
 from training.recipes import UNET
 
+pytestmark = pytest.mark.slow  # they quantise the shipped model
+
 
 @pytest.fixture(scope="module")
 def arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:

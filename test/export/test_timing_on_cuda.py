@@ -21,6 +21,7 @@ def tiny(tmp_path_factory) -> Path:
     return write_model(tmp_path_factory.mktemp("cuda") / "tiny.onnx", SPEC.model_dump_json())
 
 
+@pytest.mark.slow
 def test_memory_is_the_models_own(tiny):
     held = np.ones(600_000_000, np.uint8)  # the peak of a process is passed on to those it starts
     found = timing.measure_footprint(tiny, "cpu", 1)

@@ -30,6 +30,7 @@ def weights(tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 def test_export_is_whole_and_self_describing(weights, tmp_path):
     output = tmp_path / "aop.onnx"
     arguments = ["--run", str(weights.parent), "--output", str(output), "--bundle"]
@@ -48,6 +49,7 @@ def test_export_is_whole_and_self_describing(weights, tmp_path):
     np.testing.assert_allclose(predictor.run(batch).maps, alone, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_nothing_is_written_without_parity(weights, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(to_onnx, "parity", lambda *_: 0.051)
     output = tmp_path / "aop.onnx"
@@ -56,6 +58,7 @@ def test_nothing_is_written_without_parity(weights, tmp_path, monkeypatch, capsy
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_parity_sees_another_networks_weights(weights, tmp_path):
     network, checkpoint = load_weights(weights)
     spec, output = checkpoint.spec, tmp_path / "aop.onnx"
@@ -66,6 +69,7 @@ def test_parity_sees_another_networks_weights(weights, tmp_path):
     assert conversion.parity(other, output, inputs) > 1
 
 
+@pytest.mark.slow
 def test_weights_that_are_not_numbers_are_not_written(weights, tmp_path, capsys):
     network, checkpoint = load_weights(weights)
     network.head.heatmaps.weight.data[:] = torch.nan
@@ -77,6 +81,7 @@ def test_weights_that_are_not_numbers_are_not_written(weights, tmp_path, capsys)
     assert not output.exists()
 
 
+@pytest.mark.slow
 def test_parity_sees_another_view_score(weights, tmp_path):
     config = replace(SMALL, view_channels=2)
     network, spec = build_network(config, masks=2).eval(), load_weights(weights)[1].spec
@@ -95,6 +100,7 @@ def test_missing_weights_are_named(tmp_path, capsys):
     assert "no.safetensors" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_half_is_smaller_and_widens_again(weights, tmp_path):
     files = [tmp_path / "whole.onnx", tmp_path / "half.onnx"]
     for file, flags in zip(files, ([], ["--half"]), strict=True):

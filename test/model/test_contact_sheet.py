@@ -174,6 +174,7 @@ def test_frames_from_all_over_the_loop_and_the_most_confident(
     assert ends == [*map(colour_of, shown)]  # the words of the overlay are cut off
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_frames() -> None:
     picture = flat(0)
 
@@ -281,6 +282,7 @@ def test_the_median_frame_has_a_tile(tmp_path: Path, surest: int) -> None:
     assert summary.contact_sheet() is not None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("frames", [2, 20, 16_384])
 def test_longest_words_fit(frames: int) -> None:
     last = frames - 1

@@ -231,6 +231,7 @@ def spoiled(data: bytes) -> dict[str, bytes]:
     return versions
 
 
+@pytest.mark.slow
 def test_no_answer_or_message_names_a_patient(tmp_path: Path) -> None:
     source, out, temporary = (tmp_path / name for name in ("in", "out", "tmp"))
     source.mkdir()

@@ -70,6 +70,7 @@ def test_write_that_fails_leaves_the_old_file_whole(
     assert (tmp_path / "a.txt").read_bytes() == b"new" and listed(tmp_path) == ["a.txt"]
 
 
+@pytest.mark.slow
 def test_a_process_killed_at_any_moment_leaves_whole_files(tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from model.results.files import write_bytes\n"

@@ -258,6 +258,7 @@ def test_a_disk_without_any_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         begin(tmp_path)
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_entries(tmp_path: Path) -> None:
     def peak(frames: int) -> int:
         tracemalloc.start()

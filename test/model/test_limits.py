@@ -200,6 +200,7 @@ open_image(large)
 """
 
 
+@pytest.mark.slow
 @on_linux
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".bmp", ".tif"])
 def test_opencv_without_memory(tmp_path: Path, suffix: str) -> None:
@@ -212,6 +213,7 @@ def test_opencv_without_memory(tmp_path: Path, suffix: str) -> None:
     assert "ImageError" in ran.stderr and "is damaged" in ran.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".mha", ".nii", ".tif"])
 def test_frames_are_lazy(tmp_path: Path, suffix: str) -> None:
     stack = np.random.default_rng(0).integers(0, 256, (200, 4 * H, 3 * W), dtype=np.uint8)

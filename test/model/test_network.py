@@ -26,12 +26,14 @@ def gmac(config, side):
     return heatmaps.shape, counter.get_total_flops() / 2e9
 
 
+@pytest.mark.slow
 def test_paper_network_stops_at_the_heatmaps_resolution():
     shape, cost = gmac(PAPER.network, 512)
     assert shape == (1, 3, 64, 64) and PAPER.network.stride == 8
     assert cost == pytest.approx(83, abs=1)  # DESIGN: 83 GMAC; to stride 2 and back it takes 123
 
 
+@pytest.mark.slow
 def test_baseline_and_compact_sizes():
     shape, cost = gmac(UNetConfig(), 512)
     assert shape == (1, 3, 64, 64) and cost == pytest.approx(193, abs=1)

@@ -29,6 +29,8 @@ from model.results.schemas import MultiplePoints, Results
 from test.support.runs import ANGLE, POINTS, job, load, png, predictor_at, run, tree
 from test.support.strange_files import DAMAGES, RAW, TYPES, by_library, changed_inside, valid
 
+pytestmark = pytest.mark.slow  # hundreds of files each
+
 COUNT = int(os.environ.get("AOP_FUZZ", "300"))
 LONGEST_S, HANGS_S, MOST_BYTES = 5, 60, 3 << 30  # the container has 4 GiB
 PREDICTOR = predictor_at([(40, 20), (20, 22), (45, 40)])

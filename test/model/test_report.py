@@ -513,6 +513,7 @@ def test_a_thousand_cases_open_within_two_seconds(tmp_path: Path, browser: Any) 
     assert 0 < browser.execute_script(loaded) < 200
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_cases(tmp_path: Path) -> None:
     peaks = []
     for count in (200, 2000):

@@ -19,6 +19,8 @@ import pytest
 from model.pipeline.server import application
 from test.support.runs import ANGLE, POINTS, job, load, made, png, tree, volume
 
+pytestmark = pytest.mark.slow  # each starts a server
+
 ROOT = Path(__file__).resolve().parents[2]
 JOBS = int(os.environ.get("AOP_JOBS", "30"))  # 1000 by hand
 

@@ -81,6 +81,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "in"
 
 
+@pytest.mark.slow
 def test_parts_merge_to_what_one_run_gives(folder: Path, tmp_path: Path) -> None:
     whole = run(folder, tmp_path / "whole", "--no-overlay", "--latency-budget-ms", "0.1")
     out = tmp_path / "out"
@@ -122,6 +123,7 @@ def test_merge_names_what_is_missing(folder: Path, tmp_path: Path) -> None:
     assert (merged.status, merged.results["missing"]) == (0, [])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("content", [b"", b"{}", b'{"model": ', b"\xff\x00"])
 def test_a_damaged_part_is_named_and_the_others_are_merged(
     folder: Path, tmp_path: Path, content: bytes

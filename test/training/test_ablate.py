@@ -142,6 +142,7 @@ def test_nothing_is_done_twice_and_what_fails_stops_its_followers(
     assert carry_out(tasks, 2) == ["x"] and order == ["x"]
 
 
+@pytest.mark.slow
 def test_a_stage_leaves_its_time_or_its_log(tmp_path: Path) -> None:
     good = Task("good", ["training.fit", "--help"], tmp_path / "seed" / "good" / "done")
     assert ablate._run(good, "1") and good.done.read_text().endswith(" s\n")

@@ -74,6 +74,7 @@ def answers(folder: Path, weights: Path, split: str = "val") -> list:
     return predict_cases(predictor, cases, folder / "images")
 
 
+@pytest.mark.slow
 def test_landmarks_stay_and_errors_and_intervals_come(folder: Path, calibrated: Path) -> None:
     before, after = (answers(folder, w) for w in (folder / "plain.safetensors", calibrated))
     for one, other in zip(before, after, strict=True):
@@ -93,6 +94,7 @@ def test_landmarks_stay_and_errors_and_intervals_come(folder: Path, calibrated: 
     assert np.mean(expected) == pytest.approx(np.mean(error), rel=0.05)
 
 
+@pytest.mark.slow
 def test_no_more_of_val_is_doubted_than_asked(folder: Path, calibrated: Path) -> None:
     odd = {k for k, one in enumerate(answers(folder, folder / "plain.safetensors")) if one.reasons}
     after = {k for k, one in enumerate(answers(folder, calibrated)) if one.reasons}
@@ -100,6 +102,7 @@ def test_no_more_of_val_is_doubted_than_asked(folder: Path, calibrated: Path) ->
     assert load_weights(calibrated)[1].spec.calibration.view_below == 0.5
 
 
+@pytest.mark.slow
 def test_a_view_head_learns_where_things_are() -> None:
     draw = torch.Generator().manual_seed(1)
     x = torch.randn(600, 5, 4, 4, generator=draw)
@@ -113,6 +116,7 @@ def test_a_view_head_learns_where_things_are() -> None:
     assert not head.training and (found == right[500:]).float().mean() > 0.95
 
 
+@pytest.mark.slow
 def test_samples_are_right_as_they_are_and_wrong_spoiled_drawn_or_other(folder: Path) -> None:
     cases = read_cases(folder / "cases.csv")[:3]
     others = sorted((folder / "others").iterdir())[:2]
@@ -129,6 +133,7 @@ def test_samples_are_right_as_they_are_and_wrong_spoiled_drawn_or_other(folder: 
     assert 0 < sum(without_marks) < 20 and len({one.tobytes() for one in seen}) == 20
 
 
+@pytest.mark.slow
 def test_the_exported_model_tells_the_same(folder: Path, calibrated: Path) -> None:
     output = folder / "aop.onnx"
     data = ["--data", str(folder / "cases.csv"), "--images", str(folder / "images")]
@@ -151,6 +156,7 @@ def test_the_exported_model_tells_the_same(folder: Path, calibrated: Path) -> No
     assert found["as they are"] == [after, VAL]
 
 
+@pytest.mark.slow
 def test_a_calibrated_model_is_calibrated_anew_and_trained_further(
     folder: Path, calibrated: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -167,6 +173,7 @@ def test_a_calibrated_model_is_calibrated_anew_and_trained_further(
     assert "left out: head.masks, view.judge, view.narrow" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_what_cannot_be_calibrated_is_said(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -29,6 +29,7 @@ def taught(folder, tmp_path_factory):  # noqa: F811
     return root / "1.onnx", root / "2.onnx", recipe, batch
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
 def test_teachers_have_their_share_of_the_targets(taught, share):
     onnx, other, recipe, batch = taught
@@ -44,6 +45,7 @@ def test_teachers_have_their_share_of_the_targets(taught, share):
     assert found.keys() == batch.keys() and found["image"] is batch["image"]
 
 
+@pytest.mark.slow
 def test_the_training_aims_at_what_teachers_say(folder, taught, tmp_path, capsys):  # noqa: F811
     """Two trainings that differ by their teacher alone have different losses."""
     own, other = taught[:2]
@@ -63,6 +65,7 @@ def test_the_training_aims_at_what_teachers_say(folder, taught, tmp_path, capsys
     assert "given together" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_teacher_of_another_kind_is_refused(folder, taught, tmp_path, capsys):  # noqa: F811
     share = ["--teacher_share", "0.5"]
     flags = ["--teachers", str(taught[0]), *share, "--mean", "31"]

@@ -322,6 +322,7 @@ def test_errors_are_scaled_to_512():
     np.testing.assert_allclose(radial_errors_px(moved, truth, [256, 1024]), [[10] * 3, [2.5] * 3])
 
 
+@pytest.mark.slow
 def test_bootstrap_interval_covers_the_mean_as_often_as_it_says():
     """95 % intervals of the mean of 40 exponential errors hold the true mean in about 95 %."""
     rng = np.random.default_rng(7)

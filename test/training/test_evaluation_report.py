@@ -96,6 +96,7 @@ def words(page: Path) -> str:
     return re.sub(r"\s+", " ", text)
 
 
+@pytest.mark.slow
 def test_figures_of_the_page_are_those_of_the_evaluation(pages, cases):
     found = answers(cases, calibrated=True)
     figures = evaluate(cases, found)
@@ -120,6 +121,7 @@ def test_figures_of_the_page_are_those_of_the_evaluation(pages, cases):
     assert "segmentation masks" in text and "not a medical device" in text
 
 
+@pytest.mark.slow
 def test_best_and_worst_cases_in_order(pages, cases):
     _, error = case_errors(answers(cases, calibrated=True), cases)
     shown = re.findall(r'<img [^>]*alt="([^"]*?): label', pages["calibrated"].read_text())
@@ -131,6 +133,7 @@ def test_best_and_worst_cases_in_order(pages, cases):
     assert shown == order[::-1][:12] + order[:12]
 
 
+@pytest.mark.slow
 def test_missing_cases_and_doubt_are_listed(pages, cases):
     text = words(pages["calibrated"])
     doubtful = sum(bool(one.reasons) for one in answers(cases, calibrated=True))
@@ -143,6 +146,7 @@ def test_missing_cases_and_doubt_are_listed(pages, cases):
     assert "part of no figure: none." in plain and "Marked as doubtful: none." in plain
 
 
+@pytest.mark.slow
 def test_what_is_not_calibrated_says_so(pages):
     for name in ("plain", "reader"):
         text = words(pages[name])
@@ -153,12 +157,14 @@ def test_what_is_not_calibrated_says_so(pages):
     assert "by expected AoP error, area" in words(pages["calibrated"])
 
 
+@pytest.mark.slow
 def test_the_same_input_gives_the_same_page(pages, cases, images, tmp_path):
     found = answers(cases, calibrated=False)
     write_report(tmp_path / "again.html", cases, found, images, evaluate(cases, found), [])
     assert (tmp_path / "again.html").read_bytes() == pages["plain"].read_bytes()
 
 
+@pytest.mark.slow
 def test_answers_without_an_angle_and_few_cases(cases, images, tmp_path):
     """One case; and three, one of which has no angle: in every mean, but in no agreement."""
     found = answers(cases, calibrated=True)
@@ -174,6 +180,7 @@ def test_answers_without_an_angle_and_few_cases(cases, images, tmp_path):
     assert "answer without an angle" in text and "nan" not in text
 
 
+@pytest.mark.slow
 def test_cases_of_no_device_are_a_series_of_their_own(cases, images, tmp_path):
     some = [replace(case, device=None) if k < 2 else case for k, case in enumerate(cases)]
     found = answers(cases, calibrated=False)
@@ -187,6 +194,7 @@ def test_cases_of_no_device_are_a_series_of_their_own(cases, images, tmp_path):
     assert "device not known" in plot[0]
 
 
+@pytest.mark.slow
 def test_an_image_that_cannot_be_read_is_an_error_and_leaves_no_page(cases, tmp_path):
     found = answers(cases, calibrated=False)
     for case in cases:

@@ -64,6 +64,7 @@ def weights(output: Path) -> dict[str, torch.Tensor]:
     return torch.load(output / "checkpoint.pt", weights_only=True)["network"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [(), ("--optimiser", "adamw")])
 def test_resume_continues_exactly(folder, tmp_path, more):
     assert run_fit(folder, tmp_path / "whole", *more) == 0
@@ -83,12 +84,14 @@ def test_resume_continues_exactly(folder, tmp_path, more):
     assert list((tmp_path / "parts" / "tensorboard").iterdir())
 
 
+@pytest.mark.slow
 def test_resume_refuses_another_recipe(folder, tmp_path, capsys):
     assert run_fit(folder, tmp_path, "--max-minutes", "0") == 0
     assert run_fit(folder, tmp_path, "--resume", "--learning_rate", "0.1") == 2
     assert "differs in learning_rate" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_training_is_not_overwritten(folder, tmp_path, capsys):
     assert run_fit(folder, tmp_path, "--resume") == 2
     assert "to resume" in capsys.readouterr().err
@@ -99,6 +102,7 @@ def test_a_training_is_not_overwritten(folder, tmp_path, capsys):
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_init_starts_from_weights_and_refuses_others(folder, tmp_path, capsys):
     assert run_fit(folder, tmp_path / "a", "--max-minutes", "0") == 0
     init = ["--init", str(tmp_path / "a" / "best.safetensors")]
@@ -138,6 +142,7 @@ def test_gpus_without_bfloat16_train_in_fp16(quick, expected, monkeypatch):
     assert number_format(torch.device("cuda")) is expected
 
 
+@pytest.mark.slow
 def test_init_takes_the_members_along(folder, tmp_path, capsys):
     members = (
         '[{"kind": "transunet", "input_size": 64, "channels": 1, "encoder": "compact", '
@@ -161,6 +166,7 @@ def test_init_takes_the_members_along(folder, tmp_path, capsys):
     assert "members.0.head.heatmaps.weight" in found and name not in found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("grouped", [True, False])
 def test_split_is_drawn_by_group_and_written(folder, tmp_path, grouped):
     cases = [
@@ -176,6 +182,7 @@ def test_split_is_drawn_by_group_and_written(folder, tmp_path, grouped):
     assert set(splits) == {"train", "val"} and 1 <= splits.count("val") <= 4
 
 
+@pytest.mark.slow
 def test_torchrun_on_two_processes(folder, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     command += ["--master-port", "29611", "-m", "training.fit", "--data", str(folder / "cases.csv")]
@@ -219,6 +226,7 @@ def epoch_of(sampler, epoch):
     return list(sampler)
 
 
+@pytest.mark.slow
 def test_it_learns_phantoms(folder, tmp_path):
     mild = ["--augmentation.scale", "1,1", "--augmentation.shift", "0", "--augmentation.erase", "0"]
     mild += ["--mask_weight", "0.3", "--epochs", "25", "--learning_rate", "0.01"]

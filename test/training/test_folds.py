@@ -25,6 +25,8 @@ from training.learning import teachers
 from training.learning import trainer as loop
 from training.learning.checkpoint import load_weights
 
+pytestmark = pytest.mark.slow  # they train networks
+
 ONE_EPOCH = [*TINY, "--epochs", "1", "--device", "cpu"]
 
 

@@ -30,6 +30,7 @@ def written(path: Path, config: TransUNetConfig, masks: int = 2, **changes: obje
     return path
 
 
+@pytest.mark.slow
 def test_the_maps_are_the_mean_of_all(tmp_path: Path) -> None:
     with_view = replace(SMALL, view_channels=4)
     files = [written(tmp_path / "a.safetensors", with_view)]

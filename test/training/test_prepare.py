@@ -51,6 +51,7 @@ SYMPHYSIS, HEAD = (1, (60, 30), (20, 9), 160.0), (2, (90, 95), (45, 35), 80.0)
 # ---- landmarks from masks
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("width", "height"), [(256, 256), (512, 512), (320, 200), (200, 300)])
 def test_landmarks_of_phantom_masks(width: int, height: int) -> None:
     for seed in range(12):

@@ -181,6 +181,7 @@ def test_positions_resized_edge_to_edge():
     assert (columns - centres).abs().max() < 0.06  # torch's bicubic bends a ramp by 3/64
 
 
+@pytest.mark.slow
 def test_resume_continues_exactly(folder, tmp_path, capsys):
     assert run(folder, tmp_path / "whole", "--ema_decay", "0.5") == 0
     parts = [tmp_path / "parts", "--ema_decay", "0.5"]
@@ -208,6 +209,7 @@ def test_resume_continues_exactly(folder, tmp_path, capsys):
     assert "holds a training" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_run_holds_weights_and_pictures(folder, tmp_path):
     assert run(folder, tmp_path, "--epochs", "1") == 0
     mae, described = load_mae(tmp_path)
@@ -230,6 +232,7 @@ def test_run_holds_weights_and_pictures(folder, tmp_path):
         load_mae(tmp_path)
 
 
+@pytest.mark.slow
 def test_which_images_are_taken(folder, tmp_path, capsys):
     assert run(folder, tmp_path / "a", "--leave-out", "test_*", "--epochs", "1") == 0
     assert len(names_in(tmp_path / "a")) == 9
@@ -252,6 +255,7 @@ def test_which_images_are_taken(folder, tmp_path, capsys):
     assert "no image is left" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_unreadable_images_are_named_and_left(folder, tmp_path, capsys):
     (tmp_path / "images").mkdir()
     for k in range(3):
@@ -266,6 +270,7 @@ def test_unreadable_images_are_named_and_left(folder, tmp_path, capsys):
     assert {"0.png", "loop.tif#0", "loop.tif#19"} <= names and len(names) == 3 + 16
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["features", "attention", "features+attention"])
 @pytest.mark.parametrize("sees", ["image", "kept"])
 def test_a_larger_model_of_our_own_teaches(folder, tmp_path, target, sees, capsys):
@@ -279,6 +284,7 @@ def test_a_larger_model_of_our_own_teaches(folder, tmp_path, target, sees, capsy
     assert "24 wide" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_usfm_teaches_on_another_grid(folder, tmp_path, capsys):
     torch.save({"model": beit_tensors()}, tmp_path / "usfm.pth")
     more = ["--teacher", f"usfm:{tmp_path / 'usfm.pth'}", "--target", "features+attention"]
@@ -291,6 +297,7 @@ def test_usfm_teaches_on_another_grid(folder, tmp_path, capsys):
     assert saved["match.weight"].shape == (24, 16)
 
 
+@pytest.mark.slow
 def test_it_learns_an_image(folder, tmp_path):
     (tmp_path / "images").mkdir()
     for k in range(12):

@@ -189,6 +189,7 @@ def run_fit(folder: Path, output: Path, *more: str) -> int:
     return fit.main([*data, "--output", str(output), "--device", "cpu", *small, *more])
 
 
+@pytest.mark.slow
 def test_fit_starts_from_a_pretrained_run(folder, tmp_path, capsys):
     still = ["--learning_rate", "0", "--weight_decay", "0", "--ema_decay", "0"]
     run = ["--pretrained", str(folder / "run")]
@@ -224,6 +225,7 @@ def test_fit_names_what_does_not_fit(folder, tmp_path, capsys):
     assert not np.any([(tmp_path / name / "checkpoint.pt").exists() for name in "abcd"])
 
 
+@pytest.mark.slow
 def test_a_network_with_usfms_own_tables(folder, tmp_path, capsys):
     torch.save(beit_tensors(hidden=96), tmp_path / "usfm.pth")
     usfm = ["--pretrained", f"usfm:{tmp_path / 'usfm.pth'}", "--network.vit_positions", "relative"]

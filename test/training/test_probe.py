@@ -58,6 +58,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.mark.slow
 def test_what_the_command_tells(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = ["--data", str(folder / "cases.csv"), "--images", str(folder / "images")]
     assert probe.main(["--run", str(folder / "run"), *data]) == 0

@@ -452,6 +452,7 @@ def run_rounds(folder: Path, teacher: Path, rounds: int, *more: object) -> int:
     return pseudo_label.main([str(word) for word in given])
 
 
+@pytest.mark.slow
 def test_two_rounds_from_end_to_end(folder, teacher, monkeypatch):
     more = ["--scratch", "--epochs", "4", "--learning_rate", "0.003"]
     assert run_rounds(folder, teacher, 2, *more) == 0
@@ -491,6 +492,7 @@ def copied_student(options, root, folder, teacher):
         shutil.copyfile(teacher.with_suffix(suffix), folder / "student" / f"best{suffix}")
 
 
+@pytest.mark.slow
 def test_rounds_stop_where_val_no_longer_improves(folder, teacher, monkeypatch, capsys):
     monkeypatch.setattr(pseudo_label, "train_student", copied_student)
     assert run_rounds(folder, teacher, 5) == 0
@@ -517,6 +519,7 @@ def test_a_student_that_cannot_start_from_the_teacher_is_refused_first(folder, t
     assert not (teacher / "out").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scratch", [True, False])
 def test_an_interrupted_training_is_resumed_with_the_same_flags(
     folder, teacher, monkeypatch, capsys, scratch

@@ -122,6 +122,7 @@ def usfm_file(folder: Path, shared: bool) -> Path:
     return saved(folder / "USFM_latest.pth", {"model": tensors, "epoch": 399})
 
 
+@pytest.mark.slow
 def test_usfms_keys_and_shapes_are_all_accounted_for(tmp_path):
     teacher, line = load_teacher(f"usfm:{usfm_file(tmp_path, shared=True)}", 8)
     assert (teacher.width, teacher.heads, len(teacher.blocks)) == (768, 12, 12)
