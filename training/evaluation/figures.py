@@ -49,7 +49,10 @@ VARIABLES = {
 }
 *SERIES, INK, DIM, LINE, CARD = VARIABLES
 # What HTML does without, and the style sheet, which the page forbids
-UNUSED = r'<metadata>.*?</metadata>|<defs>\s*<style.*?</defs>| xmlns(:\w+)?="[^"]*"|(?<= )xlink:'
+UNUSED = (
+    r'<metadata>.*?</metadata>|<defs>\s*<style.*?</defs>| xmlns(:\w+)?="[^"]*"|(?<= )xlink:'
+    r"|(?<=>)\s+(?=<)"
+)
 TITLE = "title:"  # before the words in the id of what has a tooltip
 MARKERS = "os^D"
 DOTTED = (0, (1, 2))
@@ -120,8 +123,15 @@ def difference_chart(
     apart = max(least, agreement.upper.value - agreement.bias.value)
     for one, side in zip(lines, (-1, 0, 1), strict=True):
         at = agreement.bias.value + side * apart
-        place = axes.get_yaxis_transform()
-        axes.text(1.02, at, signed_text(one.value), color=INK, va="center", transform=place)
+        axes.text(
+            1.02,
+            at,
+            signed_text(one.value),
+            color=INK,
+            fontsize=SETTINGS["font.size"],
+            va="center",
+            transform=axes.get_yaxis_transform(),
+        )
     return to_inline_svg(figure, "Difference of answer and label over their mean")
 
 
@@ -196,6 +206,7 @@ def draw_symbol(axes: Axes, x: float, y: float, series: int, words: str, radius:
     """Draw the symbol of a series at a point; a pointer over it shows the words."""
     (drawn,) = axes.plot(x, y, MARKERS[series % 4], color=SERIES[hue(series)], clip_on=False)
     drawn.set(markersize=2 * radius, markeredgewidth=1.4, markerfacecolor=to_rgba(CARD, 0.55))
+    drawn.set_markeredgecolor(SERIES[hue(series)])  # else as transparent as the face
     drawn.set_gid(TITLE + printable(words))
 
 
@@ -213,13 +224,12 @@ def to_inline_svg(figure: Figure, name: str) -> str:
     digests salted with the name: charts of different names share none.
     """
     drawn = io.StringIO()
-    with rc_context(SETTINGS | {"svg.hashsalt": name}), warnings.catch_warnings():
+    with rc_context(SETTINGS | {"svg.hashsalt": printable(name)}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # the browser has more fonts
         figure.savefig(drawn, format="svg", metadata={"Date": None})
     source = re.sub(UNUSED, "", drawn.getvalue(), flags=re.DOTALL)
     svg = ElementTree.fromstring(source)
     for element in svg.iter():
-        element.tail = None
         found = dict(element.attrib)
         declarations = (one.split(": ", 1) for one in found.pop("style", "").split("; ") if one)
         found |= {key: value for key, value in declarations if not key.startswith("font")}
@@ -229,7 +239,7 @@ def to_inline_svg(figure: Figure, name: str) -> str:
             title = ElementTree.Element("title")
             title.text = identity.removeprefix(TITLE)
             element.insert(0, title)
-        elif f"#{identity}" in source:
+        elif identity and f"#{identity}" in source:
             element.set("id", identity)
     svg.attrib = {"class": "chart", "viewBox": svg.get("viewBox", ""), "role": "img"}
     svg.set("aria-label", printable(name))
