@@ -65,6 +65,8 @@ SETTINGS: dict[Any, Any] = {
     "axes.labelcolor": INK,
     "axes.spines.right": False,
     "axes.spines.top": False,
+    "figure.constrained_layout.h_pad": 6 / 72,
+    "figure.constrained_layout.w_pad": 6 / 72,
     "figure.facecolor": "none",
     "font.size": 12,
     "grid.color": LINE,
@@ -141,7 +143,7 @@ def cumulative_chart(radial_px: Floats, last_px: float) -> str:
     share = 100 * np.arange(len(radial_px) + 1) / len(radial_px)
     for k, column in enumerate(radial_px.T):
         x = [0, *np.sort(column), np.inf]
-        axes.stairs(share, x, baseline=None, color=SERIES[k], linestyle=DASHES[k])
+        axes.stairs(share, x, baseline=None, color=SERIES[k], linestyle=DASHES[k], lw=1.5)
     axes.set(xlim=(0, last_px), ylim=(0, 100))
     return to_inline_svg(figure, "Share of cases within a radial error, by landmark")
 
@@ -174,8 +176,8 @@ def calibration_chart(
         for expected, seen in row:
             words = f"expected {expected:.1f}, seen {interval_text(seen)}"
             draw_interval(axes, expected, seen, k, words)
-    axes.set_xlim(left=0)
-    axes.set_ylim(bottom=0)
+    last = max(axes.get_xlim()[1], axes.get_ylim()[1])
+    axes.set(xlim=(0, last), ylim=(0, last))
     return to_inline_svg(figure, name)
 
 
