@@ -34,9 +34,9 @@ import process; mark()
 import onnxruntime; mark()
 from model.pipeline import batch, options
 given = options.parse_options(sys.argv[1:], None)
-cases = batch.cases_of(given)
+cases = batch.select_cases(given)
 model = process.load_model(given, given.threads); mark()
-batch.run(model, given, cases, process.StopRequest()); mark()
+batch.run_batch(model, given, cases, process.StopRequest()); mark()
 import json, os
 print(json.dumps([b - a for a, b in zip(marks, marks[1:])]), flush=True)
 os._exit(0)  # as process.py ends

@@ -39,7 +39,7 @@ from model.heatmap import Heatmaps
 from model.predictor import ModelError, load_predictor
 from model.spec import ModelSpec
 from training.data.case_table import Case, CaseError, read_cases
-from training.data.dataset import read_grey
+from training.data.dataset import read_frame
 from training.evaluation.metrics import mean_errors
 from training.evaluation.predict import CasePrediction, predict_cases
 
@@ -89,7 +89,7 @@ def quantise(options: QuantiseOptions) -> None:
     cases = [case for case in read_cases(options.data) if case.split == "val"]
     if not cases:
         raise CaseError(f"{options.data}: no case has split 'val', which gives the ranges")
-    inputs = [network_input(before.spec, *read_grey(options.images / case.file)) for case in cases]
+    inputs = [network_input(before.spec, *read_frame(options.images / case.file)) for case in cases]
     spec = before.spec.model_copy(update={"name": f"{before.spec.name}-int8"})
     with tempfile.TemporaryDirectory(dir=options.output.parent) as folder:
         draft = Path(folder) / "draft.onnx"

@@ -36,7 +36,7 @@ from export.rewrites import halved
 from model.predictor import load_predictor
 from model.spec import ModelSpec
 from training.data.case_table import Case, CaseError, read_cases
-from training.data.dataset import read_grey
+from training.data.dataset import read_frame
 from training.evaluation.metrics import case_errors
 from training.evaluation.predict import predict_cases
 from training.learning.checkpoint import Checkpoint, CheckpointError, load_weights, save_weights
@@ -93,7 +93,7 @@ def export(options: ExportOptions) -> None:
             cases = val_cases(options.data)
             spec = calibrated(spec, draft, cases, options.images, options.doubted)
             save(model, spec, draft)
-            inputs = [network_input(spec, *read_grey(options.images / c.file)) for c in cases]
+            inputs = [network_input(spec, *read_frame(options.images / c.file)) for c in cases]
         worst = parity(network, draft, inputs)
         print(
             f"{options.weights} -> {options.output}: {len(inputs)} images, "

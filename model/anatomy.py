@@ -1,4 +1,4 @@
-"""The three landmarks, the one angle of progression, and what an anatomy can look like.
+"""The three landmarks, the one angle of progression, and which anatomies are plausible.
 
 Points are (x, y) in px, integer coordinates at pixel centres, in the order of `Landmark`.
 """
@@ -25,8 +25,8 @@ class Landmark(IntEnum):
 LANDMARKS: tuple[str, ...] = tuple(landmark.name for landmark in Landmark)
 
 # Limits of `implausibilities`: the extremes of the 730 training images of PSFHS, each widened by
-# a fifth. Lengths are fractions of the image's longer side. A test holds the pass rate on real
-# cases at 99.5 % or more.
+# a fifth. Lengths are fractions of the image's longer side. A test requires that 99.5 % of real
+# cases pass.
 SYMPHYSIS_LENGTH = (0.12, 0.42)
 TANGENT_LENGTH = (0.09, 0.65)
 AOP_DEG = (51.0, 180.0)
@@ -37,7 +37,7 @@ def angle_of_progression(
 ) -> Floats:
     """The unsigned angle PS2-PS1-FH1 at the vertex PS1, in degrees, 0 to 180.
 
-    acos(u.v / |u||v|) with u = PS2 - PS1 and v = FH1 - PS1, as the IUGC 2025 labels have it; after
+    acos(u.v / |u||v|) with u = PS2 - PS1 and v = FH1 - PS1, as in the IUGC 2025 labels; after
     Barbera et al., Ultrasound Obstet Gynecol 2009; 33: 313-319.
 
     Args:
@@ -48,8 +48,8 @@ def angle_of_progression(
         (...) degrees.
 
     Raises:
-        ValueError: a shape other than (..., 3, 2), a coordinate that is not finite, or PS2 or FH1
-            equal to PS1, for which there is no angle.
+        ValueError: the shape is not (..., 3, 2), a coordinate is not finite, or PS2 or FH1 equals
+            PS1, so that there is no angle.
     """
     array: Floats = np.asarray(points, dtype=np.float64)
     if array.shape[-2:] != (len(LANDMARKS), 2):
@@ -72,7 +72,7 @@ def implausibilities(
     image_size: tuple[int, int],
     spacing: tuple[float, float] = (1.0, 1.0),
 ) -> list[str]:
-    """Why these landmarks cannot be right, a sentence a reason; empty where nothing speaks against.
+    """Why these landmarks cannot be right, one sentence for each reason; empty if they may be.
 
     Args:
         points: (3, 2) landmarks as (x, y), in pixels.

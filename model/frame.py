@@ -2,8 +2,8 @@
 
 One convention: integers are pixel centres, so a resize by s maps x to (x + 0.5) * s - 0.5.
 
-One resizing rule: the image is scaled until its longer side fills the square network input and is
-centred on black. Where pixels are not square it is scaled to square ones, because the network knows
+One resizing rule: the image is scaled until its longer side fills the square network input, and
+centred on black. Pixels that are not square are scaled to square ones, because the network knows
 anatomy in its true proportions.
 """
 
@@ -19,9 +19,10 @@ import numpy.typing as npt
 
 from model.anatomy import Floats
 
+# (H, W), grey or class numbers
 Pixels = Union[npt.NDArray[np.uint8], npt.NDArray[np.float32]]
 
-Pair = tuple[float, float]
+Pair = tuple[float, float]  # (along x, along y)
 Triple = tuple[float, float, float]
 NEAREST = cv2.INTER_NEAREST_EXACT
 IDENTITY = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0)
@@ -29,7 +30,7 @@ IDENTITY = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0)
 
 @dataclass(frozen=True)
 class Letterbox:
-    """Image px <-> network input px of one image size.
+    """Image px <-> network input px, for images of one size.
 
     Args:
         width, height: the image's size in px.
@@ -44,19 +45,19 @@ class Letterbox:
 
     @cached_property
     def resized(self) -> tuple[int, int]:
-        """(width, height) in input px of the scaled image inside the square."""
+        """(width, height) of the scaled image inside the square, in input px."""
         extent = self.width * self.spacing[0], self.height * self.spacing[1]
         scale = self.size / max(extent)
         return max(1, round(extent[0] * scale)), max(1, round(extent[1] * scale))
 
     @cached_property
     def offset(self) -> tuple[int, int]:
-        """(columns, rows) of black at the left of and above the scaled image."""
+        """(columns, rows) of black on the left of the scaled image and above it, in input px."""
         return (self.size - self.resized[0]) // 2, (self.size - self.resized[1]) // 2
 
     @cached_property
     def scale(self) -> Floats:
-        """Input px per image px along x and y, after rounding to whole pixels: the exact one."""
+        """Input px per image px along x and y: exact, after rounding to whole pixels."""
         return np.array([self.resized[0] / self.width, self.resized[1] / self.height])
 
     def to_input(self, points: npt.ArrayLike) -> Floats:
@@ -70,9 +71,13 @@ class Letterbox:
         return np.asarray((array - np.array(self.offset) + 0.5) / self.scale - 0.5)
 
     def apply(self, image: Pixels, nearest: bool = False) -> Pixels:
-        """(height, width) image -> (size, size) of the same type, 0 around it.
+        """(height, width) image -> (size, size) of the same type, with 0 around it.
 
-        `nearest` keeps class numbers whole, for masks.
+        Args:
+            nearest: for masks, whose class numbers must not be interpolated.
+
+        Raises:
+            ValueError: the image has another size than this letterbox.
         """
         if image.shape != (self.height, self.width):
             raise ValueError(f"expected an image of {(self.height, self.width)}, got {image.shape}")
@@ -100,10 +105,10 @@ class Geometry:
     """Where a file says its pixels lie.
 
     Args:
-        spacing_mm: mm per px along x and y, or None where the file does not say.
-        world_spacing, origin, direction: the file's own world frame (ITK convention: world =
-            origin + direction @ (spacing * index), direction in row-major order), the identity
-            where there is none.
+        spacing_mm: mm per px along x and y, or None if the file does not say.
+        world_spacing, origin, direction: the file's own world frame, or the identity. ITK's
+            convention: world = origin + direction @ (spacing * index), direction in row-major
+            order.
     """
 
     spacing_mm: Pair | None = None
@@ -113,7 +118,7 @@ class Geometry:
 
     @property
     def pixel_shape(self) -> Pair:
-        """Size of a pixel along x and y up to a common factor; (1, 1) where it is unknown."""
+        """Size of a pixel along x and y up to a common factor; (1, 1) if it is unknown."""
         return self.spacing_mm or (1.0, 1.0)
 
     def to_mm(self, points: npt.ArrayLike) -> Floats | None:

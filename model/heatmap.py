@@ -1,8 +1,8 @@
 """The one heatmap codec: landmarks in heatmap cells <-> heatmaps, in numpy.
 
-A cell's integer index is its centre, nothing is rounded on the way in, and decoding never returns a
-cell's corner. A heatmap is a Gaussian of height 1 at the landmark; a network that is unsure spreads
-it out or lowers it, so the height of its peak is a confidence.
+A cell's integer index is its centre. Encoding rounds nothing, and decoding never returns a cell's
+corner. A heatmap is a Gaussian of height 1 at the landmark. A network that is unsure spreads it out
+or lowers it, so the height of its peak is a confidence.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Heatmaps = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class HeatmapCodec:
-    """Encodes and decodes heatmaps of one grid.
+    """Encodes and decodes heatmaps on one grid.
 
     Args:
         rows, columns: the grid's size in cells.
@@ -49,12 +49,12 @@ class HeatmapCodec:
         """(..., rows, columns) heatmaps -> (..., 2) points (x, y) in cells, (...) confidences.
 
         "argmax" returns the centre of the highest cell. "subpixel" refines it by the Gaussian that
-        fits the heatmap around it best (`_fit_gaussian`). The confidence is the peak's
-        height, clipped to 0..1. A heatmap that is not finite decodes to its centre with
-        confidence 0, a constant one to its first cell.
+        best fits the heatmap around it (`_fit_gaussian`). The confidence is the peak's height,
+        clipped to 0..1. A heatmap that is not finite decodes to its centre with confidence 0, a
+        constant one to its first cell.
 
         Raises:
-            ValueError: heatmaps of another size than this codec's grid.
+            ValueError: the heatmaps have another size than this codec's grid.
         """
         if heatmaps.shape[-2:] != (self.rows, self.columns):
             expected = (self.rows, self.columns)
@@ -80,9 +80,10 @@ def _fit_gaussian(
 ) -> tuple[float, float]:
     """(x, y) in cells of the isotropic Gaussian that fits the heatmap around its highest cell.
 
-    Weighted least squares of the logarithm, a + b x + c y + d (x^2 + y^2), with weights h^2 against
-    the noise of low cells (Guo, IEEE Signal Processing Magazine 2011): exact for a Gaussian
-    of any width and height, at the border too. Without a peak within 1.5 cells, the cell's centre.
+    Least squares fit log h = a + b x + c y + d (x^2 + y^2). The weights h^2 reduce the noise of low
+    cells (Guo, IEEE Signal Processing Magazine 2011). The fit is exact for a Gaussian of any width
+    and height, at the border too. If it has no peak within 1.5 cells, the highest cell's centre is
+    returned.
     """
     radius = max(1, round(sigma_cells))
     top, left = max(0, row - radius), max(0, column - radius)

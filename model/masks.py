@@ -1,8 +1,8 @@
-"""Landmarks from a segmentation mask: a label's, or one that a network predicts.
+"""Landmarks from a segmentation mask: a labelled one, or one that a network predicts.
 
-The labels of FH-PS-AoP 2023 and PSFHS are made so; they are not an expert's clicks. An ellipse is
-fitted to each of the two classes; the ends of the symphysis's major axis are PS2 and PS1 (larger
-x), and FH1 is where the tangent from PS1 touches the head's ellipse on the side away from PS2.
+The landmarks of FH-PS-AoP 2023 and PSFHS are made this way; they are not an expert's clicks. An
+ellipse is fitted to each of the two classes. The ends of the symphysis's major axis are PS1 (larger
+x) and PS2. FH1 is where the tangent from PS1 touches the head's ellipse on the side away from PS2.
 """
 
 from __future__ import annotations
@@ -25,7 +25,13 @@ class MaskError(ValueError):
 
 @dataclass(frozen=True)
 class Ellipse:
-    """centre (2,), semi_axes (2,) with the longer first, in px; direction (2,) of the longer."""
+    """An ellipse in an image.
+
+    Args:
+        centre: (2,) as (x, y), in px.
+        semi_axes: (2,) the longer one first, in px.
+        direction: (2,) unit vector along the longer axis.
+    """
 
     centre: Floats
     semi_axes: Floats
@@ -33,20 +39,20 @@ class Ellipse:
 
     @property
     def rotation(self) -> Floats:
-        """(2, 2): its columns are the directions of the longer and of the shorter axis."""
+        """(2, 2) whose columns are the directions of the longer and the shorter axis."""
         x, y = self.direction
         return np.array([[x, -y], [y, x]])
 
     def ends(self) -> Floats:
-        """(2, 2) the two ends of the longer axis, the one of larger x first."""
+        """(2, 2) the two ends of the longer axis, the one with the larger x first."""
         reach = self.semi_axes[0] * self.direction * (1 if self.direction[0] >= 0 else -1)
         return np.array([self.centre + reach, self.centre - reach])
 
     def tangent_points(self, point: Floats) -> Floats | None:
-        """(2, 2) where the two tangents from a point touch, or None for a point not outside.
+        """(2, 2) where the two tangents from a point touch; None if the point is not outside.
 
-        On the unit circle, to which the ellipse is mapped, a point at distance d and angle t sees
-        its tangents touch at the angles t -+ acos(1 / d). The map keeps tangents and orientation.
+        The ellipse is mapped to the unit circle. From a point at distance d and angle t, tangents
+        touch the circle at the angles t -+ acos(1 / d). The map keeps tangents and orientation.
         """
         x, y = (point - self.centre) @ self.rotation / self.semi_axes
         distance = np.hypot(x, y)
@@ -58,12 +64,18 @@ class Ellipse:
 
 
 def outer_contour(mask: npt.NDArray[np.uint8], label: int) -> npt.NDArray[np.int32]:
-    """(n, 1, 2) every point of the outer contour of one class's largest 8-connected component."""
+    """(n, 1, 2) px: every point of the outer contour of a class's largest 8-connected component.
+
+    Raises:
+        MaskError: the mask has no pixel of the class.
+    """
     chosen = mask == label
     rows, columns = (np.flatnonzero(chosen.any(axis)) for axis in (1, 0))
     if not len(rows):
         raise MaskError(f"the mask has no pixel of {CLASSES[label]}")
-    box = chosen[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]  # a whole image takes longer
+    box = chosen[
+        rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1
+    ]  # faster than the whole image
     _, labels, stats, _ = cv2.connectedComponentsWithStats(box.astype(np.uint8))
     component = labels == 1 + int(np.argmax(stats[1:, cv2.CC_STAT_AREA]))
     contours, _ = cv2.findContours(
@@ -74,7 +86,11 @@ def outer_contour(mask: npt.NDArray[np.uint8], label: int) -> npt.NDArray[np.int
 
 
 def fit_ellipse(mask: npt.NDArray[np.uint8], label: int) -> Ellipse:
-    """The least-squares ellipse of one class (cv2.fitEllipse on every outer contour point)."""
+    """The least-squares ellipse of one class (cv2.fitEllipse on every outer contour point).
+
+    Raises:
+        MaskError: the class is missing, or no ellipse fits its contour.
+    """
     contour = outer_contour(mask, label)
     if len(contour) < 5:
         raise MaskError(
@@ -84,17 +100,21 @@ def fit_ellipse(mask: npt.NDArray[np.uint8], label: int) -> Ellipse:
     values = np.array([*centre, *diameters, angle_deg], np.float64)
     if not np.isfinite(values).all() or min(diameters) < 1:
         raise MaskError(f"no ellipse fits the contour of {CLASSES[label]}: it may be a line")
-    # The angle is that of the first diameter, which is not always the longer one.
-    turned = np.radians(angle_deg + (0 if diameters[0] >= diameters[1] else 90))
+    # angle_deg belongs to the first diameter, which is not always the longer one.
+    angle = np.radians(angle_deg + (0 if diameters[0] >= diameters[1] else 90))
     return Ellipse(
         np.array(centre, np.float64),
         np.sort(np.array(diameters, np.float64))[::-1] / 2,
-        np.array([np.cos(turned), np.sin(turned)]),
+        np.array([np.cos(angle), np.sin(angle)]),
     )
 
 
-def landmarks_of_ellipses(symphysis: Ellipse, head: Ellipse) -> Floats:
-    """(3, 2) PS1, PS2, FH1 in px; MaskError where PS1 lies inside the head."""
+def landmarks_from_ellipses(symphysis: Ellipse, head: Ellipse) -> Floats:
+    """(3, 2) PS1, PS2, FH1 in px.
+
+    Raises:
+        MaskError: PS1 lies inside the head.
+    """
     ps1, ps2 = symphysis.ends()
     tangents = head.tangent_points(ps1)
     if tangents is None:
@@ -106,21 +126,21 @@ def landmarks_of_ellipses(symphysis: Ellipse, head: Ellipse) -> Floats:
 
 
 def landmarks_from_mask(mask: npt.NDArray[np.uint8]) -> Floats:
-    """(H, W) mask of 0 background, 1 symphysis, 2 head -> (3, 2) PS1, PS2, FH1 in px.
+    """(H, W) mask: 0 background, 1 symphysis, 2 head -> (3, 2) PS1, PS2, FH1 in px.
 
     Raises:
-        MaskError: another shape or other values, a class missing or too small for an ellipse, PS1
-            inside the head's ellipse, or a landmark outside the image.
+        MaskError: the mask has another shape or other values, a class is missing or too small for
+            an ellipse, PS1 lies inside the head's ellipse, or a landmark lies outside the image.
     """
     if mask.ndim != 2:
         raise MaskError(f"expected a mask of (height, width), got {mask.shape}")
     if (mask > HEAD).any():
         unknown = np.setdiff1d(mask, [0, SYMPHYSIS, HEAD])
         raise MaskError(
-            f"the mask holds the values {unknown[:5].tolist()}; expected 0 background, "
-            "1 pubic symphysis and 2 fetal head only"
+            f"the mask holds the values {unknown[:5].tolist()}; expected only 0 (background), "
+            "1 (pubic symphysis) and 2 (fetal head)"
         )
-    landmarks = landmarks_of_ellipses(fit_ellipse(mask, SYMPHYSIS), fit_ellipse(mask, HEAD))
+    landmarks = landmarks_from_ellipses(fit_ellipse(mask, SYMPHYSIS), fit_ellipse(mask, HEAD))
     height, width = mask.shape
     for landmark, (x, y) in zip(LANDMARKS, landmarks):
         if not (-0.5 <= x <= width - 0.5 and -0.5 <= y <= height - 0.5):
@@ -134,8 +154,11 @@ def landmarks_from_mask(mask: npt.NDArray[np.uint8]) -> Floats:
 def landmarks_from_shares(shares: npt.NDArray[np.float32], size: int) -> Floats:
     """(2, rows, columns) shares of each cell that PS and FH cover -> (3, 2) in network input px.
 
-    The shares are enlarged to the input's size; a pixel is of a class where its share is above a
-    half.
+    The shares are enlarged to the input's size. A pixel belongs to a class if its share is above
+    one half.
+
+    Args:
+        size: side of the network input in px.
 
     Raises:
         MaskError: as `landmarks_from_mask`.

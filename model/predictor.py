@@ -14,26 +14,26 @@ import numpy as np
 import numpy.typing as npt
 
 from model.anatomy import LANDMARKS, Floats
-from model.frame import Letterbox, Pair, cells_to_input
+from model.frame import Letterbox, Pair, Pixels, cells_to_input
 from model.heatmap import Decode, Heatmaps
 from model.masks import MaskError, landmarks_from_shares
 from model.spec import METADATA_KEY, ModelSpec, SpecError, parse_spec
-from model.uncertainty import REFERENCE_PX, Expected, evidence, expected_errors
+from model.uncertainty import REFERENCE_PX, ExpectedErrors, error_terms, expected_errors
 
-MOST_THREADS = 64  # a container may not start many more, and waits for ever then
+MOST_THREADS = 64  # a container may not start many more, and would then wait for ever
 Provider = Literal["auto", "cuda", "cpu"]
 
 ORT_PROVIDERS = {"cuda": "CUDAExecutionProvider", "cpu": "CPUExecutionProvider"}
 CUDA_OPTIONS = {
-    # EXHAUSTIVE costs seconds at every new shape, DEFAULT runs tens of times slower
+    # EXHAUSTIVE takes seconds at every new shape; DEFAULT runs tens of times slower
     "cudnn_conv_algo_search": "HEURISTIC",
-    # TF32 would move landmarks away from what the CPU gives
+    # TF32 would move landmarks away from the CPU's
     "use_tf32": "0",
 }
 
 
 class EngineError(RuntimeError):
-    """The engine could not run on one image, for want of memory for instance; says why."""
+    """The engine failed on one image, for instance because memory ran out; the message says why."""
 
 
 class ModelError(ValueError):
@@ -43,25 +43,32 @@ class ModelError(ValueError):
 class Output(NamedTuple):
     """What a network returns for n images.
 
-    maps: (n, 3 + masks, rows, columns) heatmaps, then shares of the masks. view: (n,) 0..1, how
-    much an image looks like the view that the model is for; None where the network does not tell.
+    Args:
+        maps: (n, 3 + masks, rows, columns) heatmaps, then the masks' shares of each cell.
+        view: (n,) 0..1, how much an image looks like the view that the model is for; None if the
+            network does not judge that.
     """
 
     maps: Heatmaps
     view: npt.NDArray[np.float32] | None = None
 
 
-Run = Callable[[Heatmaps], Output]
+Engine = Callable[[Heatmaps], Output]  # (n, channels, size, size) network input -> output
 
 
 @dataclass(frozen=True)
 class Prediction:
     """One image's landmarks.
 
-    landmarks_px: (3, 2) as (x, y) in image px. confidence: (3,) 0 to 1. heatmaps: (3, rows,
-    columns). milliseconds: by stage. doubts: what speaks against the answer, in words. terms: of
-    `model.uncertainty.evidence`. view_score: as in `Output`. expected: errors to expect, with the
-    landmarks' in image px; None where the model is not calibrated.
+    Args:
+        landmarks_px: (3, 2) as (x, y) in image px.
+        confidence: (3,) 0 to 1.
+        heatmaps: (3, rows, columns).
+        milliseconds: time by stage.
+        doubts: what speaks against the answer, in words.
+        terms: (4, 2) as `model.uncertainty.error_terms` returns them.
+        view_score: as `Output.view`.
+        expected: errors to expect, in image px for the landmarks; None without calibration.
     """
 
     landmarks_px: Floats
@@ -71,12 +78,12 @@ class Prediction:
     doubts: tuple[str, ...]
     terms: Floats
     view_score: float | None
-    expected: Expected | None
+    expected: ExpectedErrors | None
 
 
 @dataclass(frozen=True)
-class Decoded:
-    """What an output says, in network input px; fields as in `Prediction`."""
+class DecodedOutput:
+    """An output's landmarks in network input px; fields as in `Prediction`."""
 
     landmarks_px: Floats
     confidence: Floats
@@ -88,26 +95,31 @@ class Predictor:
     """Predicts landmarks with any engine that maps inputs to heatmaps and masks.
 
     Args:
-        spec: what the network expects.
-        run: (n, channels, size, size) float32 -> `Output`; of ONNX Runtime, from several threads.
+        spec: what the network expects and returns.
+        run: the engine. Several threads may call it at once if it is ONNX Runtime.
         provider: the processor that really runs, for the record.
-        file: what was loaded, for the record.
+        file: the file that was loaded, for the record.
     """
 
-    def __init__(self, spec: ModelSpec, run: Run, provider: str, file: Path | None = None) -> None:
+    def __init__(
+        self, spec: ModelSpec, run: Engine, provider: str, file: Path | None = None
+    ) -> None:
         self.spec, self.run, self.provider, self.file = spec, run, provider, file
 
     def predict(
         self,
-        grey: npt.NDArray[np.uint8] | npt.NDArray[np.float32],
+        grey: Pixels,
         pixel_shape: Pair = (1.0, 1.0),
         decode: Decode | None = None,
     ) -> Prediction:
-        """Landmarks of a (height, width) grey image of values 0..255.
+        """Landmarks in a (height, width) grey image with values 0..255.
 
         Args:
             pixel_shape: size of a pixel along x and y; only its ratio matters.
-            decode: the decoder; by default the one that the model's figures were measured with.
+            decode: the decoder; by default the one of the model's spec.
+
+        Raises:
+            EngineError: the engine failed on this image.
         """
         times = [time.perf_counter()]
         box = Letterbox(grey.shape[1], grey.shape[0], self.spec.input_size, pixel_shape)
@@ -115,55 +127,57 @@ class Predictor:
         times.append(time.perf_counter())
         output = self.run(network_input)
         times.append(time.perf_counter())
-        found = decode_output(self.spec, output.maps[0], decode)
-        landmarks = box.to_image(found.landmarks_px)
-        expected = self._expected(found.terms, box)
+        decoded = decode_output(self.spec, output.maps[0], decode)
+        landmarks = box.to_image(decoded.landmarks_px)
+        expected = self._expected_errors(decoded.terms, box)
         times.append(time.perf_counter())
         spent = np.diff(times) * 1000
         return Prediction(
             landmarks,
-            found.confidence,
+            decoded.confidence,
             output.maps[0, : len(LANDMARKS)],
             dict(zip(("preprocess", "inference", "decode"), spent.tolist(), strict=True)),
-            found.doubts,
-            found.terms,
+            decoded.doubts,
+            decoded.terms,
             None if output.view is None else float(output.view[0]),
             expected,
         )
 
-    def _expected(self, terms: Floats, box: Letterbox) -> Expected | None:
+    def _expected_errors(self, terms: Floats, box: Letterbox) -> ExpectedErrors | None:
+        """The errors to expect, in px of the letterbox's image."""
         if self.spec.calibration is None:
             return None
-        found = expected_errors(self.spec.calibration, terms)
+        at_512 = expected_errors(self.spec.calibration, terms)
         image_px = self.spec.input_size / REFERENCE_PX / float(np.sqrt(box.scale.prod()))
-        return Expected(found.landmarks_px * image_px, found.aop_deg)
+        return ExpectedErrors(at_512.landmarks_px * image_px, at_512.aop_deg)
 
 
-def decode_output(spec: ModelSpec, output: Heatmaps, decode: Decode | None = None) -> Decoded:
+def decode_output(spec: ModelSpec, output: Heatmaps, decode: Decode | None = None) -> DecodedOutput:
     """(3 + masks, rows, columns) output -> landmarks of the heatmaps, fused with the masks' own.
 
-    The masks give landmarks of their own, as the labels of segmented data are made (model.masks);
-    `spec.mask_share` are their weights. Outlines that give none leave the heatmaps alone, in doubt.
+    The masks' own landmarks follow from their outlines, as in labelled masks (model.masks);
+    `spec.mask_share` are their weights. If the masks yield none, the heatmaps answer alone, and
+    `doubts` says so.
     """
     count = len(LANDMARKS)
     cells, confidence = spec.codec.decode(output[:count], decode or spec.decode)
     landmarks = cells_to_input(cells, spec.stride)
-    unit = REFERENCE_PX / spec.input_size
+    px_at_512 = REFERENCE_PX / spec.input_size
 
     def terms(second: Floats | None) -> Floats:
-        other = None if second is None else second * unit
-        return evidence(output[:count], landmarks * unit, other, spec.stride * unit)
+        second = None if second is None else second * px_at_512
+        return error_terms(output[:count], landmarks * px_at_512, second, spec.stride * px_at_512)
 
     if not (spec.masks and any(spec.mask_share)):
-        return Decoded(landmarks, confidence, terms(landmarks))
+        return DecodedOutput(landmarks, confidence, terms(landmarks))
     try:
         second = landmarks_from_shares(output[count:], spec.input_size)
     except MaskError:
         doubts = ("no outlines of symphysis and head were found",)
-        return Decoded(landmarks, confidence, terms(None), doubts)
+        return DecodedOutput(landmarks, confidence, terms(None), doubts)
     share = np.array(spec.mask_share)[:, None]
     fused = (1 - share) * landmarks + share * second
-    return Decoded(fused, confidence, terms(second))
+    return DecodedOutput(fused, confidence, terms(second))
 
 
 def load_predictor(
@@ -175,14 +189,14 @@ def load_predictor(
     """A predictor that runs an ONNX file with its ModelSpec in ONNX Runtime; warmed up on CUDA.
 
     Args:
-        threads: of one run on the CPU; by default as many as this process may use.
-        on_cpu: another file, to be taken where the CPU has to run.
+        threads: threads for one run on the CPU; by default as many as this process has CPUs.
+        on_cpu: another file, used instead if the CPU runs.
 
     Raises:
-        ModelError: the file is missing, no ONNX model, without a usable ModelSpec or shape, or the
-            asked provider cannot run.
+        ModelError: the file is missing, is not an ONNX model, has no usable ModelSpec or other
+            shapes than its spec says, or `provider` cannot run.
     """
-    import onnxruntime as ort  # noqa: PLC0415  not before a model is wanted
+    import onnxruntime as ort  # noqa: PLC0415  slow to import
 
     for file in (path, on_cpu or path):
         if not file.is_file():
@@ -192,9 +206,9 @@ def load_predictor(
     session = _cuda_session(ort, path, provider, threads)
     if session is None:
         path = on_cpu or path
-        session = _session(ort, path, [ORT_PROVIDERS["cpu"]], threads)
-    # what runs is asked of the session: the list of available providers names CUDA even where it
-    # cannot be loaded
+        session = _create_session(ort, path, [ORT_PROVIDERS["cpu"]], threads)
+    # The session knows what runs. The list of available providers names CUDA even if it cannot be
+    # loaded.
     active = session.get_providers()[0]
     try:
         spec = parse_spec(session.get_modelmeta().custom_metadata_map.get(METADATA_KEY))
@@ -205,18 +219,22 @@ def load_predictor(
     def run(network_input: Heatmaps) -> Output:
         try:
             return Output(*session.run(None, {name: network_input}))
-        except Exception as error:  # as in _session
+        except Exception as error:  # as in _create_session
             raise EngineError(f"the network could not be run: {_first_line(error)}") from error
 
     on_cuda = active == ORT_PROVIDERS["cuda"]
-    declared = [node.shape[1:] for node in (*session.get_inputs(), *session.get_outputs())]
-    if on_cuda or not _as_declared(spec, declared):  # on the CPU a warm-up only costs
+    shapes = [node.shape[1:] for node in (*session.get_inputs(), *session.get_outputs())]
+    if on_cuda or not _are_shapes_of(spec, shapes):  # on the CPU a warm-up only takes time
         _check_shapes(run, spec, path)
     return Predictor(spec, run, "cuda" if on_cuda else "cpu", path)
 
 
 def _cuda_session(ort: Any, path: Path, provider: Provider, threads: int) -> Any | None:
-    """A session on CUDA, or None where the CPU is to be taken."""
+    """A session on CUDA, or None if the CPU has to run.
+
+    Raises:
+        ModelError: CUDA was asked for and cannot run.
+    """
     if provider == "cpu":
         return None
     reason = "this ONNX Runtime has no CUDA provider: install onnxruntime-gpu"
@@ -224,24 +242,24 @@ def _cuda_session(ort: Any, path: Path, provider: Provider, threads: int) -> Any
         ort.preload_dlls()
         wanted = [(ORT_PROVIDERS["cuda"], CUDA_OPTIONS), ORT_PROVIDERS["cpu"]]
         try:
-            session = _session(ort, path, wanted, threads)
+            session = _create_session(ort, path, wanted, threads)
             if session.get_providers()[0] == ORT_PROVIDERS["cuda"]:
                 return session
         except ModelError:
-            pass  # the CPU is tried next, and names what is wrong where it is the file
+            pass  # the CPU is tried next; if the file is wrong, it says so
         reason = "CUDA could not be loaded (no GPU or driver, or another CUDA): run with --gpus all"
     if provider == "cuda":
         raise ModelError(f"--provider cuda: {reason}, or pass --provider auto")
     return None
 
 
-def _session(ort: Any, path: Path, providers: list[Any], threads: int) -> Any:
+def _create_session(ort: Any, path: Path, providers: list[Any], threads: int) -> Any:
     options = ort.SessionOptions()
     options.log_severity_level = 4
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     try:
-        # ONNX Runtime's own fallback prints a page and hides which provider runs
+        # ONNX Runtime's own fallback prints a page and hides which provider runs.
         return ort.InferenceSession(path, options, providers=providers, enable_fallback=0)
     except Exception as error:  # ONNX Runtime's own exceptions share no narrower base class
         raise ModelError(
@@ -250,17 +268,20 @@ def _session(ort: Any, path: Path, providers: list[Any], threads: int) -> Any:
         ) from error
 
 
-def _as_declared(spec: ModelSpec, shapes: Sequence[Sequence[int | str]]) -> bool:
-    """Whether the file declares the shapes of its input and outputs to be its spec's."""
+def _are_shapes_of(spec: ModelSpec, shapes: Sequence[Sequence[int | str]]) -> bool:
+    """Whether these are the shapes of the spec's input and outputs, without the batch."""
     codec, side = spec.codec, spec.input_size
     maps = [len(spec.landmarks) + spec.masks, codec.rows, codec.columns]
-    given = [list(shape) for shape in shapes]
-    has_view = spec.calibration is not None and spec.calibration.view_below is not None
-    return given == [[spec.channels, side, side], maps, *([[]] if has_view else [])]
+    expected = [[spec.channels, side, side], maps, *([[]] if _needs_view(spec) else [])]
+    return [list(shape) for shape in shapes] == expected
 
 
-def _check_shapes(run: Run, spec: ModelSpec, path: Path) -> None:
-    """One run on a black image: warms the session up and holds the file to its spec."""
+def _needs_view(spec: ModelSpec) -> bool:
+    return spec.calibration is not None and spec.calibration.view_below is not None
+
+
+def _check_shapes(run: Engine, spec: ModelSpec, path: Path) -> None:
+    """Run once on a black image, which warms the session up, and compare the output to the spec."""
     codec = spec.codec
     expected = (1, len(spec.landmarks) + spec.masks, codec.rows, codec.columns)
     try:
@@ -268,9 +289,8 @@ def _check_shapes(run: Run, spec: ModelSpec, path: Path) -> None:
     except EngineError as error:
         raise ModelError(f"{path} does not run on its spec's input: {error}") from error
     if output.maps.shape != expected:
-        raise ModelError(f"{path} returns {output.maps.shape}, its spec says {expected}")
-    wants_view = spec.calibration is not None and spec.calibration.view_below is not None
-    if wants_view and (output.view is None or output.view.shape != (1,)):
+        raise ModelError(f"{path} returns shape {output.maps.shape}, its spec says {expected}")
+    if _needs_view(spec) and (output.view is None or output.view.shape != (1,)):
         raise ModelError(f"{path} returns no view score, its spec has a threshold for one")
 
 
@@ -279,7 +299,7 @@ def _first_line(error: Exception) -> str:
 
 
 def usable_cpus() -> int:
-    """CPUs that this process may use: its affinity, bounded by the control group's quota."""
+    """Number of CPUs that this process may use: its affinity, bounded by its cgroup's quota."""
     count = (
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     )

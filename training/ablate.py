@@ -38,9 +38,9 @@ from model.drawing.text import Picture
 from model.heatmap import Heatmaps
 from model.predictor import Provider
 from training.data.case_table import Case, CaseError, read_cases, write_cases
-from training.data.dataset import read_grey
+from training.data.dataset import read_frame
 from training.evaluation.metrics import case_errors
-from training.evaluation.pictures import mark, put_text, tile_of
+from training.evaluation.pictures import draw_circles, draw_text, letterboxed_tile
 from training.evaluation.predict import predict_cases, torch_predictor
 from training.learning.checkpoint import load_weights, write_text
 
@@ -474,7 +474,7 @@ def heatmaps(output: Path, rows: Sequence[Row], images: Path, table: Path) -> Pi
             chosen, predict_cases(predictor, chosen, images), strict=True
         )]  # fmt: skip
         name = np.zeros((TILE, 2 * TILE, 3), np.uint8)
-        put_text(name, row.words, (6, TILE // 2))
+        draw_text(name, row.words, (6, TILE // 2))
         lines.append(np.hstack([name, *tiles]))
     return np.vstack(lines) if lines else np.zeros((1, 1, 3), np.uint8)
 
@@ -489,11 +489,11 @@ def _of_groups(cases: Sequence[Case]) -> list[Case]:
 
 def _tile(case: Case, maps: Heatmaps, images: Path) -> Picture:
     """(TILE, TILE, 3): heatmaps over the image."""
-    tile, box = tile_of(*read_grey(images / case.file, case.frame), TILE)
+    tile, box = letterboxed_tile(*read_frame(images / case.file, case.frame), TILE)
     scaled = maps / np.maximum(maps.max(axis=(1, 2), keepdims=True), 1e-6)
     heat = cv2.resize(np.clip(scaled, 0, 1).transpose(1, 2, 0), (TILE, TILE))
     shown = np.clip(0.6 * tile + 200 * heat, 0, 255).astype(np.uint8)
-    mark(shown, box.to_input(case.landmarks_px), [(255, 255, 255)] * 3, 4, 1)
+    draw_circles(shown, box.to_input(case.landmarks_px), [(255, 255, 255)] * 3, 4, 1)
     return np.asarray(shown, np.uint8)
 
 

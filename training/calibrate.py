@@ -33,10 +33,10 @@ from model.predictor import Prediction, Predictor
 from model.spec import MaskShares, ModelSpec
 from model.uncertainty import QUANTITIES, Calibration, ErrorModel
 from training.data.case_table import Case, CaseError, count_splits, read_cases, require_images
-from training.data.dataset import read_grey
+from training.data.dataset import read_frame
 from training.data.sources import images_matching
 from training.evaluation.metrics import case_errors, mean_errors
-from training.evaluation.predict import CasePrediction, answer_of, kept_out, torch_predictor
+from training.evaluation.predict import CasePrediction, case_prediction, load_folds, torch_predictor
 from training.learning.checkpoint import Checkpoint, CheckpointError, load_weights, save_weights
 from training.learning.view_head import train_view_head
 from training.recipes import mask_shares
@@ -183,9 +183,9 @@ def answer_cases(predictor: Predictor, cases: Sequence[Case], images: Path) -> l
     """What a network says of labelled cases."""
     answers = []
     for case in tqdm(cases, "answers", leave=False):
-        grey, pixel_shape = read_grey(images / case.file, case.frame)
+        grey, pixel_shape = read_frame(images / case.file, case.frame)
         found = predictor.predict(grey, pixel_shape)
-        answer = answer_of(found, grey.shape, pixel_shape, predictor.spec)
+        answer = case_prediction(found, grey.shape, pixel_shape, predictor.spec)
         answers.append(CaseAnswer(case, found, answer))
     return answers
 
@@ -203,7 +203,7 @@ def answer_folds(
         CheckpointError: their network is not that of the weights.
     """
     answers = []
-    for network, other, cases in kept_out(folds):
+    for network, other, cases in load_folds(folds):
         if without_view_head(checkpoint.network) != without_view_head(other.network):
             raise CheckpointError(f"{folds} holds another network than {options.weights}")
         predictor = torch_predictor(network.to(device), spec, device)
@@ -263,7 +263,7 @@ def fit_error_model(terms: Floats, errors: Floats) -> ErrorModel:
     here. A term by which the error would fall is left out: doubt never makes an answer better.
 
     Args:
-        terms: (n, 2) as of `model.uncertainty.evidence`. errors: (n,), not negative.
+        terms: (n, 2) as of `model.uncertainty.error_terms`. errors: (n,), not negative.
     """
     errors = np.maximum(errors, 1e-3)
     known = [column[np.isfinite(column)] for column in terms.T]

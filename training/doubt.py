@@ -19,11 +19,11 @@ from tqdm import tqdm
 
 from model.frame import Geometry, Pixels
 from model.images.source import GreyFrame
-from model.measure import measure
+from model.measure import measure_frame
 from model.predictor import ModelError, Predictor, load_predictor
 from training.data.case_table import CaseError, cases_of_split
-from training.data.dataset import read_grey
-from training.data.scenes import SCENES, SPOILED
+from training.data.dataset import read_frame
+from training.data.scenes import DISTORTIONS, SCENES
 from training.data.sources import images_matching
 from training.evaluation.statistics import coverage_interval
 from training.learning.checkpoint import write_text
@@ -78,18 +78,18 @@ def count(
 
     def judge(kind: str, pixels: Pixels, pixel_shape: tuple[float, float]) -> None:
         frame = GreyFrame(pixels, None, 0, Geometry(pixel_shape))
-        entry = measure(kind, kind, frame, predictor)
+        entry = measure_frame(kind, kind, frame, predictor)
         doubted, seen = counts.get(kind, (0, 0))
         counts[kind] = doubted + (entry.doubtful is not False), seen + 1
 
     for path, frame in tqdm(paths, "split", leave=False):
-        grey, pixel_shape = read_grey(path, frame)
+        grey, pixel_shape = read_frame(path, frame)
         judge("as they are", grey, pixel_shape)
         whole = np.clip(np.rint(grey), 0, 255).astype(np.uint8)
-        for kind, spoil in SPOILED.items():
+        for kind, spoil in DISTORTIONS.items():
             judge(kind, spoil(whole, rng), pixel_shape)
     for path in tqdm(others, "others", leave=False):
-        judge("other views", *read_grey(path))
+        judge("other views", *read_frame(path))
     for kind, draw in tqdm(SCENES.items(), "scenes", leave=False):
         for _ in range(scenes):
             judge(kind, draw(SCENE_SIZE, rng), (1.0, 1.0))

@@ -37,19 +37,19 @@ from model.images.source import ImageError
 from model.results.files import write_bytes
 from training.data.case_table import Case, CaseError, cases_of_split, require_images
 from training.evaluation.challenge_jobs import (
-    Answers,
+    AnsweredCases,
     PixelGrid,
     ScoresError,
     Sockets,
-    aggregates,
-    answers_of_scores,
-    image_file,
-    kind_of,
-    pixel_grid_of,
+    aggregate_scores,
+    answers_from_scores,
+    detect_kind,
+    find_image_file,
     read_answers,
+    read_pixel_grid,
     score_jobs,
 )
-from training.evaluation.metrics import Summary, as_text, evaluate
+from training.evaluation.metrics import Summary, format_metrics, summarise_by_device
 
 METRICS = Path("/output/metrics.json")
 
@@ -83,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         cases = cases_of_split(options.data, options.split)
         figures, answers, fate = measure(options, cases)
-        print(as_text(figures, answers.missing, fate))
+        print(format_metrics(figures, answers.missing, fate))
     except (CaseError, ScoresError, ImageError, OSError) as error:
         print(f"training.evaluate: {sentence_of(error)}", file=sys.stderr)
         return 2
@@ -108,7 +108,9 @@ def read_options(arguments: Sequence[str] | None) -> EvaluateOptions:
     return EvaluateOptions(**vars(given))
 
 
-def measure(options: EvaluateOptions, cases: list[Case]) -> tuple[dict[str, Summary], Answers, str]:
+def measure(
+    options: EvaluateOptions, cases: list[Case]
+) -> tuple[dict[str, Summary], AnsweredCases, str]:
     """The figures of each group, the answers, and what becomes of cases without one.
 
     The figures are written as JSON too, if that is asked for; those of jobs always.
@@ -117,11 +119,11 @@ def measure(options: EvaluateOptions, cases: list[Case]) -> tuple[dict[str, Summ
         answers = _predict(options, options.model, cases)
     else:
         assert options.predictions is not None  # the command line demands one of the two
-        kind = kind_of(options.predictions)
+        kind = detect_kind(options.predictions)
         if kind == "jobs":
             return *_measure_jobs(options, options.predictions, cases), "counted as the worst"
         answers = read_answers(options.predictions, kind, cases, options.images)
-    figures = evaluate(answers.cases, answers.predictions)
+    figures = summarise_by_device(answers.cases, answers.predictions)
     figures["all"]["missing"] = answers.missing
     if options.output:
         write_json(options.output, figures)
@@ -135,7 +137,7 @@ def sentence_of(error: Exception) -> str:
     return str(error)
 
 
-def _predict(options: EvaluateOptions, model: Path, cases: list[Case]) -> Answers:
+def _predict(options: EvaluateOptions, model: Path, cases: list[Case]) -> AnsweredCases:
     """Answers of an ONNX file, of weights, or of the best weights in the folder of a training."""
     import torch  # noqa: PLC0415
 
@@ -152,14 +154,16 @@ def _predict(options: EvaluateOptions, model: Path, cases: list[Case]) -> Answer
             network, checkpoint = load_weights(path)
             device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
             predictor = torch_predictor(network.to(device), checkpoint.spec, device)
-        return Answers(cases, predict_cases(predictor, cases, options.images, options.decode), [])
+        return AnsweredCases(
+            cases, predict_cases(predictor, cases, options.images, options.decode), []
+        )
     except (CheckpointError, ModelError) as error:
         raise ScoresError(str(error)) from error
 
 
 def _measure_jobs(
     options: EvaluateOptions, predictions: Path, cases: list[Case]
-) -> tuple[dict[str, Summary], Answers]:
+) -> tuple[dict[str, Summary], AnsweredCases]:
     """Scores of grand-challenge's jobs, written to metrics.json."""
     in_world = options.frame_of_answers == "world"
     if options.size and in_world:
@@ -167,21 +171,21 @@ def _measure_jobs(
     of_all = PixelGrid(*options.size) if options.size else None
 
     def grid_of(case: Case) -> PixelGrid:
-        return of_all or pixel_grid_of(options.images, case)
+        return of_all or read_pixel_grid(options.images, case)
 
     sockets = Sockets(options.landmarks_slug, options.angle_slug, options.image_slug)
     scores, unmatched = score_jobs(predictions, cases, grid_of, sockets, in_world)
-    figures = aggregates(scores, unmatched)
+    figures = aggregate_scores(scores, unmatched)
     results = [score.result for score in scores]
     write_json(options.output or METRICS, {"results": results, "aggregates": figures})
     if unmatched:
         print(f"{len(unmatched)} jobs belong to no case, the first: {unmatched[0]}")
     bad = [f"{r['case']}: {'; '.join(r['problems'])}" for r in results if r["problems"]]
-    found = answers_of_scores(scores) if options.report else Answers([], [], [])
+    found = answers_from_scores(scores) if options.report else AnsweredCases([], [], [])
     return {"all": figures}, found._replace(missing=bad)
 
 
-def _write_report(options: EvaluateOptions, path: Path, answers: Answers) -> None:
+def _write_report(options: EvaluateOptions, path: Path, answers: AnsweredCases) -> None:
     from training.evaluation.report import write_report  # noqa: PLC0415
 
     cases, predictions, missing = answers
@@ -193,8 +197,8 @@ def _write_report(options: EvaluateOptions, path: Path, answers: Answers) -> Non
     title = f"{source.name} against labels"
     title += f", split {options.split}" if options.split else ""
     more = {"note": options.note} if options.note else {}
-    cases = [replace(case, file=image_file(options.images, case)) for case in cases]
-    figures = evaluate(cases, predictions)
+    cases = [replace(case, file=find_image_file(options.images, case)) for case in cases]
+    figures = summarise_by_device(cases, predictions)
     write_report(path, cases, predictions, options.images, figures, missing, title, **more)
 
 

@@ -21,14 +21,14 @@ from pydantic import ValidationError
 
 from training.data.case_table import CaseError
 from training.learning.checkpoint import CheckpointError
-from training.learning.trainer import fit, parse_fit, processes
+from training.learning.trainer import fit, join_processes, parse_fit
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status."""
     try:
         settings, recipe = parse_fit(arguments, __doc__)
-        with processes(settings.device) as place:
+        with join_processes(settings.device) as place:
             fit(settings, recipe, place)
     except (CaseError, CheckpointError, ValidationError, ValueError, OSError) as error:
         print(f"training.fit: {error}", file=sys.stderr)

@@ -36,19 +36,19 @@ import torch
 from model.images.source import ImageError
 from model.spec import MaskShares
 from training.data.case_table import Case, CaseError, read_cases, write_cases
-from training.data.dataset import read_grey
-from training.data.near_duplicates import clusters, deal
-from training.evaluation.metrics import as_text, evaluate, mean_errors
+from training.data.dataset import read_frame
+from training.data.near_duplicates import assign_parts, cluster_groups
+from training.evaluation.metrics import format_metrics, mean_errors, summarise_by_device
 from training.evaluation.predict import (
-    KEPT_OUT,
+    HELD_OUT_SPLIT,
     CasePrediction,
-    kept_out,
+    load_folds,
     predict_cases,
     splits_of_fold,
     torch_predictor,
 )
 from training.learning.checkpoint import CheckpointError, load_weights, write_text
-from training.learning.trainer import FitSettings, fit, parse_fit, processes
+from training.learning.trainer import FitSettings, fit, join_processes, parse_fit
 from training.recipes import Recipe, mask_shares
 
 TEACHER = "aop.onnx"  # of a fold, as export.to_onnx makes it
@@ -132,7 +132,7 @@ def cross_validate(options: FoldsOptions, settings: FitSettings, recipe: Recipe)
     pairs = zip(cases, answers, strict=True)
     found = [replace(c, landmarks_px=a.landmarks_px, aop_deg=a.aop_deg) for c, a in pairs]
     write_cases(options.output / "landmarks.csv", found)
-    print(as_text(evaluate(cases, answers), [], ""))
+    print(format_metrics(summarise_by_device(cases, answers), [], ""))
     for share in options.mask_shares:
         mre_px, aop_deg = mean_errors(answer(options, share)[1], cases)
         shown = ",".join(f"{part:g}" for part in (share if len({*share}) > 1 else share[:1]))
@@ -149,15 +149,15 @@ def deal_out(options: FoldsOptions) -> list[Path]:
             "training.prepare --splits writes both"
         )
     if options.alike is not None:
-        images = (read_grey(options.images / case.file, case.frame)[0] for case in cases)
-        groups = [*clusters(images, groups, options.alike)]
-    parts = deal(groups, [1 / options.folds] * options.folds, options.seed)
+        images = (read_frame(options.images / case.file, case.frame)[0] for case in cases)
+        groups = [*cluster_groups(images, groups, options.alike)]
+    parts = assign_parts(groups, [1 / options.folds] * options.folds, options.seed)
     runs = [options.output / f"fold-{k}" for k in range(options.folds)]
     for k in options.only:
         run = runs[k]
         run.mkdir(parents=True, exist_ok=True)
         table = [
-            replace(case, split=KEPT_OUT if part == k else "train")
+            replace(case, split=HELD_OUT_SPLIT if part == k else "train")
             for case, part in zip(cases, parts, strict=True)
         ]
         path = run / "cases.csv"
@@ -208,7 +208,7 @@ def train(
         resume=resume,
     )
     try:
-        with processes(own.device) as place:
+        with join_processes(own.device) as place:
             fit(own, recipe.model_copy(update={"seed": seed}), place)
     except (ValueError, OSError) as error:
         raise CaseError(f"the training in {run} failed: {error}") from error
@@ -246,7 +246,7 @@ def answer(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     all_cases: list[Case] = []
     answers: list[CasePrediction] = []
-    for network, checkpoint, cases in kept_out(options.output):
+    for network, checkpoint, cases in load_folds(options.output):
         spec = checkpoint.spec
         spec = spec if share is None else spec.model_copy(update={"mask_share": share})
         predictor = torch_predictor(network.to(device), spec, device)

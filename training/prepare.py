@@ -49,7 +49,7 @@ from tqdm import tqdm
 from model.anatomy import LANDMARKS, angle_of_progression
 from model.images.source import ImageError
 from model.masks import MaskError, landmarks_from_mask
-from training.data.case_table import SPLITS, Case, read_table, write_cases, write_rows
+from training.data.case_table import SPLITS, Case, read_table, write_cases, write_csv
 from training.data.near_duplicates import (
     DUPLICATE_CORRELATION,
     Thumbnail,
@@ -58,17 +58,17 @@ from training.data.near_duplicates import (
     thumbnail,
 )
 from training.data.sources import (
+    CaseSource,
     Skipped,
-    Source,
-    Unusable,
+    UnusableInput,
     iugc_sources,
     mask_sources,
-    one_frame,
+    name_without_suffix,
+    note_skipped,
     read_mask,
-    skip,
-    stem_of,
+    read_single_frame,
 )
-from training.evaluation.pictures import contact_sheet
+from training.evaluation.pictures import label_sheet
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def prepare(options: PrepareOptions) -> None:
     """
     for folder in (options.iugc, options.images, options.masks):
         if folder is not None and not folder.is_dir():
-            raise Unusable(f"{folder} is not a folder")
+            raise UnusableInput(f"{folder} is not a folder")
     options.output.parent.mkdir(parents=True, exist_ok=True)
     skipped: Skipped = []
     if options.images is not None and options.masks is not None:
@@ -133,7 +133,7 @@ def prepare(options: PrepareOptions) -> None:
     write_skipped(options.output.with_name(options.output.stem + ".skipped.csv"), skipped)
     if not cases:
         first = f"; the first: {skipped[0][0]}: {skipped[0][1]}" if skipped else ""
-        raise Unusable(f"no case could be derived from {len(skipped)} files{first}")
+        raise UnusableInput(f"no case could be derived from {len(skipped)} files{first}")
     if options.split:
         splits = split_by_group([case.group for case in cases], options.split, options.seed)
         cases = [replace(case, split=split) for case, split in zip(cases, splits, strict=True)]
@@ -143,35 +143,35 @@ def prepare(options: PrepareOptions) -> None:
         options.output.stem + ".contact-sheet.png"
     )
     sheet.parent.mkdir(parents=True, exist_ok=True)
-    if not cv2.imwrite(str(sheet), contact_sheet(cases, {each.file: each for each in sources})):
-        raise Unusable(f"the contact sheet cannot be written to {sheet}")
+    if not cv2.imwrite(str(sheet), label_sheet(cases, {each.file: each for each in sources})):
+        raise UnusableInput(f"the contact sheet cannot be written to {sheet}")
     print(f"look at {sheet} before you train")
 
 
-def derive_all(sources: Sequence[Source], skipped: Skipped) -> list[tuple[Case, Thumbnail]]:
+def derive_all(sources: Sequence[CaseSource], skipped: Skipped) -> list[tuple[Case, Thumbnail]]:
     """The cases that can be derived, each with the thumbnail by which it is grouped."""
     derived = []
     for source in tqdm(sources, desc="reading", unit="image"):
         try:
             derived.append(derive(source))
-        except (Unusable, ImageError, MaskError) as error:
-            skip(skipped, source.file, error)
+        except (UnusableInput, ImageError, MaskError) as error:
+            note_skipped(skipped, source.file, error)
     return derived
 
 
-def derive(source: Source) -> tuple[Case, Thumbnail]:
+def derive(source: CaseSource) -> tuple[Case, Thumbnail]:
     """One case and its image's thumbnail.
 
     Raises:
-        Unusable, ImageError, MaskError: image, mask and landmarks do not fit together or are bad.
+        UnusableInput, ImageError, MaskError: image, mask or landmarks are bad or do not fit.
     """
-    frame = one_frame(source.image)
+    frame = read_single_frame(source.image)
     height, width = frame.pixels.shape
     if source.labelled is not None:
         case = source.labelled
         for name, (x, y) in zip(LANDMARKS, case.landmarks_px.tolist(), strict=True):
             if not (-0.5 <= x <= width - 0.5 and -0.5 <= y <= height - 0.5):
-                raise Unusable(
+                raise UnusableInput(
                     f"{name} of the table, ({x:g}, {y:g}), lies outside the image of "
                     f"{width}x{height} px"
                 )
@@ -180,7 +180,7 @@ def derive(source: Source) -> tuple[Case, Thumbnail]:
         mask = read_mask(source.mask)
         if mask.shape != (height, width):
             size = f"{mask.shape[1]}x{mask.shape[0]}"
-            raise Unusable(f"the mask has {size} px, its image {width}x{height}")
+            raise UnusableInput(f"the mask has {size} px, its image {width}x{height}")
         landmarks = landmarks_from_mask(mask)
         aop_deg = float(angle_of_progression(landmarks, frame.geometry.pixel_shape))
         case = Case(source.file, landmarks, aop_deg)
@@ -204,15 +204,15 @@ def group_cases(
             for (case, _), group in zip(derived, groups, strict=True)
         ]
     table = read_table(options.patients)
-    file, column = table.find("Filename"), table.find(options.patient_column)
-    patients = {stem_of(row[file]): row[column] for _, row in table.rows}
+    file, column = table.find_column("Filename"), table.find_column(options.patient_column)
+    patients = {name_without_suffix(row[file]): row[column] for _, row in table.rows}
     cases = []
     for case, _ in derived:
-        patient = patients.get(stem_of(case.file))
+        patient = patients.get(name_without_suffix(case.file))
         if patient:
             cases.append(replace(case, group=patient))
         else:
-            skip(skipped, case.file, f"{options.patients} names no {column} for it")
+            note_skipped(skipped, case.file, f"{options.patients} names no {column} for it")
     return cases
 
 
@@ -221,23 +221,23 @@ def _as_split(
 ) -> list[Case]:
     """The cases that a table names, with its split, device and group."""
     table = read_table(path)
-    split, device, group = (table.find(name) for name in ("split", "device", "group"))
-    file = table.find("Filename")
-    known = {stem_of(row[file]): row for _, row in table.rows}
+    split, device, group = (table.find_column(name) for name in ("split", "device", "group"))
+    file = table.find_column("Filename")
+    known = {name_without_suffix(row[file]): row for _, row in table.rows}
     cases = []
     for case, _ in derived:
-        row = known.get(stem_of(case.file))
+        row = known.get(name_without_suffix(case.file))
         if row:
             cases.append(replace(case, split=row[split], device=row[device], group=row[group]))
         else:
-            skip(skipped, case.file, f"{path} does not name it")
+            note_skipped(skipped, case.file, f"{path} does not name it")
     return cases
 
 
 def write_skipped(path: Path, skipped: Skipped) -> None:
     """Write the list of what was skipped; if nothing was, remove that of an earlier run."""
     if skipped:
-        write_rows(path, ["file", "reason"], skipped)
+        write_csv(path, ["file", "reason"], skipped)
     else:
         path.unlink(missing_ok=True)
 

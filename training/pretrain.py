@@ -34,33 +34,39 @@ from pydantic import ConfigDict, Field
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from training.data.case_table import CaseError, read_table, write_rows
+from training.data.case_table import CaseError, read_table, write_csv
 from training.data.dataset import EpochSampler, train_loader
 from training.data.unlabelled import (
     CropSettings,
-    ImageChoice,
+    ImageSelection,
     UnlabelledDataset,
     add_image_arguments,
     find_images,
-    image_choice,
+    image_selection,
     read_squares,
     split_indices,
 )
-from training.evaluation.pictures import CAPTION, put_text, spread
+from training.evaluation.pictures import CAPTION, draw_text, spread_indices
 from training.learning.checkpoint import CheckpointError, save_weights
 from training.learning.mae import (
-    FILE,
+    MAE_FILE,
     AutoencoderConfig,
     Features,
+    MaeDescription,
     MaskedAutoencoder,
-    Pretrained,
     mae_loss,
+    patch_statistics,
     patchify,
-    statistics,
     unpatchify,
 )
 from training.learning.teachers import Beit, MaeTeacher, load_teacher
-from training.learning.trainer import Processes, Trainer, log_epoch, processes
+from training.learning.trainer import (
+    Processes,
+    Trainer,
+    join_processes,
+    log_epoch,
+    mixed_precision,
+)
 from training.recipes import Range, one_cycle_factor
 
 SAMPLES_EVERY, SAMPLES = 10, 6  # epochs between two sheets, images on each
@@ -187,26 +193,24 @@ def attention_divergence(student: Tensor, teacher: Tensor) -> Tensor:
     return (teacher * (teacher.log() - student.log())).sum(dim=-1).mean()
 
 
-class PretrainTrainer(Trainer[PretrainRecipe]):
-    """The trainer of the pretraining."""
+class PretrainLoss:
+    """Eq. 1 of the paper; its parts are kept for the log."""
 
-    def __init__(
-        self,
-        student: Student,
-        recipe: PretrainRecipe,
-        steps: int,
-        place: Processes,
-        teacher: Beit | MaeTeacher | None,
-    ) -> None:
-        super().__init__(student, recipe, steps, place)
-        self.teacher = teacher.to(place.device) if teacher else None
+    def __init__(self, recipe: PretrainRecipe, teacher: Beit | MaeTeacher | None) -> None:
+        self.recipe, self.teacher = recipe, teacher
         self.parts: list[tuple[float, float]] = []  # L_MAE and distillation of the epoch's steps
 
-    def losses(self, network: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def __call__(self, network: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        """The loss of a batch; notes its parts."""
+        mae, distillation = self.measure_parts(network, batch)
+        self.parts.append((mae.item(), distillation.item()))
+        return distillation + self.recipe.mae_weight * mae
+
+    def measure_parts(self, network: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """L_MAE and the distillation's loss of a batch."""
         recipe, image, kept = self.recipe, batch["image"], batch["kept"]
         truth: Features | None = None
-        with self.autocast:
+        with mixed_precision(image.device):
             prediction, features = network(image, kept)
             if self.teacher is not None:
                 shown = kept if recipe.teacher_sees == "kept" else None
@@ -217,36 +221,26 @@ class PretrainTrainer(Trainer[PretrainRecipe]):
             return mae, torch.zeros_like(mae)
         return mae, distillation_loss(features, truth, recipe)
 
-    def loss(self, batch: dict[str, Tensor]) -> Tensor:
-        """Eq. 1 of the paper; notes its parts."""
-        mae, distillation = self.losses(self.wrapped, batch)
-        self.parts.append((mae.item(), distillation.item()))
-        return distillation + self.recipe.mae_weight * mae
 
-    @property
-    def student(self) -> Student:
-        """The weights that count."""
-        student = self.evaluated
-        assert isinstance(student, Student)  # the trained one, or the average's copy of it
-        return student
-
-    @torch.no_grad()
-    def validate(self, held_out: UnlabelledDataset) -> tuple[float, float, float]:
-        """Of the weights that count, on whole val images: L_MAE, what share of the variance within
-        masked patches is explained (0: no more than each patch's mean is known), distillation.
-        """
-        network, recipe = self.evaluated.eval(), self.recipe
-        keys = [(0, k) for k in range(len(held_out))]
-        sums = np.zeros(3)
-        for loaded in DataLoader(held_out, batch_size=min(64, recipe.batch), sampler=keys):
-            batch = {name: tensor.to(self.place.device) for name, tensor in loaded.items()}
-            image, kept = batch["image"], batch["kept"]
-            mae, distillation = self.losses(network, batch)
-            blank = image.new_zeros(len(image), recipe.grid**2, recipe.patch**2)
-            nothing = mae_loss(blank, image, kept, recipe.variance_floor)
-            sums += len(image) * np.array([mae.item(), nothing.item(), distillation.item()])
-        mae, nothing, distillation = (sums / len(held_out)).tolist()
-        return mae, 1 - mae / nothing if nothing else 0.0, distillation
+@torch.no_grad()
+def validate(
+    student: Student, loss: PretrainLoss, held_out: UnlabelledDataset, device: torch.device
+) -> tuple[float, float, float]:
+    """On whole val images: L_MAE, what share of the variance within masked patches is explained
+    (0: no more than each patch's mean is known), distillation.
+    """
+    network, recipe = student.eval(), loss.recipe
+    keys = [(0, k) for k in range(len(held_out))]
+    sums = np.zeros(3)
+    for loaded in DataLoader(held_out, batch_size=min(64, recipe.batch), sampler=keys):
+        batch = {name: tensor.to(device) for name, tensor in loaded.items()}
+        image, kept = batch["image"], batch["kept"]
+        mae, distillation = loss.measure_parts(network, batch)
+        blank = image.new_zeros(len(image), recipe.grid**2, recipe.patch**2)
+        nothing = mae_loss(blank, image, kept, recipe.variance_floor)
+        sums += len(image) * np.array([mae.item(), nothing.item(), distillation.item()])
+    mae, nothing, distillation = (sums / len(held_out)).tolist()
+    return mae, 1 - mae / nothing if nothing else 0.0, distillation
 
 
 @dataclass(frozen=True)
@@ -258,10 +252,10 @@ class PretrainOptions:
         output: the run's folder.
         resume: go on from the checkpoint in it.
         max_minutes: stop after the epoch in which these end.
-        device: auto, cuda or cpu, for `processes`.
+        device: auto, cuda or cpu, for `join_processes`.
     """
 
-    choice: ImageChoice
+    choice: ImageSelection
     output: Path
     resume: bool = False
     max_minutes: float | None = None
@@ -272,7 +266,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status."""
     args = _parser().parse_args(arguments)
     options = PretrainOptions(
-        choice=image_choice(args),
+        choice=image_selection(args),
         output=args.output,
         resume=args.resume,
         max_minutes=args.max_minutes,
@@ -280,7 +274,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     try:
         recipe = recipe_from_arguments(args)
-        with processes(options.device) as place:
+        with join_processes(options.device) as place:
             pretrain(options, recipe, place)
     except (CaseError, CheckpointError, ValueError, OSError) as error:
         print(f"training.pretrain: {error}", file=sys.stderr)
@@ -306,17 +300,18 @@ def pretrain(options: PretrainOptions, recipe: PretrainRecipe, place: Processes)
     loader = train_loader(dataset, order, recipe.batch, recipe.workers)
     torch.manual_seed(recipe.seed)
     student = Student(recipe, teacher.width if teacher else None)
-    trainer = PretrainTrainer(student, recipe, len(loader), place, teacher)
+    loss = PretrainLoss(recipe, teacher.to(place.device) if teacher else None)
+    trainer = Trainer(student, recipe, len(loader), place)
     spent = trainer.resume(checkpoint) if options.resume else 0.0
     if place.leads:
         print(f"{line}\n{len(train)} images train, {len(val)} val, {place.world} x {place.device}")
     start = time.monotonic() - spent
     held_out = UnlabelledDataset([squares[k] for k in val], recipe.crops, train=False)
     while trainer.epoch < recipe.epochs:
-        loss = trainer.train_epoch(loader)
+        mean_loss = trainer.train_epoch(loader, loss)
         seconds = time.monotonic() - start
         if place.leads:
-            keep(trainer, options.output, held_out, loss, seconds)
+            keep(trainer, loss, options.output, held_out, mean_loss, seconds)
         place.barrier()
         if place.any(options.max_minutes is not None and seconds > 60 * options.max_minutes):
             if place.leads:
@@ -333,20 +328,27 @@ def note_images(
         if [list(row.values()) for _, row in read_table(path).rows] != rows:
             raise CaseError(f"the images are not those of {path}: resume with the same ones")
     elif place.leads:
-        write_rows(path, ["Filename", "split"], rows)
+        write_csv(path, ["Filename", "split"], rows)
 
 
 def keep(
-    trainer: PretrainTrainer, folder: Path, held_out: UnlabelledDataset, loss: float, seconds: float
+    trainer: Trainer,
+    loss: PretrainLoss,
+    folder: Path,
+    held_out: UnlabelledDataset,
+    mean_loss: float,
+    seconds: float,
 ) -> None:
     """Validate, log, save the weights that count, checkpoint."""
-    recipe, epoch = trainer.recipe, trainer.epoch
-    val_mae, explained, val_distillation = trainer.validate(held_out)
-    of_mae, of_distillation = np.mean(trainer.parts, axis=0)
-    trainer.parts.clear()
+    recipe, epoch, device = loss.recipe, trainer.epoch, trainer.processes.device
+    student = trainer.evaluated_network
+    assert isinstance(student, Student)  # the trained one, or the average's copy of it
+    val_mae, explained, val_distillation = validate(student, loss, held_out, device)
+    of_mae, of_distillation = np.mean(loss.parts, axis=0)
+    loss.parts.clear()
     row: dict[str, float] = {
         "epoch": epoch,
-        "loss": round(loss, 5),
+        "loss": round(mean_loss, 5),
         "mae": round(float(of_mae), 5),
         "distillation": round(float(of_distillation), 5),
         "val_mae": round(val_mae, 5),
@@ -358,15 +360,14 @@ def keep(
     print("  ".join(f"{name} {value:g}" for name, value in row.items()), flush=True)
     sheet = None
     if epoch % SAMPLES_EVERY == 0 or epoch == recipe.epochs:
-        samples = [held_out[0, k] for k in spread(len(held_out), SAMPLES)]
-        batch = {
-            k: torch.stack([s[k] for s in samples]).to(trainer.place.device) for k in samples[0]
-        }
-        mae = trainer.student.mae.eval()
-        sheet = reconstructions(mae, batch["image"], batch["kept"], recipe.variance_floor)
+        samples = [held_out[0, k] for k in spread_indices(len(held_out), SAMPLES)]
+        batch = {k: torch.stack([s[k] for s in samples]).to(device) for k in samples[0]}
+        sheet = reconstructions(
+            student.mae.eval(), batch["image"], batch["kept"], recipe.variance_floor
+        )
     log_epoch(folder, row, "reconstructions", sheet)
-    described = Pretrained(recipe=recipe, epoch=epoch, val_explained=explained)
-    save_weights(folder / FILE, trainer.student.mae.state_dict(), described)
+    described = MaeDescription(recipe=recipe, epoch=epoch, val_explained=explained)
+    save_weights(folder / MAE_FILE, student.mae.state_dict(), described)
     trainer.save(folder / "checkpoint.pt", seconds)
 
 
@@ -381,7 +382,7 @@ def reconstructions(
     """
     grid = round(mae.encoder.position_embedding.shape[1] ** 0.5)
     patches = patchify(image, image.shape[-1] // grid)
-    mean, deviation = statistics(patches, floor)
+    mean, deviation = patch_statistics(patches, floor)
     seen = torch.zeros_like(mean).scatter(1, kept[..., None], 1.0)
     full = mae(image, kept).float() * deviation + mean
     columns = [patches, patches * seen, mean.expand_as(patches)]
@@ -390,7 +391,7 @@ def reconstructions(
     sheet = (rows.clamp(0, 1) * 255).round().flatten(0, 2).to(torch.uint8).cpu().numpy()
     caption = np.zeros((CAPTION, sheet.shape[1]), np.uint8)
     for k, name in enumerate(COLUMNS):
-        put_text(caption, name, (4 + k * image.shape[-1], CAPTION - 5))
+        draw_text(caption, name, (4 + k * image.shape[-1], CAPTION - 5))
     return cv2.vconcat([caption, sheet])
 
 

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from model.anatomy import Floats
 from model.frame import Letterbox
 from training.data.case_table import Case, CaseError, read_cases
-from training.data.dataset import read_grey
+from training.data.dataset import read_frame
 from training.evaluation.metrics import REFERENCE_PX
 from training.learning.checkpoint import CheckpointError
 from training.learning.mae import Encoder, load_mae
@@ -88,7 +88,7 @@ def features(
     """(n, tokens * width) features of whole images."""
     rows = []
     for case in tqdm(cases, words, leave=False):
-        grey, pixel_shape = read_grey(images / case.file, case.frame)
+        grey, pixel_shape = read_frame(images / case.file, case.frame)
         box = Letterbox(grey.shape[1], grey.shape[0], size, pixel_shape)
         image = torch.from_numpy(box.apply(grey).astype(np.float32) / 255)
         with torch.inference_mode():
@@ -100,7 +100,7 @@ def landmarks(cases: Sequence[Case], images: Path, size: int) -> Floats:
     """(n, 6) landmarks in px of an input of that size."""
     rows = []
     for case in cases:
-        grey, pixel_shape = read_grey(images / case.file, case.frame)
+        grey, pixel_shape = read_frame(images / case.file, case.frame)
         box = Letterbox(grey.shape[1], grey.shape[0], size, pixel_shape)
         rows.append(box.to_input(case.landmarks_px).ravel())
     return np.array(rows)

@@ -5,10 +5,10 @@
     python -m training.fit ... --more OUT/pseudo.csv DIR       # trains on them too
     python -m training.pseudo_label ... --rounds 3 --masks MASKS --epochs 20 --output OUT
 
-Each image is predicted in several views (turned, scaled, other gamma). Its label, their median, is
-accepted where the anatomy is plausible, the peaks are sharp and the views agree. The two thresholds
-follow from the share to accept (--accept) or from val (--precision: the loosest ones at which that
-share of the accepted val cases has a mean radial error within --precision-px at 512 px).
+Each image is predicted in several variants (turned, scaled, other gamma). Its label, their median,
+is accepted where the anatomy is plausible, the peaks are sharp and the variants agree. The two
+thresholds follow from the share to accept (--accept) or from val (--precision: the loosest ones at
+which that share of the accepted val cases has a mean radial error within --precision-px at 512 px).
 
 OUT holds pseudo.csv (a case table for fit --more; `source` names the teacher), rejected.csv (with
 the reasons), thresholds.json and sheet.png. With --rounds these stand in OUT/round-1 and so on, and
@@ -37,14 +37,19 @@ from training.data.case_table import (
     CaseError,
     read_cases,
     read_table,
-    write_rows,
+    write_csv,
 )
 from training.data.near_duplicates import DUPLICATE_CORRELATION
 from training.evaluation.metrics import mean_errors
 from training.evaluation.predict import predict_cases
 from training.learning.checkpoint import load_weights, write_text
-from training.pseudo_labels.labelling import Rule, label, load_teacher
-from training.pseudo_labels.pool import Pool, excluded, find_pool, labelled_apart
+from training.pseudo_labels.labelling import AcceptanceRule, label_pool, load_any_predictor
+from training.pseudo_labels.pool import (
+    Pool,
+    exclusions_of_training_table,
+    find_pool,
+    parse_exclusion,
+)
 from training.recipes import Recipe, add_recipe_arguments, recipe_from_arguments
 
 HISTORY = ("round", "accepted", "val_mre_px", "val_aop_error_deg")
@@ -119,8 +124,8 @@ def pseudo_label(options: PseudoLabelOptions) -> None:
         ValueError, OSError: data, teacher or settings cannot be used, or no label is good enough.
     """
     check_student(options)
-    apart = labelled_apart(options.data, options.images)
-    apart += [excluded(table, Path(images)) for table, images in options.exclude]
+    apart = exclusions_of_training_table(options.data, options.images)
+    apart += [parse_exclusion(table, Path(images)) for table, images in options.exclude]
     begin(options)
     pool = find_pool(options.unlabelled, apart, options.duplicate_correlation)
     print(f"{len(pool.candidates)} images to label, {len(pool.rejected)} left out or unreadable")
@@ -223,8 +228,8 @@ def train_student(options: PseudoLabelOptions, root: Path, folder: Path, teacher
 def _label(
     options: PseudoLabelOptions, teacher: Path, pool: Pool, val: Sequence[Case], folder: Path
 ) -> int:
-    rule = Rule(options.accept, options.precision, options.precision_px)
-    return label(teacher, options.device, pool, val, options.images, rule, folder)
+    rule = AcceptanceRule(options.accept, options.precision, options.precision_px)
+    return label_pool(teacher, options.device, pool, val, options.images, rule, folder)
 
 
 def _history(output: Path) -> History:
@@ -238,13 +243,13 @@ def _add(
     options: PseudoLabelOptions, history: History, accepted: int, model: Path, val: Sequence[Case]
 ) -> History:
     """The history with a model's errors on val, written down."""
-    predictor = load_teacher(model, options.device)
+    predictor = load_any_predictor(model, options.device)
     mre_px, aop_deg = mean_errors(predict_cases(predictor, val, options.images), val)
     row = dict(zip(HISTORY, (len(history), accepted, mre_px, aop_deg), strict=True))
     print(f"round {len(history)}: val {mre_px:.2f} px, AoP {aop_deg:.2f} deg ({model})")
     history = [*history, row]
     written = [[f"{value:.10g}" for value in each.values()] for each in history]
-    write_rows(options.output / "rounds.csv", HISTORY, written)
+    write_csv(options.output / "rounds.csv", HISTORY, written)
     return history
 
 

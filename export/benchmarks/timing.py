@@ -38,7 +38,7 @@ from model.predictor import (
 )
 from model.spec import METADATA_KEY, ModelSpec, parse_spec
 from training.data.case_table import Case, CaseError, read_cases
-from training.data.dataset import read_grey
+from training.data.dataset import read_frame
 from training.recipes import UNET
 
 STAGES = ("preprocess", "inference", "decode")  # of Prediction.milliseconds
@@ -131,7 +131,7 @@ def read_images(choice: ImageChoice, rounds: int) -> Images:
                 f"{choice.table}: no case has split '{split}': pass another --split, or all"
             )
         cases = [cases[k] for k in _draw(len(cases), choice.count)]
-        pictures = [Picture(*read_grey(folder / case.file, case.frame)) for case in cases[:timed]]
+        pictures = [Picture(*read_frame(folder / case.file, case.frame)) for case in cases[:timed]]
         words = f"{len(cases)} images of {choice.table.name}, split {split}"
         return Images(pictures, words, cases, folder)
     if choice.input:
@@ -139,7 +139,7 @@ def read_images(choice: ImageChoice, rounds: int) -> Images:
         if not paths:
             raise CaseError(f"--input: no image below {choice.input}")
         paths = [paths[k] for k in _draw(len(paths), choice.count)][:timed]
-        pictures = [Picture(*read_grey(path)) for path in paths]
+        pictures = [Picture(*read_frame(path)) for path in paths]
         return Images(pictures, f"{len(paths)} images of the folder {choice.input.name}")
     count = min(choice.count or RANDOM_IMAGES, timed)
     plain = UNET.spec().model_copy(

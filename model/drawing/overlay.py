@@ -1,7 +1,7 @@
-"""The picture that a person checks: the measurement in thin lines, and in words below the image.
+"""The overlay, the picture that a person checks: thin lines on the image, and text below it.
 
-The head's contour stays free: the tangent has a gap at FH1, which a tick and a name mark on
-the side away from the head. Doubt surrounds the image and covers nothing of it.
+The head's contour stays visible: the tangent has a gap at FH1, and a tick and a name mark FH1 on
+the side away from the head. The frame of a doubtful case surrounds the image and covers none of it.
 """
 
 import math
@@ -18,218 +18,241 @@ from model.drawing.text import (
     WHITE,
     Colour,
     Picture,
+    draw_rows,
+    draw_scale_bar,
     is_doubtful,
     put_text,
-    rows_of,
-    scale_bar,
+    text_rows,
     text_width,
-    write_rows,
 )
 from model.images.source import GreyFrame
 from model.results.schemas import CaseEntry
 
-Stroke = tuple[Floats, Colour, int]  # (n, 2) px of the image as shown; the last is the thickness
+Stroke = tuple[Floats, Colour, int]  # points (n, 2) in shown px, colour, thickness in px
 
-SHORTEST, LONGEST = 640, 1280  # px of the picture's longer side
-NARROWEST, LOWEST = 420, 160  # px; a smaller image gets black beside or below it, for the words
+SHORTEST, LONGEST = 640, 1280  # px; limits of the longer side, text excluded
+NARROWEST, LOWEST = 420, 160  # px; a smaller image gets a black margin, so that text has room
 FAR = 20_000  # px; OpenCV draws nothing further away
 COLOURS: dict[str, Colour] = {"PS1": (90, 220, 255), "PS2": (120, 255, 120), "FH1": (255, 160, 255)}
-BEYOND = 1.25  # the tangent is drawn on past FH1
+BEYOND = 1.25  # end of the tangent, as a multiple of the distance from PS1 to FH1
 
-# Lengths in px of a picture of 640 px; they grow with it.
-FRAME = 6  # of doubt
-RING, GAP, TICK, PAST, ARROW = 6, 11, 10, 40, 12  # around landmarks, at FH1, beyond it, at a border
-ARC = 40  # radius
-NAME, ANGLE, TEXT = 13, 17, 15  # letters
-# Where a name may stand: in directions from the best one, close or further.
+# Lengths in px of a picture whose longer side is SHORTEST; they grow with it.
+FRAME = 6  # width of the frame of doubt
+RING = 6  # radius around PS1 and PS2, and distance of the tick from FH1
+GAP = 11  # half of the tangent's gap at FH1
+TICK = 10  # length of the tick at FH1
+PAST = 40  # least length of the tangent past FH1
+ARROW = 12  # length of an arrow at the border
+ARC = 40  # radius of the angle's arc at most
+NAME, ANGLE, TEXT = 13, 17, 15  # letters of names, of the angle, and below the image
+# A label may stand in these directions from the best one, near or further away.
 TURNS_DEG = np.tile([0, 25, -25, 50, -50, 75, -75, 110, -110, 150, -150], 2)
 REACH = np.repeat([9, 24], 11)
 
 
 class _Layout(NamedTuple):
-    """Sizes in px, as (width, height): the picture without its words, and the image in it."""
+    """Sizes in px, as (width, height): the picture without its text, and the image as shown.
+
+    margin: width of the frame of doubt around the image; 0 without doubt.
+    """
 
     canvas: tuple[int, int]
     image: tuple[int, int]
-    margin: int  # the frame of doubt, around the image and not over it
+    margin: int
 
     @property
     def unit(self) -> float:
-        return max(self.canvas) / 640
+        """Factor for the lengths above."""
+        return max(self.canvas) / SHORTEST
 
     @property
     def letters(self) -> int:
-        """Size in px of those below the image."""
+        """Height in px of the letters below the image."""
         return max(10, round(TEXT * min(self.unit, self.canvas[0] / NARROWEST)))
 
 
 class _Label(NamedTuple):
-    """Words that stand near a point, best in a direction."""
+    """Text near a point of the image, in shown px.
 
-    words: str
+    size: height of the letters. away: the best direction from the point, of any length.
+    """
+
+    text: str
     colour: Colour
     size: int
-    at: Floats
+    point: Floats
     away: Floats
 
 
 def overlay_picture(frame: GreyFrame, entry: CaseEntry) -> Picture:
-    """The picture of an answered case: (H, W, 3) BGR, H and W within LONGEST without the words.
+    """The overlay of an answered case, (height, width, 3) BGR.
 
-    The image is scaled so that text is legible and pixels are square. A landmark outside it is an
-    arrow at the border and the word "outside". Doubt is a frame, and words that say why.
+    The image is scaled so that its pixels are square and text is legible; without the text, the
+    longer side has SHORTEST to LONGEST px. A landmark outside the image becomes an arrow at the
+    border and the word "outside". A doubtful case gets an orange frame, and the reasons below.
     """
     assert entry.landmarks_px and entry.aop_deg is not None  # it is answered
-    layout = _layout(entry)
+    layout = _fit_layout(entry)
     unit, m, (width, height) = layout.unit, layout.margin, layout.canvas
-    rows = rows_of(entry, layout.letters, width)
+    rows = text_rows(entry, layout.letters, width)
     picture: Picture = np.zeros((height + sum(row.height for row in rows), width, 3), np.uint8)
-    write_rows(picture[height:], rows, layout.letters)
+    draw_rows(picture[height:], rows, layout.letters)
     if entry.spacing_mm and entry.width:
         banner = sum(row.height for row in rows if row.ground == DOUBT)
         px_per_mm = layout.image[0] / entry.width / entry.spacing_mm[0]
-        scale_bar(picture[height + banner :], px_per_mm, layout.letters)
+        draw_scale_bar(picture[height + banner :], px_per_mm, layout.letters)
     for edge in (picture[:m], picture[height - m : height], picture[:height, :m]):
         edge[:] = DOUBT
     picture[:height, width - m :] = DOUBT
     canvas = picture[m : height - m, m : width - m]
     landmarks = np.array([entry.landmarks_px[name] for name in LANDMARKS])
-    points = _placed(landmarks, frame.pixels.shape, layout)
-    marks, labels = _marks(points, np.array(layout.image, float), unit)
-    strokes = [*_lines(points, unit), *marks]
-    _draw(canvas[: layout.image[1], : layout.image[0]], frame.pixels, strokes)
+    points = _to_shown_px(landmarks, frame.pixels.shape, layout)
+    marks, labels = _landmark_marks(points, np.array(layout.image, float), unit)
+    strokes = [*_measurement_lines(points, unit), *marks]
+    _draw_image(canvas[: layout.image[1], : layout.image[0]], frame.pixels, strokes)
     vertex = labels[Landmark.PS1]
-    if vertex.words == "PS1":  # inside
-        words, letters = f"{entry.aop_deg:.0f}°", round(ANGLE * unit)
-        labels.append(_Label(words, WHITE, letters, vertex.at, vertex.away))
-    _write_labels(canvas, labels, points, strokes)
+    if vertex.text == "PS1":  # it lies inside the image
+        angle, letters = f"{entry.aop_deg:.0f}°", round(ANGLE * unit)
+        labels.append(_Label(angle, WHITE, letters, vertex.point, vertex.away))
+    _draw_labels(canvas, labels, points, strokes)
     return picture
 
 
-def without_words(picture: Picture, entry: CaseEntry) -> Picture:
-    """The picture of a case without the strip below the image."""
-    return picture[: _layout(entry).canvas[1]]
+def crop_text_strip(picture: Picture, entry: CaseEntry) -> Picture:
+    """The overlay of a case without the text below the image."""
+    return picture[: _fit_layout(entry).canvas[1]]
 
 
-def png(picture: Picture) -> bytes:
-    """The picture as a PNG file."""
-    # one filter and the lowest level: four times as fast as the defaults, the file a fifth larger
+def encode_png(picture: Picture) -> bytes:
+    """The bytes of a PNG file."""
+    # One filter and the lowest level: four times as fast as the defaults, for a fifth more bytes.
     fast = [cv2.IMWRITE_PNG_COMPRESSION, 1, cv2.IMWRITE_PNG_FILTER, cv2.IMWRITE_PNG_FILTER_SUB]
     return cv2.imencode(".png", picture, fast)[1].tobytes()
 
 
-def _layout(entry: CaseEntry) -> _Layout:
+def _fit_layout(entry: CaseEntry) -> _Layout:
     assert entry.width and entry.height  # it is answered
     size = np.array([entry.width, entry.height])
     extent = size * np.array(entry.spacing_mm or (1.0, 1.0))
     longer = float(np.clip(size.max(), SHORTEST, LONGEST))
     image = np.maximum(1, np.rint(extent * longer / extent.max()))
     canvas = np.maximum(image, (NARROWEST, LOWEST))
-    margin = round(FRAME * canvas.max() / 640) if is_doubtful(entry) else 0
-    fitted = np.maximum(1, np.rint(image * min(1, ((canvas - 2 * margin) / image).min())))
-    (width, height), (wide, high) = canvas.astype(int).tolist(), fitted.astype(int).tolist()
-    return _Layout((width, height), (wide, high), margin)
+    margin = round(FRAME * canvas.max() / SHORTEST) if is_doubtful(entry) else 0
+    shown = np.maximum(1, np.rint(image * min(1, ((canvas - 2 * margin) / image).min())))
+    (width, height), (shown_width, shown_height) = (
+        sides.astype(int).tolist() for sides in (canvas, shown)
+    )
+    return _Layout((width, height), (shown_width, shown_height), margin)
 
 
-def _placed(landmarks_px: Floats, shape: tuple[int, ...], layout: _Layout) -> Floats:
-    """(3, 2) px of an image of that (height, width) -> px of the image as shown.
+def _to_shown_px(landmarks_px: Floats, shape: tuple[int, ...], layout: _Layout) -> Floats:
+    """(3, 2) px of the image, of shape (height, width), -> (3, 2) px of the image as shown.
 
-    What lies further than FAR is brought nearer in its own direction from the image's centre.
+    A point further than FAR from the image's centre is moved towards it.
     """
     size, centre = np.array(layout.image), np.array(layout.image) / 2
     way = (landmarks_px + 0.5) * (size / np.array(shape[::-1])) - 0.5 - centre
     return np.asarray(centre + way * (FAR / np.maximum(np.abs(way).max(1, keepdims=True), FAR)))
 
 
-def _lines(points: Floats, unit: float) -> list[Stroke]:
-    """Symphysis, tangent and arc between (3, 2) points; they leave the points themselves free."""
+def _measurement_lines(points: Floats, unit: float) -> list[Stroke]:
+    """Symphysis, tangent and arc for (3, 2) points in shown px; they leave the points free."""
     ps1, ps2, fh1 = points
-    bone, tangent = _direction(ps2 - ps1), _direction(fh1 - ps1)
+    bone, tangent = _unit_vector(ps2 - ps1), _unit_vector(fh1 - ps1)
     past = max((BEYOND - 1) * math.dist(ps1, fh1), PAST * unit)
     lines = [
         np.array([ps1 + RING * unit * bone, ps2 - RING * unit * bone]),
         np.array([ps1 + RING * unit * tangent, fh1 - GAP * unit * tangent]),
         np.array([fh1 + GAP * unit * tangent, fh1 + past * tangent]),
-        *_arc(points, unit),
+        *_angle_arc(points, unit),
     ]
     return [(line, WHITE, max(1, round(unit))) for line in lines]
 
 
-def _marks(points: Floats, size: Floats, unit: float) -> tuple[list[Stroke], list[_Label]]:
-    """Rings around PS1 and PS2, a tick outside FH1, an arrow for what is outside, and the names.
+def _landmark_marks(points: Floats, size: Floats, unit: float) -> tuple[list[Stroke], list[_Label]]:
+    """The mark and the name of each landmark.
+
+    PS1 and PS2 get a ring and FH1 a tick, away from the head; a landmark outside gets an arrow.
 
     Args:
-        points: (3, 2) px of the image as shown.
-        size: (2,) its width and height.
+        points: (3, 2) in shown px.
+        size: (2,) width and height of the image as shown.
     """
     ps1, ps2, fh1 = points
-    bone, tangent = _direction(ps2 - ps1), _direction(fh1 - ps1)
+    bone, tangent = _unit_vector(ps2 - ps1), _unit_vector(fh1 - ps1)
     out = np.array([tangent[1], -tangent[0]])
     out = -out if out @ bone > 0 else out  # away from the head, which lies on the side of PS2
     tick = fh1 + np.outer([RING * unit, (RING + TICK) * unit], out)
-    ring = RING * unit * _circle(0, 2 * np.pi, 25)
-    ways = _direction(-bone - tangent), _direction(bone - tangent), out
-    start = ps1 if _holds(size, ps1) else size / 2
+    ring = RING * unit * _circle_points(0, 2 * np.pi, 25)
+    directions = _unit_vector(-bone - tangent), _unit_vector(bone - tangent), out
+    start = ps1 if _is_inside(size, ps1) else size / 2
     marks, labels = [], []
     for k, (name, colour) in enumerate(COLOURS.items()):
-        mark, at, way, words = points[k] + ring, points[k], ways[k], name
-        if not _holds(size, at):
-            at, way, words = _border(start, at, size), start - at, f"{name} outside"
-            mark = _arrow(at, -_direction(way), ARROW * unit)
+        mark, point, away, text = points[k] + ring, points[k], directions[k], name
+        if not _is_inside(size, point):
+            away, text = start - point, f"{name} outside"
+            point = _border_crossing(start, point, size)
+            mark = _arrow_points(point, -_unit_vector(away), ARROW * unit)
         elif k == Landmark.FH1:
-            mark, at = tick, tick[1]
+            mark, point = tick, tick[1]
         marks.append((mark, colour, max(1, round(1.6 * unit))))
-        labels.append(_Label(words, colour, round(NAME * unit), at, way))
+        labels.append(_Label(text, colour, round(NAME * unit), point, away))
     return marks, labels
 
 
-def _holds(size: Floats, point: Floats) -> bool:
-    """Whether an image of that size has a pixel there."""
+def _is_inside(size: Floats, point: Floats) -> bool:
+    """Whether an image of this width and height has a pixel at the point."""
     return bool(np.all((point >= -0.5) & (point <= size - 0.5)))
 
 
-def _direction(way: Floats) -> Floats:
-    """Of length 1; up where there is none."""
+def _unit_vector(way: Floats) -> Floats:
+    """The direction of a vector; for a vector of length 0, up."""
     length = float(np.hypot(*way))
     return way / length if length > 1e-9 else np.array([0.0, -1.0])
 
 
-def _circle(start: float, end: float, count: int) -> Floats:
+def _circle_points(start: float, end: float, count: int) -> Floats:
+    """(count, 2) points of the unit circle, between two angles in radians."""
     turns = np.linspace(start, end, count)
     return np.column_stack([np.cos(turns), np.sin(turns)])
 
 
-def _arc(points: Floats, unit: float) -> list[Floats]:
-    """On the short way from PS2 to FH1 about PS1; nothing where two points coincide."""
+def _angle_arc(points: Floats, unit: float) -> list[Floats]:
+    """The arc about PS1, the short way from PS2 to FH1; [] if two points coincide."""
     arms = points[[Landmark.PS2, Landmark.FH1]] - points[Landmark.PS1]
     shorter = float(np.hypot(*arms.T).min())
     if shorter < 1:
         return []
     start, end = np.arctan2(arms[:, 1], arms[:, 0])
     turn = (end - start + np.pi) % (2 * np.pi) - np.pi
-    circle = _circle(start, start + turn, 49)
-    return [points[Landmark.PS1] + min(0.4 * shorter, ARC * unit) * circle]
+    arc = _circle_points(start, start + turn, 49)
+    return [points[Landmark.PS1] + min(0.4 * shorter, ARC * unit) * arc]
 
 
-def _border(start: Floats, point: Floats, size: Floats) -> Floats:
-    """Where the way from a point inside an image of that size to one outside leaves it."""
+def _border_crossing(start: Floats, point: Floats, size: Floats) -> Floats:
+    """Where the line from `start`, inside an image of this size, to a point outside leaves it."""
     way = point - start
     room = np.where(way > 0, size - 1 - start, start) / np.maximum(np.abs(way), 1e-9)
     return np.asarray(start + way * np.clip(room.min(), 0, 1))
 
 
-def _arrow(tip: Floats, way: Floats, length: float) -> Floats:
-    aside = np.array([way[1], -way[0]]) * 0.6
-    return tip - length * np.array([way - aside, 0 * way, way + aside])
+def _arrow_points(tip: Floats, direction: Floats, length: float) -> Floats:
+    aside = np.array([direction[1], -direction[0]]) * 0.6
+    return tip - length * np.array([direction - aside, 0 * direction, direction + aside])
 
 
-def _draw(shown: Picture, grey: Any, strokes: Sequence[Stroke]) -> None:
-    """Put an image and its lines, with a faint shadow, into a part of the picture."""
+def _draw_image(shown: Picture, grey: Any, strokes: Sequence[Stroke]) -> None:
+    """Draw an image and its lines, with a faint shadow, into a part of the picture.
+
+    Args:
+        shown: that part, as large as the image is shown.
+        grey: (height, width) of any type, 0 to 255.
+    """
     height, width = shown.shape[:2]
     smooth = cv2.INTER_AREA if width < grey.shape[1] else cv2.INTER_CUBIC
     byte = grey if grey.dtype == np.uint8 else np.clip(np.rint(grey), 0, 255).astype(np.uint8)
     plain = cv2.resize(byte, (width, height), interpolation=smooth)
-    # OpenCV takes whole numbers: here of 1/16 px
+    # OpenCV takes integers, here in 1/16 px
     lines = [(np.rint(line * 16).astype(np.int32), hue, thick) for line, hue, thick in strokes]
     shadow = plain.copy()
     for line, _, thick in lines:
@@ -240,28 +263,31 @@ def _draw(shown: Picture, grey: Any, strokes: Sequence[Stroke]) -> None:
         cv2.polylines(shown, [line], False, hue, thick, cv2.LINE_AA, 4)
 
 
-def _write_labels(
+def _draw_labels(
     canvas: Picture, labels: Iterable[_Label], points: Floats, strokes: Iterable[Stroke]
 ) -> None:
-    """Write each label where it covers no line, no other label, and the least that is bright."""
-    unit = max(canvas.shape) / 640
-    far, busy = round(4 * unit), np.zeros(canvas.shape[:2], np.uint8)
+    """Draw each label where it covers no line, no other label, and little that is bright."""
+    unit = max(canvas.shape) / SHORTEST
+    distance, busy = round(4 * unit), np.zeros(canvas.shape[:2], np.uint8)
     for x, y in np.rint(points).astype(int).tolist():
         cv2.circle(busy, (x, y), round(GAP * unit), 255, -1)
     for line, _, thick in strokes:
-        cv2.polylines(busy, [np.rint(line).astype(np.int32)], False, 255, thick + 2 * far)
+        whole_px = np.rint(line).astype(np.int32)
+        cv2.polylines(busy, [whole_px], False, 255, thick + 2 * distance)
     for label in labels:
-        wide, high = box = text_width(label.words, label.size) + 2, label.size
+        width, height = box = text_width(label.text, label.size) + 2, label.size
         turns = np.radians(TURNS_DEG) + math.atan2(label.away[1], label.away[0])
-        ways = np.column_stack([np.cos(turns), np.sin(turns)])
-        reach = REACH * unit + np.abs(ways) @ np.array(box) / 2
-        corners = label.at + ways * reach[:, None] - np.array(box) / 2
+        directions = np.column_stack([np.cos(turns), np.sin(turns)])
+        reach = REACH * unit + np.abs(directions) @ np.array(box) / 2
+        corners = label.point + directions * reach[:, None] - np.array(box) / 2
         corners = np.rint(np.clip(corners, 3, np.subtract(canvas.shape[1::-1], box) - 3))
         cost = np.abs(TURNS_DEG) * 0.5 + REACH
         for k, (x, y) in enumerate(corners.astype(int).tolist()):
-            place = slice(y, y + high), slice(x, x + wide)
+            place = slice(y, y + height), slice(x, x + width)
             mean, spread = cv2.meanStdDev(canvas[place])
             cost[k] += mean[0, 0] + spread[0, 0] + 20 * cv2.mean(busy[place])[0]
         x, y = corners[cost.argmin()].astype(int).tolist()
-        put_text(canvas, label.words, (x + 1, y + 0.86 * high), high, label.colour, shadow=True)
-        cv2.rectangle(busy, (x - far, y - far), (x + wide + far, y + high + far), 255, -1)
+        baseline = (x + 1, y + 0.86 * height)
+        put_text(canvas, label.text, baseline, height, label.colour, shadow=True)
+        end = (x + width + distance, y + height + distance)
+        cv2.rectangle(busy, (x - distance, y - distance), end, 255, -1)

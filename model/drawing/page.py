@@ -1,8 +1,8 @@
-"""The skeleton of an HTML report: one file that needs no network and trusts no name.
+"""The frame of an HTML report: one file that needs no network and treats every name as plain text.
 
-What a page may do is in its Content-Security-Policy: run the one script and use the one style sheet
-it was made with (by digest), show pictures from beside it or from data: URLs, and nothing else.
-So `style=` and `onclick=` attributes have no effect: use classes, `style` and `script`.
+The page's Content-Security-Policy allows the one script and the one style sheet that it was made
+with (by digest), and pictures from beside it or from data: URLs. It forbids everything else, so
+`style=` and `onclick=` attributes have no effect: pass rules as `style` and code as `script`.
 """
 
 import base64
@@ -11,9 +11,9 @@ import html
 
 RESEARCH_ONLY = "Research use only; not a medical device."
 
-# Classes that a body can use: .figures (a dl of key figures), .cards and .card (a grid), .wide
-# (around a table that may be wider than a phone), .note, .doubt, .bad, .dim (words), .controls.
-STYLE = """\
+# Classes for the body: .figures (a dl of key figures), .cards and .card (a grid), .wide (around a
+# table that may be wider than a phone), .note, .doubt, .bad, .good and .dim (text), .controls.
+BASE_STYLE = """\
 :root { color-scheme: light dark; --ground: #f4f5f7; --card: #fff; --ink: #1b2128; --dim: #59626d;
   --line: #d5d9df; --accent: #0b5fa5; --doubt: #9a4b00; --doubt-ground: #fff1df; --bad: #b3201b;
   --good: #1d6b38; }
@@ -67,21 +67,24 @@ button:disabled { opacity: .5; cursor: default; }
 """
 
 
-def escape(text: str) -> str:
-    """Text for HTML, in an element or in a quoted attribute.
+def page(title: str, body: str, script: str = "", style: str = "") -> str:
+    """A complete HTML document.
 
-    What cannot be shown, or would turn the words around it (line ends, controls, bytes that are no
-    UTF-8, marks of direction), stands there as Python writes it: \\n, \\udcff, \\u202e.
+    Args:
+        title: plain text, for the window and the heading.
+        body: HTML. Text from files, options or users must have gone through `escape`.
+        script: JavaScript that runs at the end of the body.
+        style: CSS added to BASE_STYLE.
     """
-    shown = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-    return html.escape("".join(shown))
+    before, after = page_head_and_foot(title, script, style)
+    return before + body + after
 
 
-def around(title: str, script: str = "", style: str = "") -> tuple[str, str]:
-    """What stands before and after a page's body, for one that is written piece by piece."""
-    sheet = STYLE + style
+def page_head_and_foot(title: str, script: str = "", style: str = "") -> tuple[str, str]:
+    """The HTML before and after a page's body, for a body that is written piece by piece."""
+    sheet = BASE_STYLE + style
     policy = (
-        f"default-src 'none'; script-src {_digest(script)}; style-src {_digest(sheet)}; "
+        f"default-src 'none'; script-src {_csp_hash(script)}; style-src {_csp_hash(sheet)}; "
         "img-src 'self' file: data:; base-uri 'none'; form-action 'none'"
     )
     before = f"""<!doctype html>
@@ -103,19 +106,18 @@ def around(title: str, script: str = "", style: str = "") -> tuple[str, str]:
     return before, f"\n</main>\n{run}</body>\n</html>\n"
 
 
-def page(title: str, body: str, script: str = "", style: str = "") -> str:
-    """A complete HTML document.
+def escape(text: str) -> str:
+    """Text made safe for HTML, in an element or in a quoted attribute.
 
-    Args:
-        title: plain text; of the window and of the heading.
-        body: HTML; every text in it that is not ours went through `escape`.
-        script, style: ours, added at the end of the body, and to the shared style sheet.
+    Characters that cannot be shown, or that change the text around them (line ends, controls, marks
+    of writing direction, bytes that are not UTF-8), appear as Python writes them: \\n, \\u202e,
+    \\udcff.
     """
-    before, after = around(title, script, style)
-    return before + body + after
+    shown = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return html.escape("".join(shown))
 
 
-def _digest(source: str) -> str:
-    """How a policy names the one script or style sheet that may be used."""
+def _csp_hash(source: str) -> str:
+    """The source expression by which a Content-Security-Policy allows a script or style sheet."""
     digest = hashlib.sha256(source.encode()).digest()
     return f"'sha256-{base64.b64encode(digest).decode()}'"

@@ -1,6 +1,6 @@
-"""Which format a file is of: by its content, never by its name.
+"""Which format a file has. Its content decides, never its name.
 
-A header that ITK must not see is refused here: one that would end the process, or keep it for ever.
+Some headers crash ITK or keep it busy for ever. They are refused here, before ITK sees them.
 """
 
 import math
@@ -10,13 +10,13 @@ import struct
 import zlib
 from pathlib import Path
 
-from model.images.limits import ImageError, damaged
+from model.images.limits import ImageError, damaged_error
 
 SUFFIXES = (
     *(".mha", ".mhd", ".nii", ".nii.gz", ".nrrd", ".dcm"),
     *(".tif", ".tiff", ".png", ".jpg", ".jpeg", ".bmp"),
 )
-_MAGIC = (
+_MAGIC = (  # format, offset in the file, bytes there
     ("DICOM", 128, b"DICM"),
     ("PNG", 0, b"\x89PNG\r\n\x1a\n"),
     ("JPEG", 0, b"\xff\xd8\xff"),
@@ -26,82 +26,122 @@ _MAGIC = (
     ("NIfTI", 344, b"n+1\0"),
     ("NIfTI", 4, b"n+2\0"),
 )
-_HEAD = 2**16  # bytes; SimpleITK writes into headers what DICOM files say of themselves
+_HEAD_BYTES = 2**16  # long, because SimpleITK copies the fields of a DICOM file into headers
 _METAIMAGE = re.compile(rb"(?:\w+[ \t]*=.*\n)*?NDims[ \t]*=[ \t]*[1-9]\s")
-# All fields up to the last; to ITK, a colon ends a field's name as well.
-_FIELDS = re.compile(rb"(?:\s*[^\s=:][^\n=:]*=.*\n)*?\s*ElementDataFile\s*=(?P<partner>.*)\n?")
+# All fields to the last, which names the data file. To ITK a colon ends a field's name as well.
+_FIELDS = re.compile(rb"(?:\s*[^\s=:][^\n=:]*=.*\n)*?\s*ElementDataFile\s*=(?P<data_file>.*)\n?")
 _NDIMS = re.compile(rb"NDims\s*=[ \t]*(\S+\s)")
-_NUMBERED = re.compile(rb"([^%\s]*%\d{0,2}d[^%\s]*)((?:[ \t]+\d{1,5}){3})")
-_NRRD_PARTNER = re.compile(rb"(?im)^[ \t]*data ?file[ \t]*:(.*)")
+_NUMBERED_FILES = re.compile(rb"([^%\s]*%\d{0,2}d[^%\s]*)((?:[ \t]+\d{1,5}){3})")
+_NRRD_DATA_FILE = re.compile(rb"(?im)^[ \t]*data ?file[ \t]*:(.*)")
+_JPEG_FRAME_MARKERS = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # SOF0 to SOF15
 
 
 def is_supported_name(path: Path) -> bool:
-    """Whether the name ends like an image's; the partner of an .mhd (.raw, .zraw) is none."""
+    """Whether the name ends like an image's; the data file of an .mhd (.raw, .zraw) does not."""
     return path.name.lower().endswith(SUFFIXES)
+
+
+def is_dicom(path: Path) -> bool:
+    """Whether a file in a folder is a DICOM frame; a DICOMDIR only lists the others."""
+    by_name = path.suffix.lower() == ".dcm"
+    return path.name.upper() != "DICOMDIR" and (by_name or read_head(path)[128:132] == b"DICM")
 
 
 def format_of(path: Path) -> str:
     """DICOM, PNG, JPEG, BMP, TIFF, NRRD, NIfTI or MetaImage.
 
     Raises:
-        ImageError: it is none of them, or empty.
+        ImageError: the file is empty, of another format, or harmful to ITK.
     """
-    head = head_of(path)
+    head = read_head(path)
     if not head:
         raise ImageError("the file is empty")
-    if is_gzip(path):  # of these formats only NIfTI is packed as a whole
+    if is_gzip(path):  # NIfTI is the only one of these formats that is compressed as a whole
         try:
-            head = zlib.decompressobj(wbits=31).decompress(head, _HEAD)
+            head = zlib.decompressobj(wbits=31).decompress(head, _HEAD_BYTES)
         except zlib.error as error:
-            raise damaged("gzip") from error
+            raise damaged_error("gzip") from error
     kind = next((kind for kind, offset, magic in _MAGIC if head.startswith(magic, offset)), "")
     if not kind and _METAIMAGE.match(head):
         kind = "MetaImage"
     if _is_harmful(path, kind, head):
-        raise damaged(kind)
+        raise damaged_error(kind)
     if kind:
         return kind
     if path.suffix.lower() == ".dcm":  # old DICOM files have no magic bytes
         return "DICOM"
     raise ImageError(
-        "the content is none of the supported formats: expected MetaImage, NIfTI, NRRD, DICOM, "
-        "TIFF, PNG, JPEG or BMP"
+        "the content matches none of the supported formats: expected MetaImage, NIfTI, NRRD, "
+        "DICOM, TIFF, PNG, JPEG or BMP"
     )
 
 
+def read_head(path: Path) -> bytes:
+    """The file's first bytes, enough for the header of every format."""
+    with path.open("rb") as file:
+        return file.read(_HEAD_BYTES)
+
+
+def is_gzip(path: Path) -> bool:
+    """Whether the whole file is compressed by gzip."""
+    return read_head(path).startswith(b"\x1f\x8b")
+
+
+def find_jpeg_frame(data: bytes) -> int | None:
+    """The offset of the marker of JPEG's frame header; None where the data ends before it.
+
+    The header has at least 3 bytes behind the marker: its length, then the bits of a value.
+    """
+    at = 2
+    while at + 4 < len(data):
+        if data[at + 1] in _JPEG_FRAME_MARKERS:
+            return at
+        at += 1 if data[at + 1] == 0xFF else 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    return None
+
+
+# ---- Headers that ITK must not see
+
+
 def _is_harmful(path: Path, kind: str, head: bytes) -> bool:
-    """Whether ITK must not read it. `head`: the file's first bytes, unpacked."""
-    if kind == "NIfTI":  # where axes of infinite length span no space, ITK turns them for ever
+    """Whether ITK must not read the file, whose first bytes, uncompressed, are `head`."""
+    if kind == "NIfTI":  # ITK never ends on axes of infinite length that span no space
         axes = head[280:328].ljust(48, b"\0")
         return any(map(math.isinf, struct.unpack("<12f", axes) + struct.unpack(">12f", axes)))
     if kind == "NRRD":
-        partner = _NRRD_PARTNER.search(re.split(rb"\r?\n\r?\n", head)[0])
-        return partner is not None and not _are_files(path, [partner[1].strip()])
+        data_file = _NRRD_DATA_FILE.search(re.split(rb"\r?\n\r?\n", head)[0])
+        return data_file is not None and not _are_safe_files(path, [data_file[1].strip()])
     if kind != "MetaImage":
         return False
     fields = _FIELDS.match(head)
-    # ITK breaks the heap where NDims is above 10.
+    # NDims above 10 corrupts ITK's heap.
     if fields is None or not re.fullmatch(rb"[1-9]\s", b"".join(_NDIMS.findall(fields[0]))):
         return True
-    name, rest = fields["partner"].strip(), head[fields.end() :]
-    return name not in (b"LOCAL", b"Local", b"local") and not _are_files(path, _named(name, rest))
+    name, rest = fields["data_file"].strip(), head[fields.end() :]
+    is_local = name in (b"LOCAL", b"Local", b"local")
+    return not is_local and not _are_safe_files(path, _data_file_names(name, rest))
 
 
-def _named(name: bytes, rest: bytes) -> list[bytes]:
-    """The files that a MetaImage header names: one, or one a frame by a list or a pattern."""
+def _data_file_names(name: bytes, rest: bytes) -> list[bytes]:
+    """The data files that a MetaImage header names: one, or by a list or pattern one per frame.
+
+    Args:
+        name: the value of ElementDataFile.
+        rest: what follows it.
+    """
     if name == b"LIST":
         return [line.strip() for line in rest.splitlines() if line.strip()]
-    numbered = _NUMBERED.fullmatch(name)
+    numbered = _NUMBERED_FILES.fullmatch(name)
     if numbered is None:
         return [name]
     first, last, step = map(int, numbered[2].split())
     return [numbered[1] % k for k in range(first, last + 1, max(1, step))]
 
 
-def _are_files(path: Path, names: list[bytes]) -> bool:
-    """Whether ITK can read them: it waits for a pipe, and prints to any name that has a %.
+def _are_safe_files(path: Path, names: list[bytes]) -> bool:
+    """Whether ITK may open the files: regular ones in the header's folder or below it.
 
-    Nor is it to read what does not lie beside the header.
+    ITK would wait for a pipe, and it takes a name with % for a format to print with.
     """
     return all(
         b"%" not in name
@@ -110,18 +150,3 @@ def _are_files(path: Path, names: list[bytes]) -> bool:
         and (path.parent / os.fsdecode(name)).is_file()
         for name in names
     )
-
-
-def is_dicom(path: Path) -> bool:
-    """Whether a file of a folder is meant as a frame; a DICOMDIR only lists the others."""
-    by_name = path.suffix.lower() == ".dcm"
-    return path.name.upper() != "DICOMDIR" and (by_name or head_of(path)[128:132] == b"DICM")
-
-
-def head_of(path: Path) -> bytes:
-    with path.open("rb") as file:
-        return file.read(_HEAD)
-
-
-def is_gzip(path: Path) -> bool:
-    return head_of(path).startswith(b"\x1f\x8b")

@@ -2,20 +2,21 @@
 
 import cv2
 import numpy as np
-import numpy.typing as npt
 
+from model.frame import Pixels
 from model.images.limits import ImageError, Raw
 
-Grey = npt.NDArray[np.uint8] | npt.NDArray[np.float32]
-
-BT_601 = (0.299, 0.587, 0.114)  # weights of R, G and B in luminance, as OpenCV has them
+BT_601 = (0.299, 0.587, 0.114)  # weights of R, G and B in luminance, the same as OpenCV's
 
 
-def to_grey(raw: Raw) -> Grey:
-    """(H, W[, channels]) of any type -> (H, W) in 0..255: uint8 as it is, or stretched float32.
+def to_grey(raw: Raw) -> Pixels:
+    """(H, W[, channels]) of any type -> (H, W) in 0..255.
+
+    Integers that all lie in 0..255 stay as they are, in uint8. Other values are stretched to
+    0..255, in float32.
 
     Raises:
-        ImageError: a value is not finite, or all are equal, or they are too far apart.
+        ImageError: a value is not finite, all are equal, or they are too far apart.
     """
     raw = raw[..., :3] if raw.ndim == 3 else raw[..., np.newaxis]
     if raw.dtype.kind == "f":
@@ -32,7 +33,7 @@ def to_grey(raw: Raw) -> Grey:
     if not 1e-300 < high - low < 1e300:
         raise ImageError(f"values from {low:g} to {high:g} cannot be spread over 256 grey levels")
     stretched = np.empty(grey.shape, np.float32)
-    for row, values in zip(stretched, grey, strict=True):  # so that no whole copy is in float64
+    for row, values in zip(stretched, grey, strict=True):  # row by row: no whole copy in float64
         row[:] = (values.astype(np.float64) - low) * (255 / (high - low))
     return stretched
 
@@ -43,5 +44,5 @@ def _luminance(raw: Raw) -> Raw:
         return raw[..., 0]
     if raw.dtype == np.uint8:
         return cv2.cvtColor(np.ascontiguousarray(raw), cv2.COLOR_RGB2GRAY)
-    grey: Raw = np.einsum("hwc,c->hw", raw, BT_601)  # which, unlike @, does not copy raw as float64
+    grey: Raw = np.einsum("hwc,c->hw", raw, BT_601)  # unlike @, it makes no copy in float64
     return grey

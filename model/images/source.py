@@ -1,12 +1,14 @@
 """Any supported file, or a folder of DICOM files -> grey frames and where their pixels lie.
 
-`open_image` raises ImageError for what concerns the whole file. It reads a single image at once, so
-that this image's faults are raised there too; the frames of a stack are read one at a time by
-`ImageSource.frames`, which does not raise for one that is unusable but yields a BadFrame. Pages of
-a TIFF, DICOM, and MetaImage and NIfTI stacks that are not compressed and of one value a pixel are
-never held whole; other stacks are.
+`open_image` raises ImageError for a fault of the whole file. It reads a single image at once, so
+that the faults of this image are raised there too. The frames of a stack are read one at a time by
+`ImageSource.frames`, which yields a BadFrame for one that cannot be used and goes on.
 
-formats.py recognises a file, raster.py and volumes.py read it, grey.py makes grey of its values.
+Only one frame is in memory for TIFF, DICOM, and uncompressed MetaImage and NIfTI with one value per
+pixel. Other stacks are read whole.
+
+formats.py recognises a file; pictures.py, volumes.py and dicom.py read it; grey.py makes its values
+grey.
 """
 
 import stat
@@ -18,16 +20,16 @@ from typing import NoReturn
 
 import numpy as np
 
-from model.frame import Geometry
+from model.frame import Geometry, Pixels
 from model.images.formats import SUFFIXES, format_of, is_dicom, is_supported_name
-from model.images.grey import Grey, to_grey
+from model.images.grey import to_grey
 from model.images.limits import (
     MAX_FRAMES,
     ImageError,
     ImageFile,
     MemoryBudget,
     Reader,
-    unreadable,
+    unreadable_error,
 )
 from model.images.pictures import open_picture, open_tiff
 from model.images.volumes import ITK_NAMES, open_volume
@@ -48,12 +50,12 @@ class GreyFrame:
     """One image to find landmarks in.
 
     Args:
-        pixels: (H, W), C-contiguous, 0..255; float32 where the values had to be stretched.
+        pixels: (H, W), C-contiguous, 0..255; float32 if the values had to be stretched.
         index: number of the frame in its stack, from 0; None for a single image.
-        slice_index: the z index in the world of `geometry`.
+        slice_index: z index of the frame in the world of `geometry`.
     """
 
-    pixels: Grey
+    pixels: Pixels
     index: int | None
     slice_index: int
     geometry: Geometry
@@ -62,7 +64,7 @@ class GreyFrame:
 
 @dataclass(frozen=True)
 class BadFrame:
-    """A frame that cannot be used, and the sentence that says why; `index` as in GreyFrame."""
+    """A frame that cannot be used, and a sentence that says why; `index` as in GreyFrame."""
 
     index: int | None
     reason: str
@@ -72,8 +74,8 @@ class BadFrame:
 class ImageSource:
     """An opened case: one image or a stack.
 
-    `width`, `height` (px) and `geometry` are those of the first readable frame; pages of a TIFF and
-    files of a folder may differ, so each GreyFrame has its own.
+    `width`, `height` (px) and `geometry` are those of the first readable frame. Pages of a TIFF and
+    files of a folder may differ, so each GreyFrame has its own size and geometry.
     """
 
     width: int
@@ -97,11 +99,11 @@ class ImageSource:
             try:
                 read = file.open()
             except ImageError as error:
-                read = partial(_refuse, error)
+                read = partial(_raise, error)
             for k in range(file.count):
                 item: GreyFrame | BadFrame
                 try:
-                    item = _grey_frame(file, k, index, read)
+                    item = _read_frame(file, k, index, read)
                 except ImageError as error:
                     item = BadFrame(index, str(error))
                 yield item
@@ -111,54 +113,55 @@ class ImageSource:
 def open_image(path: Path, budget: MemoryBudget | None = None) -> ImageSource:
     """Open one case: a file, or a folder whose DICOM files are its frames.
 
-    Three equal planes are one image: PSFHS ships its images so.
+    A stack of three equal planes is one image: PSFHS ships its images like that.
 
     Args:
-        budget: limits the memory that reading takes, of the frames too. Threads of one process have
-            to share one; by default this image has a budget of its own.
+        budget: limits the memory that reading takes, now and for the frames. Threads of one process
+            have to share one budget; by default this image has its own.
 
     Raises:
         ImageError: the file as a whole, or the single image in it, cannot be used.
     """
     budget = MemoryBudget() if budget is None else budget
     try:
-        return _open_folder(path, budget) if path.is_dir() else _open_one(path, budget)
+        return _open_folder(path, budget) if path.is_dir() else _open_single_file(path, budget)
     except OSError as error:
-        raise unreadable(error) from error
+        raise unreadable_error(error) from error
 
 
-def _open_one(path: Path, budget: MemoryBudget) -> ImageSource:
-    file = _open_file(path, budget)
+def _open_single_file(path: Path, budget: MemoryBudget) -> ImageSource:
+    file = _read_header(path, budget)
     read = file.open()
     if file.count == 3 and _are_equal_planes(read):
         file = replace(file, count=1)
     if file.count == 1:
-        single = _grey_frame(file, 0, None, read)
+        single = _read_frame(file, 0, None, read)
         return ImageSource(*file.size, file.geometry, 1, (), single)
-    return _stack((replace(file, open=lambda: read),))
+    return _stack_of((replace(file, open=lambda: read),))
 
 
 def _open_folder(folder: Path, budget: MemoryBudget) -> ImageSource:
-    """The DICOM files of a folder as frames, by InstanceNumber, then by name."""
+    """The DICOM files of a folder as frames, ordered by InstanceNumber, then by name."""
     paths = [path for path in sorted(folder.iterdir()) if path.is_file() and is_dicom(path)]
     if not paths:
         count = sum(is_supported_name(path) for path in folder.iterdir())
         raise ImageError(f"the folder holds {count} images: expected one, or DICOM files")
     if len(paths) == 1:
-        return _open_one(paths[0], budget)
+        return _open_single_file(paths[0], budget)
     files, errors = [], []
     for path in paths:
         try:
-            files.append(_open_file(path, budget))
+            files.append(_read_header(path, budget))
         except ImageError as error:
             errors.append(error)
-            files.append(ImageFile(1, (0, 0), partial(_refuse, error)))
+            files.append(ImageFile(1, (0, 0), partial(_raise, error)))
     if len(errors) == len(paths):
         raise errors[0]
-    return _stack(tuple(sorted(files, key=lambda file: file.number)))
+    return _stack_of(tuple(sorted(files, key=lambda file: file.instance_number)))
 
 
-def _stack(files: tuple[ImageFile, ...]) -> ImageSource:
+def _stack_of(files: tuple[ImageFile, ...]) -> ImageSource:
+    """A stack of all the files' frames; files of size (0, 0) could not be opened."""
     count = sum(file.count for file in files)
     if count > MAX_FRAMES:
         raise ImageError(f"the stack has {count} frames, more than {MAX_FRAMES}: split it")
@@ -166,32 +169,32 @@ def _stack(files: tuple[ImageFile, ...]) -> ImageSource:
     return ImageSource(*first.size, first.geometry, count, files)
 
 
-def _open_file(path: Path, budget: MemoryBudget) -> ImageFile:
+def _read_header(path: Path, budget: MemoryBudget) -> ImageFile:
     try:
-        if not stat.S_ISREG(path.stat().st_mode):  # a pipe would be waited for
+        if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for its writer
             raise ImageError("the file cannot be read: it is a pipe, a socket or a device")
         kind = format_of(path)
         if kind in ITK_NAMES:
             return open_volume(path, kind, budget)
         return open_tiff(path, budget) if kind == "TIFF" else open_picture(path, kind, budget)
     except OSError as error:
-        raise unreadable(error) from error
+        raise unreadable_error(error) from error
 
 
 def _are_equal_planes(read: Reader) -> bool:
     try:
         first = read(0)
         return all(np.array_equal(first, read(k)) for k in (1, 2))
-    except ImageError:  # a stack with a bad frame, which frames() will name
+    except ImageError:  # a stack with a bad frame, which `frames` will report
         return False
 
 
-def _grey_frame(file: ImageFile, k: int, index: int | None, read: Reader) -> GreyFrame:
-    """The k-th frame of a file."""
+def _read_frame(file: ImageFile, k: int, index: int | None, read: Reader) -> GreyFrame:
+    """The k-th frame of a file, which is frame `index` of its stack."""
     slice_index = k if file.along_z else 0
     return GreyFrame(to_grey(read(k)), index, slice_index, file.geometry, file.warnings)
 
 
-def _refuse(error: ImageError, _: int = 0) -> NoReturn:
-    """A Reader, or what opens one, of a file that cannot be opened."""
+def _raise(error: ImageError, _: int = 0) -> NoReturn:
+    """A stand-in for the `open` or the reader of a file that cannot be opened."""
     raise error

@@ -1,4 +1,4 @@
-"""One run: every case of the input folder, results.json and landmarks.csv."""
+"""One run: answers every case of the input folder, then writes results.json and landmarks.csv."""
 
 import os
 import signal
@@ -16,10 +16,10 @@ from threading import Lock
 import cv2
 from pydantic import ValidationError
 
-from model.drawing.report import write_report
+from model.drawing.report import write_run_report
 from model.images.limits import MemoryBudget
 from model.pipeline.case_runner import Stopped, StopRequest, answer_case, frame_folder
-from model.pipeline.cases import Case, InputError, find_cases
+from model.pipeline.cases import InputCase, InputError, find_cases
 from model.pipeline.options import RunOptions
 from model.predictor import Predictor
 from model.results.files import PICTURE, OutputError
@@ -29,7 +29,7 @@ from model.results.schemas import CaseEntry, RunSummary
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model that can answer, and what the answers say of its file."""
+    """A predictor, and the file that results.json names as its model."""
 
     predictor: Predictor
     file: Path
@@ -38,7 +38,10 @@ class LoadedModel:
 
 @dataclass
 class Tally:
-    """How many cases, or frames of stacks, came to what."""
+    """Counts of entries, one for each single image and for each frame of a stack.
+
+    doubtful: among the answered ones. late: took longer than the latency budget.
+    """
 
     answered: int = 0
     failed: int = 0
@@ -48,137 +51,144 @@ class Tally:
 
 
 def print_line(text: str) -> None:
-    """Print a line of progress. The run goes on if nobody can read it."""
+    """Print a line of progress. The run goes on if stdout takes nothing."""
     try:
         print(text, flush=True)
-    except OSError:  # as when the disk of the log is full
+    except OSError:  # for instance, the disk of the log is full
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def run(
+def run_batch(
     model: LoadedModel,
     options: RunOptions,
-    cases: Sequence[Case],
+    cases: Sequence[InputCase],
     stop: StopRequest,
-    at_once: int = 1,
+    workers: int = 1,
 ) -> tuple[int, str]:
-    """Answer these cases of the input folder; returns the exit status, and what is wrong.
+    """Answer these cases and write the results; returns the exit status and what went wrong.
 
     Args:
-        at_once: cases at a time.
+        workers: number of cases answered at a time.
 
     Raises:
-        InputError, OutputError: nothing can be done.
+        OutputError: the output folder cannot be used, or the report cannot be written.
     """
     start = time.perf_counter()
     if options.overlay is None:
         options = replace(options, overlay=not any(case.is_job for case in cases))
-    summary = summary_of(model, options)
+    summary = summarise_settings(model, options)
     files = {case.name: case.file for case in cases}
     by_name = {case.name: case for case in cases}
-    holds = partial(_is_current, by_name, options) if options.resume else None
-    journal = Journal(options.output, options.run_files, settings_of(vars(summary)), files, holds)
+    is_current = partial(_is_current, by_name, options) if options.resume else None
+    settings = settings_of(vars(summary))
+    journal = Journal(options.output, options.run_files, settings, files, is_current)
     if journal.done:
         print_line(f"{len(journal.done)} of {len(cases)} cases are answered already")
     try:
-        answer_cases(cases, model.predictor, options, journal, stop, at_once)
+        answer_cases(cases, model.predictor, options, journal, stop, workers)
         if stop.signal is not None and len(journal.done) < len(cases):
             return 128 + stop.signal, _stop_sentence(stop.signal, len(journal.done), len(cases))
-        tally = tally_of(journal.entries())
+        tally = count_outcomes(journal.entries())
         counts = {name: getattr(tally, name) for name in ("answered", "failed", "doubtful")}
         journal.finish(summary.model_copy(update=counts))
     except ValidationError:
         sentence = f"{options.output / options.run_files.journal} was changed from outside"
-        return 2, f"{sentence}; leave it alone, then --resume"
+        return 2, f"{sentence} during the run; leave that file alone, then run again with --resume"
     except OSError as error:
-        unwritten = f"{options.run_files.results} and {options.run_files.table} not written"
-        return 2, f"{options.output}: {unwritten} ({error.strerror}); mend it, then --resume"
+        names = f"{options.run_files.results} and {options.run_files.table}"
+        sentence = f"{names} could not be written to {options.output} ({error.strerror})"
+        return 2, f"{sentence}; free space or mend the folder, then run again with --resume"
     finally:
         journal.close()
     written = ", ".join(
         str(options.output / name) for name in (options.run_files.results, options.run_files.table)
     )
-    print_line(f"{time.perf_counter() - start:.1f} s; {written}")
-    return conclude(tally, options, cases[0].is_job if cases else False)
+    print_line(f"wrote {written} after {time.perf_counter() - start:.1f} s")
+    return conclude_run(tally, options, cases[0].is_job if cases else False)
 
 
-def cases_of(options: RunOptions) -> list[Case]:
-    """The cases of the input folder, or of this part of it."""
-    passed_over: Counter[str] = Counter()
-    cases = find_cases(options.input, options.output, passed_over)
-    if passed_over:
-        found = ", ".join(f"{suffix} {count}" for suffix, count in sorted(passed_over.items()))
-        print_line(f"passed over files that are no image by their name: {found}")
+def select_cases(options: RunOptions) -> list[InputCase]:
+    """The cases of the input folder, or with --shard those of this part.
+
+    Raises:
+        InputError: the input has no case, or --shard is given for a job.
+    """
+    skipped: Counter[str] = Counter()
+    cases = find_cases(options.input, options.output, skipped)
+    if skipped:
+        counts = ", ".join(f"{suffix} {count}" for suffix, count in sorted(skipped.items()))
+        print_line(f"skipped files without an image's suffix: {counts}")
     if options.shard is None:
         return cases
     if cases[0].is_job:
-        raise InputError("--shard divides a folder of images, but this is a job: leave it out")
+        raise InputError("--shard divides a folder of images, but the input is a job; leave it out")
     part = [case for case in cases if options.shard.holds(case.file)]
     print_line(f"part {options.shard}: {len(part)} of {len(cases)} cases")
     return part
 
 
 def answer_cases(
-    cases: Sequence[Case],
+    cases: Sequence[InputCase],
     predictor: Predictor,
     options: RunOptions,
     journal: Journal,
     stop: StopRequest,
-    at_once: int,
+    workers: int,
 ) -> None:
-    """Answer the cases that the journal does not have, until all are done or a stop is requested.
+    """Answer the cases that the journal lacks, until all are done or a stop is requested.
 
     Args:
-        at_once: cases at a time. While one waits for its file, or for Python, others compute.
+        workers: number of cases answered at a time. While one waits for its file or for Python's
+            lock, others compute.
     """
     budget = MemoryBudget()
     done = journal.done
     waiting = iter([item for item in enumerate(cases, 1) if item[1].name not in done])
-    turn = Lock()
+    lock = Lock()  # guards `waiting` and the journal
 
     def record(number: int, entry: CaseEntry) -> None:
         journal.add(entry)
-        print_line(f"[{number}/{len(cases)}] {_line(entry)}")
+        print_line(f"[{number}/{len(cases)}] {_progress_line(entry)}")
 
     def work() -> None:
         while stop.signal is None:
-            with turn:
+            with lock:
                 number, case = next(waiting, (0, None))
             if case is None:
                 return
             entries: list[CaseEntry] = []
-            take = entries.append if at_once > 1 else partial(record, number)
-            with budget.admit(_size(case.path)) as admitted:
-                loop = answer_case(case, predictor, options, journal, take, admitted, stop)
-            with turn:  # a case's entries stand together in the journal
+            keep = entries.append if workers > 1 else partial(record, number)
+            with budget.admit(_file_bytes(case.path)) as admitted:
+                loop = answer_case(case, predictor, options, journal, keep, admitted, stop)
+            with lock:  # the journal keeps the entries of a case together
                 for entry in entries:
                     record(number, entry)
                 journal.end(case.name, loop)
 
-    if at_once > 1:
+    if workers > 1:
         cv2.setNumThreads(1)
-    with suppress(Stopped), ThreadPoolExecutor(at_once) as pool:
+    with suppress(Stopped), ThreadPoolExecutor(workers) as pool:
         try:
-            working = {pool.submit(work) for _ in range(at_once)}
-            while working:  # a signal that hit another thread is looked at within a second
+            working = {pool.submit(work) for _ in range(workers)}
+            while working:  # waking up each second lets the main thread handle signals
                 ended, working = wait(working, 1, FIRST_COMPLETED)
                 for worker in ended:
                     worker.result()
-        finally:  # after an error the others stop too
-            with turn:
+        finally:  # after an error in one worker, the others find nothing left to do
+            with lock:
                 deque(waiting, maxlen=0)
 
 
-def _size(path: Path) -> int:
-    """Bytes of a case's file, or of its folder's; 0 where it cannot be told."""
+def _file_bytes(path: Path) -> int:
+    """Size of a case's file, or of all files in its folder; 0 if it cannot be read."""
     try:
         return sum(file.stat().st_size for file in (path.iterdir() if path.is_dir() else [path]))
     except OSError:
         return 0
 
 
-def _is_current(cases: Mapping[str, Case], options: RunOptions, entry: CaseEntry) -> bool:
-    """Whether an earlier run's answer is there, and newer than its image."""
+def _is_current(cases: Mapping[str, InputCase], options: RunOptions, entry: CaseEntry) -> bool:
+    """Whether all files of an earlier run's answer exist and are newer than their image."""
     case = cases[entry.case]
     top = options.output / case.folder
     folder = frame_folder(top, entry.frame)
@@ -193,8 +203,8 @@ def _is_current(cases: Mapping[str, Case], options: RunOptions, entry: CaseEntry
         return False
 
 
-def summary_of(model: LoadedModel, options: RunOptions) -> RunSummary:
-    """How the run is made. Its counts are not known yet."""
+def summarise_settings(model: LoadedModel, options: RunOptions) -> RunSummary:
+    """The head of results.json: model and settings. The counts are still 0."""
     spec = model.predictor.spec
     return RunSummary(
         model=spec.name,
@@ -218,8 +228,8 @@ def summary_of(model: LoadedModel, options: RunOptions) -> RunSummary:
     )
 
 
-def tally_of(entries: Iterable[CaseEntry]) -> Tally:
-    """Count what came of the cases."""
+def count_outcomes(entries: Iterable[CaseEntry]) -> Tally:
+    """Count the entries by what became of them."""
     tally = Tally()
     for entry in entries:
         tally.answered += entry.status == "ok"
@@ -231,55 +241,55 @@ def tally_of(entries: Iterable[CaseEntry]) -> Tally:
     return tally
 
 
-def conclude(tally: Tally, options: RunOptions, is_job: bool = False) -> tuple[int, str]:
-    """Write the report, print the summary; returns the exit status and what is wrong.
+def conclude_run(tally: Tally, options: RunOptions, is_job: bool = False) -> tuple[int, str]:
+    """Write the report and print the counts; returns the exit status and what went wrong.
 
     Raises:
         OutputError: the report cannot be written.
     """
-    _report(options, is_job)
+    _update_report(options, is_job)
     count = tally.answered + tally.failed
     print_line(
-        f"{tally.answered} answered, of them {tally.doubtful} doubtful; {tally.failed} failed"
+        f"{tally.answered} answered, {tally.doubtful} of them doubtful; {tally.failed} failed"
     )
     if tally.late:
         print_line(f"{tally.late} took longer than the latency budget")
     if tally.first_failure is None:
         return 0, ""
-    first = f"{_label(tally.first_failure)!r}: {tally.first_failure.error}"
+    first = f"{_entry_name(tally.first_failure)!r}: {tally.first_failure.error}"
     if count == 1:
         return 1, f"the case failed: {first}"
     rest = f"; {options.run_files.results} names the others" if tally.failed > 1 else ""
     return 1, f"{tally.failed} of {count} cases failed, the first is {first}{rest}"
 
 
-def _report(options: RunOptions, is_job: bool) -> None:
-    """Write the page of what results.json now says, or remove that of an earlier run."""
+def _update_report(options: RunOptions, is_job: bool) -> None:
+    """Write report.html from results.json, or without --report remove an earlier run's."""
     path = options.output / options.run_files.report
     try:
         if options.report:
-            write_report(options.output, options.run_files, is_job)
+            write_run_report(options.output, options.run_files, is_job)
             print_line(f"report {path}")
         else:
             path.unlink(missing_ok=True)
     except OSError as error:
         raise OutputError(
-            f"{path} not written ({error.strerror}), all else was; mend it, then --resume"
+            f"{path} could not be written ({error.strerror}), but all other results were; "
+            "free space or mend the folder, then run again with --resume"
         ) from error
 
 
 def _stop_sentence(number: int, done: int, count: int) -> str:
     name = signal.Signals(number).name
-    return f"stopped by {name} after {done} of {count} cases; run it again with --resume"
+    return f"stopped by {name} after {done} of {count} cases; run again with --resume"
 
 
-def _label(entry: CaseEntry) -> str:
+def _entry_name(entry: CaseEntry) -> str:
     return entry.file if entry.frame is None else f"{entry.file} frame {entry.frame}"
 
 
-def _line(entry: CaseEntry) -> str:
-    """One line of progress."""
+def _progress_line(entry: CaseEntry) -> str:
     if entry.aop_deg is None:
-        return f"{_label(entry)!r}: FAILED: {entry.error}"
+        return f"{_entry_name(entry)!r}: FAILED: {entry.error}"
     doubt = f"  not sure: {'; '.join(entry.reasons)}" if entry.doubtful else ""
-    return f"{_label(entry)!r}: AoP {entry.aop_deg:.1f} deg{doubt}"
+    return f"{_entry_name(entry)!r}: AoP {entry.aop_deg:.1f} deg{doubt}"

@@ -1,4 +1,4 @@
-"""Answering one case: read, predict, draw, write; an entry of results.json for each frame."""
+"""Answers one case: reads, predicts, draws, writes, and makes an entry for each frame."""
 
 import contextlib
 import os
@@ -12,12 +12,18 @@ import cv2
 import numpy as np
 
 from model.drawing.contact_sheet import LoopSummary
-from model.drawing.overlay import LONGEST, overlay_picture, png
+from model.drawing.overlay import LONGEST, encode_png, overlay_picture
 from model.drawing.text import Picture
 from model.images.limits import MemoryBudget
 from model.images.source import BadFrame, GreyFrame, ImageError, ImageSource, open_image
-from model.measure import bad_frame, failed_entry, measure, points_of, within_budget
-from model.pipeline.cases import Case
+from model.measure import (
+    bad_frame_entry,
+    failed_entry,
+    measure_frame,
+    named_points,
+    warn_if_late,
+)
+from model.pipeline.cases import InputCase
 from model.pipeline.options import RunOptions
 from model.predictor import Predictor
 from model.results.files import OVERLAY, PICTURE, SHEET, write_bytes
@@ -26,20 +32,20 @@ from model.results.schemas import CaseEntry, Loop, NamedPoint
 
 
 class Stopped(Exception):
-    """The run was asked to stop between two frames of a stack."""
+    """A signal asked for a stop, and the frames that are left were not answered."""
 
 
 class StopRequest:
-    """Whether a signal has asked the process to stop, and which one.
+    """The signal that asked the process to stop, or None so far.
 
-    It is looked at between frames, so that what is written is whole.
+    The run looks at it between frames, so that all files are written whole.
     """
 
     def __init__(self) -> None:
         self.signal: int | None = None
 
     def request(self, number: int) -> None:
-        """Ask for a stop because of this signal; the second one ends the process at once."""
+        """Ask for a stop because of this signal; a second request ends the process at once."""
         if self.signal is not None:
             os._exit(128 + number)
         self.signal = number
@@ -52,18 +58,21 @@ class StopRequest:
 
 @dataclass(frozen=True)
 class Answer:
-    """The answer for one frame; without points or picture if it failed."""
+    """The answer for one frame; a failed one has neither points nor picture.
+
+    points: in the frame of answers. picture: the overlay; None also without --overlay.
+    """
 
     entry: CaseEntry
     points: Sequence[NamedPoint] = ()
     picture: Picture | None = None
 
 
-Record = Callable[[CaseEntry], None]
+Record = Callable[[CaseEntry], None]  # stores an entry of results.json
 
 
 def answer_case(
-    case: Case,
+    case: InputCase,
     predictor: Predictor,
     options: RunOptions,
     journal: Journal,
@@ -71,16 +80,18 @@ def answer_case(
     budget: MemoryBudget,
     stop: StopRequest,
 ) -> Loop | None:
-    """Predict and write one case. A fault stays in the entry of the frame that has it.
+    """Predict and write one case. A fault in one frame fails that frame alone.
 
     Args:
+        journal: reserves room on the disk for the entries of further frames.
         record: is called with the entry of each frame in turn.
+        budget: the memory that this case may use.
 
     Returns:
-        The summary of a stack; None for a single image.
+        The summary of a stack or cine loop; None for a single image.
 
     Raises:
-        Stopped: a signal asked for it.
+        Stopped: a stop was requested.
     """
     start = time.perf_counter()
     folder = options.output / case.folder
@@ -90,7 +101,7 @@ def answer_case(
         journal.reserve(source.frame_count - 1)
     except (ImageError, OSError) as error:
         reason = str(error) if isinstance(error, ImageError) else _write_fault(error)
-        record(bad_frame(case.name, case.file, BadFrame(None, reason)))
+        record(bad_frame_entry(case.name, case.file, BadFrame(None, reason)))
         return None
     answers = _answer_frames(case, source, start, predictor, options, budget, stop)
     empty_loop = partial(LoopSummary, case.name, case.file, source.frame_count)
@@ -103,12 +114,12 @@ def answer_case(
 
 
 def frame_folder(folder: Path, frame: int | None) -> Path:
-    """Where a frame's files lie in the folder of its case; None: a single image's."""
+    """The folder of a frame's files within that of its case; None stands for a single image."""
     return folder if frame is None else folder / f"frame-{frame:04d}"
 
 
 def _answer_frames(
-    case: Case,
+    case: InputCase,
     source: ImageSource,
     start: float,
     predictor: Predictor,
@@ -116,10 +127,10 @@ def _answer_frames(
     budget: MemoryBudget,
     stop: StopRequest,
 ) -> Iterator[Answer]:
-    """The answer for each frame in turn, found when it is asked for.
+    """The answer for each frame in turn, computed when the caller asks for it.
 
     Args:
-        start: when reading the case began, by `time.perf_counter`.
+        start: the time.perf_counter() at which reading the case began, in seconds.
     """
     for frame, read_ms in _read_frames(source, start):
         stop.raise_if_asked()
@@ -129,17 +140,17 @@ def _answer_frames(
 
 
 def _read_frames(source: ImageSource, start: float) -> Iterator[tuple[GreyFrame | BadFrame, float]]:
-    """The frames, and the ms that reading each took."""
+    """Each frame, and the milliseconds that reading it took."""
     try:
         for frame in source.frames():
             yield frame, _ms_since(start)
             start = time.perf_counter()
-    except OSError as error:  # the file has gone
+    except OSError as error:  # the file has disappeared
         yield BadFrame(None, f"the file cannot be read: {error.strerror}"), 0.0
 
 
 def _answer_frame(
-    case: Case,
+    case: InputCase,
     frame: GreyFrame | BadFrame,
     read_ms: float,
     predictor: Predictor,
@@ -147,8 +158,8 @@ def _answer_frame(
 ) -> Answer:
     """Predict one frame and write its pictures."""
     if isinstance(frame, BadFrame):
-        return Answer(bad_frame(case.name, case.file, frame))
-    entry = measure(case.name, case.file, frame, predictor, options.decode, options.mirror)
+        return Answer(bad_frame_entry(case.name, case.file, frame))
+    entry = measure_frame(case.name, case.file, frame, predictor, options.decode, options.mirror)
     if entry.status == "failed":
         return Answer(entry)
     folder = frame_folder(options.output / case.folder, frame.index)
@@ -156,20 +167,23 @@ def _answer_frame(
     picture = overlay_picture(frame, entry) if options.overlay else None
     try:
         if picture is not None:
-            write_bytes(folder / OVERLAY, png(picture))
+            write_bytes(folder / OVERLAY, encode_png(picture))
         if options.report:
-            write_bytes(folder / PICTURE, png(plain_picture(frame)))
+            write_bytes(folder / PICTURE, encode_png(plain_picture(frame)))
     except OSError as error:
-        with contextlib.suppress(OSError):  # what cannot be written cannot be removed either
+        with contextlib.suppress(OSError):  # a file that cannot be written may not be removable
             options.files.remove(folder)
         return Answer(failed_entry(entry, _write_fault(error)))
     stages = {"read": read_ms, **entry.milliseconds, "overlay": _ms_since(start)}
     entry = entry.model_copy(update={"milliseconds": stages})
-    return Answer(entry, points_of(entry, frame, options.frame_of_answers == "world"), picture)
+    return Answer(entry, named_points(entry, frame, options.frame_of_answers == "world"), picture)
 
 
 def plain_picture(frame: GreyFrame) -> Picture:
-    """(height, width) the image without marks, of square pixels; none is lost up to LONGEST px."""
+    """The image alone, (height, width), with square pixels.
+
+    Up to LONGEST px no pixel is lost: the axis with the larger pixels is enlarged.
+    """
     height, width = frame.pixels.shape
     extent = np.array([width, height]) * np.array(frame.geometry.pixel_shape)
     finest = min(frame.geometry.pixel_shape)
@@ -187,7 +201,7 @@ def _write_each(
     record: Record,
     empty_loop: Callable[[], LoopSummary],
 ) -> LoopSummary:
-    """Write and record the answer for each frame as soon as it is there, in a folder of its own."""
+    """Write and record each frame's answer as soon as it is known, in a folder of its own."""
     loop = empty_loop()
     for answer in answers:
         place = frame_folder(folder, answer.entry.frame)
@@ -204,30 +218,30 @@ def _write_together(
     record: Record,
     empty_loop: Callable[[], LoopSummary],
 ) -> LoopSummary:
-    """Write and record one answer for all frames of a job, once the last of them is there."""
+    """Write and record one answer for all frames of a job, once the last frame is known."""
     loop = empty_loop()
-    kept = []
+    without_pictures = []
     for answer in answers:
         loop.add(answer.entry, answer.picture)
-        kept.append(replace(answer, picture=None))  # lest pictures pile up
-    entries = _write_answer(kept, folder, options)
+        without_pictures.append(replace(answer, picture=None))  # they would fill the memory
+    entries = _write_answer(without_pictures, folder, options)
     for entry in entries:
         record(entry)
     if any(entry.status == "ok" for entry in entries):
         return loop
-    return empty_loop()  # the answer is lost, so every frame has failed
+    return empty_loop()  # the one answer could not be written, so every frame has failed
 
 
 def _write_sheet(loop: LoopSummary, folder: Path) -> None:
-    """Write the contact sheet, if there are pictures for one."""
+    """Write the contact sheet, if any frame has an overlay."""
     sheet = loop.contact_sheet(lambda frame: frame_folder(folder, frame) / OVERLAY)
     if sheet is not None:
-        with contextlib.suppress(OSError):  # a disk that is full: the answers count for more
+        with contextlib.suppress(OSError):  # on a full disk the answers stand without it
             write_bytes(folder / SHEET, sheet)
 
 
 def _write_answer(answers: Sequence[Answer], folder: Path, options: RunOptions) -> list[CaseEntry]:
-    """Write what grand-challenge reads, one answer for all these frames; returns their entries."""
+    """Write one answer for all these frames, as grand-challenge reads it; returns their entries."""
     angles = [answer.entry.aop_deg for answer in answers if answer.entry.aop_deg is not None]
     start = time.perf_counter()
     error = None
@@ -235,9 +249,9 @@ def _write_answer(answers: Sequence[Answer], folder: Path, options: RunOptions) 
         try:
             points = [point for answer in answers for point in answer.points]
             options.files.write(folder, angles, points)
-        except OSError as full:
-            error = full
-            with contextlib.suppress(OSError):  # what cannot be written cannot be removed either
+        except OSError as write_error:
+            error = write_error
+            with contextlib.suppress(OSError):  # a file that cannot be written may not be removable
                 options.files.remove(folder)
     write_ms = _ms_since(start) / max(1, len(angles))
     for answer in answers:
@@ -247,7 +261,7 @@ def _write_answer(answers: Sequence[Answer], folder: Path, options: RunOptions) 
         failed_entry(answer.entry, _write_fault(error)) if error and answer.points else answer.entry
         for answer in answers
     ]
-    return [within_budget(entry, options.latency_budget_ms) for entry in entries]
+    return [warn_if_late(entry, options.latency_budget_ms) for entry in entries]
 
 
 def _ms_since(start: float) -> float:

@@ -1,4 +1,4 @@
-"""Finding the cases in an input folder, in the three layouts that `find_cases` describes."""
+"""Finds the cases in an input folder, in the three layouts that `find_cases` describes."""
 
 import hashlib
 import json
@@ -12,19 +12,20 @@ from typing import Any
 from model.images.formats import SUFFIXES, is_dicom, is_supported_name
 from model.results.files import REPORT, RESULTS, TABLE
 
-LONGEST_NAME = 200  # bytes; file systems stop at 255, and a number may have to be added
+LONGEST_NAME = 200  # bytes; most file systems allow 255, and a number may be appended
 
 
 class InputError(ValueError):
-    """An input folder with nothing to do; the message says what was expected."""
+    """The input folder holds no case; the message says what was expected."""
 
 
 @dataclass(frozen=True)
-class Case:
-    """One image file, or one folder of DICOM files.
+class InputCase:
+    """One image file or one folder of DICOM files, which may hold several frames.
 
-    name: unique in the run and fit for a folder's name. path: where it lies. file: the path below
-    the input folder, for people. folder: below the output folder, "" for its top.
+    name: unique in the run; a valid folder name unless the case is a job. file: the path below the
+    input folder as printable text. folder: the answers' place below the output folder; "" is the
+    top.
     """
 
     name: str
@@ -35,18 +36,22 @@ class Case:
 
 
 def find_cases(
-    root: Path, output: Path | None = None, passed_over: Counter[str] | None = None
-) -> list[Case]:
+    root: Path, output: Path | None = None, skipped: Counter[str] | None = None
+) -> list[InputCase]:
     """The cases below an input folder, in a fixed order.
 
     1. inputs.json: a grand-challenge job. Its one value of super_kind "Image" names the folder.
-    2. images/<slug>/: grand-challenge's older format; what lies beside images/ is no case.
+    2. images/<slug>/: grand-challenge's older format. Files beside images/ are ignored.
     3. Any folder: every supported image below it.
-    In 2 and 3, links are followed; hidden files and the output folder are left out. So are files
-    whose suffix is no image's, but for DICOM without one; `passed_over` counts them by suffix.
+    In 2 and 3, links are followed. Hidden files, the output folder and files without an image's
+    suffix are left out, except DICOM files without a suffix.
+
+    Args:
+        output: the output folder, in case it lies below the input folder.
+        skipped: counts, by suffix, the files that were left out for their suffix.
 
     Raises:
-        InputError: no folder, no image, or an inputs.json that names none.
+        InputError: the folder cannot be read or has no image, or inputs.json names none.
     """
     try:
         next(root.iterdir(), None)
@@ -61,30 +66,36 @@ def find_cases(
     if output is not None and _is_same(root, output):
         raise InputError(f"{root} is the input and the output folder; choose another --output")
     images = root / "images"
-    passed_over = Counter() if passed_over is None else passed_over
-    paths = _images_below(images, output, passed_over) if _is_folder(images) else []
-    if all(path.parent == images for path in paths):  # no <slug>/
-        passed_over.clear()
-        paths = _images_below(root, output, passed_over)
+    skipped = Counter() if skipped is None else skipped
+    paths = _images_below(images, output, skipped) if _is_folder(images) else []
+    if all(path.parent == images for path in paths):  # there is no <slug>/
+        skipped.clear()
+        paths = _images_below(root, output, skipped)
     if not paths:
-        raise InputError(f"no image below {root}; expected files of {', '.join(SUFFIXES)}")
+        raise InputError(f"no image below {root}; expected files that end in {', '.join(SUFFIXES)}")
     taken = {RESULTS, TABLE, REPORT}
-    return [_case(root, path, taken) for path in paths]
+    return [_case_in_folder(root, path, taken) for path in paths]
 
 
-def _images_below(folder: Path, output: Path | None, passed_over: Counter[str]) -> list[Path]:
-    return sorted(_walk(folder, output, passed_over), key=os.fsencode)
+# ---- Layouts 2 and 3: a folder of images
 
 
-def _walk(top: Path, output: Path | None, passed_over: Counter[str]) -> Iterator[Path]:
-    """Every image; what cannot be looked into too, so that its case fails and says so."""
-    nowhere: frozenset[Path] = frozenset()
-    ahead = [(top, _real(top), nowhere)]  # a list, for folders can be deeper than Python calls
+def _images_below(folder: Path, output: Path | None, skipped: Counter[str]) -> list[Path]:
+    return sorted(_walk_images(folder, output, skipped), key=os.fsencode)
+
+
+def _walk_images(top: Path, output: Path | None, skipped: Counter[str]) -> Iterator[Path]:
+    """Every image below a folder.
+
+    A path that cannot be looked at counts as an image, so that its case fails and says why.
+    """
+    no_parents: frozenset[Path] = frozenset()
+    ahead = [(top, _real_path(top), no_parents)]  # folders can be deeper than Python can recurse
     while ahead:
-        folder, real, above = ahead.pop()
-        if real in above:  # one of them: a folder above this one, to which a link leads back
+        folder, real, parents = ahead.pop()
+        if real in parents:  # a link leads back to a folder above it
             continue
-        if output is not None and _is_same(folder, output):  # mounted at two places, perhaps
+        if output is not None and _is_same(folder, output):
             continue
         try:
             for path in folder.iterdir():
@@ -92,59 +103,41 @@ def _walk(top: Path, output: Path | None, passed_over: Counter[str]) -> Iterator
                     continue
                 try:
                     is_folder = path.is_dir()
-                except OSError:  # no right to look, or too long a path
+                except OSError:  # permission denied, or the path is too long
                     yield path
                     continue
                 if is_folder:
-                    place = _real(path) if path.is_symlink() else real / path.name
-                    ahead.append((path, place, above | {real}))
+                    place = _real_path(path) if path.is_symlink() else real / path.name
+                    ahead.append((path, place, parents | {real}))
                 elif is_supported_name(path) or _is_bare_dicom(path):
                     yield path
                 elif path.suffix.lower() not in (".raw", ".zraw"):  # the pixels of an .mhd
-                    passed_over[path.suffix.lower() or "no suffix"] += 1
+                    skipped[path.suffix.lower() or "no suffix"] += 1
         except OSError:
             yield folder
 
 
 def _is_bare_dicom(path: Path) -> bool:
-    """Whether it is a DICOM file that has no suffix, as many machines export them."""
+    """Whether this is a DICOM file without a suffix, as many machines export it."""
     try:
         return not path.suffix and path.is_file() and is_dicom(path)
     except OSError:
         return False
 
 
-def _is_same(one: Path, other: Path) -> bool:
-    try:
-        return one.samefile(other)
-    except OSError:  # the output may not be there yet
-        return False
-
-
-def _is_folder(path: Path) -> bool:
-    try:
-        return path.is_dir()
-    except OSError:  # too long a name, or no right to look; reading it as a file says which
-        return False
-
-
-def _real(path: Path) -> Path:
-    """Without links; unlike Path.resolve in Python 3.11 it bears those that lead in a ring."""
-    return Path(os.path.realpath(path))
-
-
-def _case(root: Path, path: Path, taken: set[str]) -> Case:
-    file = readable(path.relative_to(root))
+def _case_in_folder(root: Path, path: Path, taken: set[str]) -> InputCase:
+    """A case with a new name, which is added to `taken`."""
+    file = printable_path(path.relative_to(root))
     suffix = next((suffix for suffix in SUFFIXES if file.lower().endswith(suffix)), "")
-    name = stem = _short(file[: len(file) - len(suffix)].replace("/", "__"))
+    name = stem = _shorten_name(file[: len(file) - len(suffix)].replace("/", "__"))
     number = 2
     while name in taken:
         name, number = f"{stem}-{number}", number + 1
     taken.add(name)
-    return Case(name, path, file, name)
+    return InputCase(name, path, file, name)
 
 
-def _short(name: str) -> str:
+def _shorten_name(name: str) -> str:
     data = name.encode()
     if len(data) <= LONGEST_NAME:
         return name
@@ -152,26 +145,27 @@ def _short(name: str) -> str:
     return data[: LONGEST_NAME - 13].decode(errors="ignore") + "-" + digest
 
 
-def readable(path: Path | PurePosixPath) -> str:
-    """A path as text that JSON and CSV can hold; bytes that are no UTF-8 as backslash escapes."""
-    text = os.fsencode(path.as_posix()).decode("utf-8", "backslashreplace")
-    return text.replace("\r", "\\r")  # which Python's csv reads as the end of a line
+# ---- Layout 1: a grand-challenge job
 
 
-def _job_case(root: Path) -> Case:
-    """The one case of a grand-challenge job; whether its file can be read is seen later."""
-    relative = _image_path(root / "inputs.json")
+def _job_case(root: Path) -> InputCase:
+    """The one case of a job. Its file may turn out to be unreadable later."""
+    relative = _read_relative_path(root / "inputs.json")
     parts = PurePosixPath(relative)
     if parts.is_absolute() or ".." in parts.parts:
-        raise InputError(f"inputs.json: relative_path '{relative}' leaves the input folder")
+        raise InputError(
+            f"inputs.json: relative_path '{relative}' leaves the input folder; "
+            "expected a path below it"
+        )
     path = root / parts
     if _is_folder(path):
         path = _only_image(path)
-    return Case(readable(parts), path, readable(path.relative_to(root)), "", is_job=True)
+    file = printable_path(path.relative_to(root))
+    return InputCase(printable_path(parts), path, file, "", is_job=True)
 
 
 def _only_image(folder: Path) -> Path:
-    """The one image in a socket's folder: a file, a folder in it, or the folder itself."""
+    """The image in a socket's folder: its one image file, its one subfolder, or the folder."""
     try:
         inside = [path for path in folder.iterdir() if not path.name.startswith(".")]
         files = [path for path in inside if path.is_file()]
@@ -179,17 +173,20 @@ def _only_image(folder: Path) -> Path:
         if len(images) == 1:
             return images[0]
         return inside[0] if len(inside) == 1 and inside[0].is_dir() else folder
-    except OSError:  # reading the case says so
+    except OSError:  # reading the case will fail and say why
         return folder
 
 
-def _image_path(inputs: Path) -> str:
+def _read_relative_path(inputs: Path) -> str:
+    """The relative_path of the one image socket in an inputs.json."""
     try:
         values: Any = json.loads(inputs.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"inputs.json cannot be read as JSON: {error}") from error
     if not isinstance(values, list):
-        raise InputError("inputs.json: expected a list of values")
+        raise InputError(
+            f"inputs.json: expected a list of values, found {type(values).__name__} at the top"
+        )
     sockets = [
         value.get("socket") or value.get("interface") for value in values if isinstance(value, dict)
     ]
@@ -205,5 +202,37 @@ def _image_path(inputs: Path) -> str:
         )
     relative = images[0].get("relative_path")
     if not isinstance(relative, str) or not relative or not relative.isprintable():
-        raise InputError("inputs.json: the image's socket has no usable relative_path")
+        raise InputError(
+            "inputs.json: the image's socket has no usable relative_path; expected a path below "
+            "the input folder"
+        )
     return relative
+
+
+# ---- Paths
+
+
+def printable_path(path: Path | PurePosixPath) -> str:
+    """A path as text for JSON and CSV; bytes that are not UTF-8 become backslash escapes."""
+    text = os.fsencode(path.as_posix()).decode("utf-8", "backslashreplace")
+    return text.replace("\r", "\\r")  # Python's csv would read it as the end of a line
+
+
+def _is_same(one: Path, other: Path) -> bool:
+    """Whether two paths are one folder, even if it is mounted at two places."""
+    try:
+        return one.samefile(other)
+    except OSError:  # the output folder need not exist yet
+        return False
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:  # name too long, or permission denied; reading it as a file says which
+        return False
+
+
+def _real_path(path: Path) -> Path:
+    """The path without links. Path.resolve of Python 3.11 fails at links that form a ring."""
+    return Path(os.path.realpath(path))

@@ -1,4 +1,4 @@
-"""Invoke mode: a server that runs the job in the input folder each time it is asked to."""
+"""grand-challenge's invoke mode: a server that answers the job in the input folder on request."""
 
 import signal
 from collections.abc import Callable, Iterable
@@ -9,24 +9,24 @@ from typing import Any
 from model.pipeline.batch import print_line
 from model.pipeline.case_runner import StopRequest
 
-THREADS = 32  # that many may wait for their job while /health is still answered
+THREADS = 32  # all but one can wait for their job while /health is still answered
 FAILED = "500 Internal Server Error"
-Invoke = Callable[[], str | None]  # runs a job; returns what is wrong in a sentence, or None
+Invoke = Callable[[], str | None]  # runs a job; returns a sentence about what went wrong, or None
 
 
-def application(invoke: Invoke, one_at_a_time: Lock) -> Callable[..., Iterable[bytes]]:
-    """The WSGI application (PEP 3333).
+def wsgi_application(invoke: Invoke, one_at_a_time: Lock) -> Callable[..., Iterable[bytes]]:
+    """The server's WSGI application (PEP 3333).
 
-    GET /health answers 200; POST /invoke runs one job at a time and answers 201, or 500 with the
-    sentence. A job that fails leaves the server as it was.
+    GET /health answers 200. POST /invoke runs one job at a time and answers 201, or 500 with the
+    sentence that `invoke` returned. The server goes on after a job that failed.
     """
 
     def respond(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         method, path = environ["REQUEST_METHOD"], environ["PATH_INFO"]
         if path == "/invoke" and method == "POST":
             with one_at_a_time:
-                wrong = invoke()
-            status, text = ("201 Created", "done") if wrong is None else (FAILED, wrong)
+                sentence = invoke()
+            status, text = ("201 Created", "done") if sentence is None else (FAILED, sentence)
         elif path == "/health" and method in ("GET", "HEAD"):
             status, text = "200 OK", "ready"
         elif path in ("/invoke", "/health"):
@@ -48,16 +48,16 @@ def serve(invoke: Invoke, port: int, stop: StopRequest) -> int:
     """Serve on all interfaces until SIGTERM or SIGINT; returns the exit status, 0.
 
     Args:
-        stop: takes the signal. A running job then ends soon and is waited for. A signal that came
-            before ends the server before it starts.
+        stop: receives the signal, so that a running job ends soon; the server waits for its end.
+            If a signal came earlier, the server does not start.
 
     Raises:
-        OSError: the port cannot be had.
+        OSError: the port is taken or may not be used.
     """
-    from waitress.server import create_server  # noqa: PLC0415  not needed for a single run
+    from waitress.server import create_server  # noqa: PLC0415  a single run does not need it
 
     one_at_a_time = Lock()
-    respond = application(invoke, one_at_a_time)
+    respond = wsgi_application(invoke, one_at_a_time)
     server = create_server(respond, host="0.0.0.0", port=port, threads=THREADS, ident=None)
 
     def end(number: int, frame: FrameType | None) -> None:
@@ -69,9 +69,9 @@ def serve(invoke: Invoke, port: int, stop: StopRequest) -> int:
     print_line(f"serving on port {port}: POST /invoke runs the job in the input folder")
     if stop.signal is None:
         server.run()
-    with one_at_a_time:  # a job still runs
+    with one_at_a_time:  # wait for the running job
         pass
-    server.task_dispatcher.shutdown()  # its answer is still to be sent
+    server.task_dispatcher.shutdown()  # and until its answer is sent
     server.close()
     print_line("stopped")
     return 0

@@ -1,4 +1,4 @@
-"""The answers: their schemas (pydantic), and the rows of landmarks.csv."""
+"""Schemas of the answers (pydantic), and the rows of landmarks.csv."""
 
 import csv
 import io
@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from model.anatomy import LANDMARKS, Floats, Landmark, angle_of_progression
 from model.frame import Pair
 
-PX_DECIMALS = 4  # of the landmarks in every answer, so that all angles are of the same points
+PX_DECIMALS = 4  # in every answer alike, so that all angles belong to the same points
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Point2 = tuple[Finite, Finite]
 Point3 = tuple[Finite, Finite, Finite]
@@ -30,7 +30,7 @@ class Version(_Strict):
 
 
 class NamedPoint(_Strict):
-    """One landmark in the frame of answers."""
+    """One landmark, in the frame of answers: world mm or px."""
 
     name: str
     point: Point3
@@ -38,7 +38,7 @@ class NamedPoint(_Strict):
 
 
 class MultiplePoints(_Strict):
-    """grand-challenge kind "Multiple points": the landmarks, of each frame in turn."""
+    """grand-challenge's kind "Multiple points": the landmarks of each frame in turn."""
 
     name: str = "AoP landmarks"
     type: Literal["Multiple points"] = "Multiple points"
@@ -47,7 +47,7 @@ class MultiplePoints(_Strict):
 
 
 class ThreePointAngle(_Strict):
-    """grand-challenge kind "Three-point angle": PS2, the vertex PS1, FH1."""
+    """grand-challenge's kind "Three-point angle": PS2, the vertex PS1, FH1."""
 
     name: str = "AoP"
     type: Literal["Three-point angle"] = "Three-point angle"
@@ -56,12 +56,13 @@ class ThreePointAngle(_Strict):
 
 
 class CaseEntry(_Strict):
-    """What results.json says of one case: an image, or one frame of a stack.
+    """An entry of results.json: one single image, or one frame of a stack or cine loop.
 
-    aop_interval_deg is to hold the true angle nine times in ten, and is None too where the image is
-    of another view or shows no outlines; expected_error_* is the mean error to expect, of each
-    landmark and of the angle; view_score, 0 to 1, how much the image looks like the view that the
-    model is for. They are None where the model is not calibrated.
+    frame counts from 0. Landmarks are (x, y), landmarks_px with integers at pixel centres.
+    expected_error_* and expected_aop_error_deg are mean errors to expect. aop_interval_deg should
+    hold the true angle nine times in ten. view_score says how much the image looks like the view
+    that the model is for. These fields are None if the model is not calibrated, and the interval
+    also if the view is doubted or no outlines were found.
     """
 
     case: str
@@ -89,11 +90,11 @@ class CaseEntry(_Strict):
 
 
 class Loop(_Strict):
-    """What results.json says of a stack or cine loop as a whole; frames count from 0.
+    """A stack or cine loop as a whole, in results.json. Frames count from 0.
 
-    aop_deg: one a frame, None where it failed. median_aop_deg: of an even number the lower of the
-    two in the middle, so that it is the angle of a frame. most_confident_frame: the one whose least
-    confident landmark is the most confident.
+    aop_deg: one for each frame, None for a failed one. median_aop_deg: for an even number the lower
+    of the two middle angles, so that it is the angle of median_frame. most_confident_frame: the
+    frame whose least confident landmark has the highest confidence.
     """
 
     case: str
@@ -108,9 +109,10 @@ class Loop(_Strict):
 
 
 class RunSummary(_Strict):
-    """results.json without its lists: how a run was made, and what came of it.
+    """The head of results.json: model, settings and counts.
 
-    missing: of merged shards, the parts and files that are not there.
+    shard: "K/N" for the results of one part. missing: after --merge, the parts and files that have
+    no entry.
     """
 
     model: str
@@ -126,32 +128,35 @@ class RunSummary(_Strict):
 
 
 class Results(RunSummary):
-    """results.json: one a run."""
+    """The whole of results.json."""
 
     cases: list[CaseEntry]
     loops: list[Loop] = []
 
 
-def named(points: Floats | None) -> dict[str, Point2] | None:
-    """(3, 2) -> landmark name -> (x, y)."""
+def points_by_name(points: Floats | None) -> dict[str, Point2] | None:
+    """Landmark name -> (x, y), from (3, 2) points; None without points."""
     if points is None:
         return None
     return {name: (float(x), float(y)) for name, (x, y) in zip(LANDMARKS, points, strict=True)}
 
 
 def three_point_angle(points: Sequence[NamedPoint]) -> ThreePointAngle:
-    """One frame's three landmarks -> its angle, as points."""
+    """The angle answer for one frame, from its landmarks PS1, PS2 and FH1."""
     ps1, ps2, fh1 = (points[landmark].point for landmark in Landmark)
     return ThreePointAngle(angle=(ps2, ps1, fh1))
 
 
 def table_lines(entries: Iterable[CaseEntry], stacks: bool) -> Iterator[str]:
-    """landmarks.csv in the challenge's columns, with a Frame column where there are stacks.
+    """Lines of landmarks.csv: the challenge's columns, then Doubt, the reasons in words.
 
-    The last column, Doubt, is empty where there is none. Points are image px; AoP is that of the
-    points as written, in mm where pixels are not square.
+    Points are in image px. AoP is computed from the points as written, in mm if pixels are not
+    square. Failed entries have no line.
+
+    Args:
+        stacks: whether the table has a Frame column.
     """
-    yield _row(["Filename", *(["Frame"] if stacks else []), *LANDMARKS, "AoP", "Doubt"])
+    yield _csv_line(["Filename", *(["Frame"] if stacks else []), *LANDMARKS, "AoP", "Doubt"])
     for entry in entries:
         if entry.landmarks_px is None:  # failed
             continue
@@ -161,10 +166,10 @@ def table_lines(entries: Iterable[CaseEntry], stacks: bool) -> Iterator[str]:
         cells = [f"({x:.{PX_DECIMALS}f}, {y:.{PX_DECIMALS}f})" for x, y in points]
         frame = [entry.frame if entry.frame is not None else ""] if stacks else []
         doubt = "; ".join(entry.reasons)
-        yield _row([entry.file, *frame, *cells, f"{angle:.4f}", doubt])
+        yield _csv_line([entry.file, *frame, *cells, f"{angle:.4f}", doubt])
 
 
-def _row(cells: Sequence[object]) -> str:
+def _csv_line(cells: Sequence[object]) -> str:
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerow(cells)
     return text.getvalue()

@@ -1,7 +1,8 @@
-"""The fault table: what may be wrong with input, output or model, a row each.
+"""The fault table: one row for each thing that may be wrong with input, output or model.
 
-Run in the container where AOP_IMAGE names an image (test/container/strict.py).
-All faulty files lie in one folder beside good ones: none may cost another its answer.
+If AOP_IMAGE names an image, process.py runs in it under the flags of a challenge platform
+(test/container/strict.py). All faulty files lie in one folder beside good ones, and none may cost
+another its answer.
 """
 
 import gzip
@@ -26,8 +27,6 @@ from model.spec import METADATA_KEY
 from test.container import strict
 from test.container.strict import IMAGE, Outcome
 from test.support.runs import ANGLE, POINTS, job, load, made, png, tree, volume
-
-pytestmark = pytest.mark.slow  # each starts process.py
 
 GREY = made(1)
 ODD = np.uint8([[7]])
@@ -81,7 +80,7 @@ def zero_spacing(path: Path) -> None:
     edited(path, b"ElementSpacing = 0.25 0.25", b"ElementSpacing = 0 0")
 
 
-# what is wrong: (file, how it is made, what its entry says, or None where it is answered)
+# fault -> (file, how it is made, the error in its entry, or None if it is answered)
 Row = tuple[str, Callable[[Path], object], str | None]
 FILES: dict[str, Row] = {
     "missing": ("gone.png", lambda p: p.symlink_to("nowhere.png"), "No such file"),
@@ -250,10 +249,9 @@ def test_model(tmp_path: Path, fault: str) -> None:
     assert sentence in found.sentence and "export" in found.sentence
 
 
-@pytest.mark.docker
 @pytest.mark.skipif(not IMAGE, reason="another user is had only in the container")
 def test_model_that_may_not_be_read(tmp_path: Path) -> None:
-    """It must not be passed over for the shipped one."""
+    """The shipped model must not be taken instead."""
     (tmp_path / "models").mkdir()
     shutil.copy(process.SHIPPED_MODEL, tmp_path / "models" / "mine.onnx")
     (tmp_path / "models").chmod(0o000)
@@ -284,7 +282,6 @@ def test_output_that_is_not_writable(tmp_path: Path) -> None:
     assert "mount a writable folder" in ran.stderr
 
 
-@pytest.mark.docker
 @pytest.mark.skipif(not IMAGE, reason="a small disk is had only in the container")
 @pytest.mark.parametrize("megabytes", [1, 2, 3])
 def test_output_that_is_full_in_the_middle(tmp_path: Path, megabytes: int) -> None:
@@ -313,7 +310,7 @@ def many(tmp_path: Path, count: int = 60) -> Path:
 
 
 def interrupted(tmp_path: Path, source: Path, number: signal.Signals) -> tuple[int, str]:
-    """Run, and send a signal when some cases are answered."""
+    """Run, and send a signal once five cases are answered."""
     name = f"aop-{tmp_path.name}-{os.getpid()}"
     line = strict.command(source, tmp_path / "out", "--no-overlay", name=name)
     child = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -348,6 +345,6 @@ def test_signal_in_the_middle_and_resume(tmp_path: Path, number: signal.Signals)
     found = strict.run(source, tmp_path / "out", "--no-overlay", "--resume")
     assert found.status == 0 and found.results["answered"] == 60
     kept = [path for path, time_ns in first.items() if path.stat().st_mtime_ns == time_ns]
-    assert len(kept) >= len(first) - 1  # that which was being answered
+    assert len(kept) >= len(first) - 1  # the one that was being answered
     assert f"{len(kept)} of 60 cases are answered already" in found.out
     shutil.rmtree(tmp_path / "out")

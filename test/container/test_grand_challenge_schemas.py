@@ -1,4 +1,4 @@
-"""The answers against grand-challenge's own JSON schemas, written down beside it."""
+"""The answers, checked against grand-challenge's JSON schemas in test/container/schemas."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ FILES = {POINTS: "multiple-points", ANGLE: "float", THREE: "three-point-angle"}
 
 
 def load_strictly(path: Path) -> object:
-    """NaN and Infinity are no JSON, though Python reads them."""
+    """The content of a JSON file. Python accepts NaN and Infinity, but JSON does not."""
 
     def refuse(text: str) -> object:
         raise ValueError(f"{path.name} holds {text}")

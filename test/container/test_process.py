@@ -1,6 +1,7 @@
-"""The container's contract (DESIGN, section 5) where all goes well, on synthetic images."""
+"""The container's contract when all goes well, on synthetic images."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -72,7 +73,7 @@ FOLDERS = {
 
 def test_every_case_is_answered_in_its_folder(answered: Run) -> None:
     assert (answered.status, answered.err) == (0, "")
-    assert "11 answered, of them" in answered.out and "0 failed" in answered.out
+    assert re.search(r"11 answered, \d+ of them doubtful; 0 failed\n", answered.out)
     expected = [f"{folder}/{name}" for folder in FOLDERS.values() for name in ANSWERS]
     sheets = [f"{stack}/contact-sheet.png" for stack in ("cine", "pages")]
     assert tree(answered.folder) == sorted([*expected, *sheets, "results.json", "landmarks.csv"])
@@ -120,7 +121,9 @@ def test_answer_files_say_what_results_say(answered: Run) -> None:
         assert [*found] == [*LANDMARKS] and found == entry["confidence"]
         picture = cv2.imread(str(answered.folder / folder / "overlay.png"))
         expected = (640, 512) if file not in ("planes.mha", "cine.nrrd") else (533, 640)
-        assert picture.shape[1] == expected[0] and picture.shape[0] > expected[1]  # and the words
+        assert (
+            picture.shape[1] == expected[0] and picture.shape[0] > expected[1]
+        )  # the text is below
 
 
 @pytest.mark.parametrize("frame_of_answers", ["world", "pixel"])

@@ -1,4 +1,4 @@
-"""The container's contract (DESIGN, section 5) where something is wrong: input, options, output."""
+"""The container's contract when input, options or output are wrong."""
 
 import errno
 import re
@@ -40,7 +40,7 @@ from test.support.runs import (
 from training.data.case_table import read_cases
 
 ROOT = Path(__file__).resolve().parents[2]
-TOLD = {"case", "file", "status", "error"}  # what an entry of an unreadable file says
+TOLD = {"case", "file", "status", "error"}  # fields that an unreadable file's entry sets
 
 
 def image_with(value: float) -> np.ndarray:
@@ -139,7 +139,7 @@ def test_wrong_pictures_are_answered_and_doubted(tmp_path: Path) -> None:
     png(tmp_path / "in" / "noise.png", noise)
     result = run(tmp_path / "in", tmp_path / "out")
     entry = result.entry("noise.png")
-    assert (result.status, result.err) == (0, "") and "1 doubtful" in result.out
+    assert (result.status, result.err) == (0, "") and "1 of them doubtful" in result.out
     assert entry["status"] == "ok" and entry["doubtful"] and entry["landmarks_px"]
     picture = cv2.imread(str(result.folder / "noise" / "overlay.png"))
     assert (picture[0] == DOUBT).all() and len(tree(result.folder / "noise")) == 3
@@ -204,12 +204,12 @@ def test_help_teaches_every_option_and_status() -> None:
         assert word in out
     for option in ("input", "output", "model", "provider", "decode", "frame-of-answers"):
         assert re.search(rf"--{option} \S+\s+\w+", out)
-    for default in ("(/input)", "(/output)", "(auto)", "(world)", "/opt/ml/model"):
-        assert default in out
+    for default in ("/input", "/output", "auto", "world", "the one file under /opt/ml/model"):
+        assert f"(default: {default}" in " ".join(out.split())
 
 
 def changed(folder: Path, code: str) -> list[str | Path]:
-    """The command process.py after some code."""
+    """The command that runs some code and then process.py."""
     start = "import os, runpy, sys; sys.argv[0] = 'process.py'"
     code = f"{start}\n{code}\nrunpy.run_path('process.py', run_name='__main__')"
     return [sys.executable, "-c", code, "--input", folder / "in", "--output", folder / "out"]
@@ -217,7 +217,7 @@ def changed(folder: Path, code: str) -> list[str | Path]:
 
 @pytest.mark.slow
 def test_as_a_command(tmp_path: Path) -> None:
-    """Quiet on stderr whatever libraries print, light, and safe from names that stdout lacks."""
+    """stderr stays empty, heavy libraries are not loaded, and stdout takes any file name."""
     png(tmp_path / "in" / "ü.png")
     command = changed(
         tmp_path,
@@ -279,7 +279,7 @@ def test_stop_between_the_frames_of_a_job(tmp_path: Path) -> None:
 
     def signalled(network_input: np.ndarray) -> np.ndarray:
         frames.append(network_input)
-        stop.signal = 15  # a second request would end the tests
+        stop.signal = 15  # a second stop.request would end the tests
         return real(network_input)
 
     predictor.run = signalled
@@ -313,7 +313,7 @@ def test_the_second_signal_ends_the_process_at_once(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.slow
 def test_nobody_listens(tmp_path: Path) -> None:
-    """As in `process.py ... | head -1`."""
+    """As with `process.py ... | head -1`."""
     for k in range(5):
         png(tmp_path / "in" / f"{k}.png")
     command = [sys.executable, "process.py", "--input", tmp_path / "in", "--output", tmp_path / "o"]
@@ -326,7 +326,7 @@ def test_nobody_listens(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("streams", [">/dev/full", "2>/dev/full", "<&- >&- 2>&-"])
 def test_streams_that_take_nothing(tmp_path: Path, streams: str) -> None:
-    """A full disk of the log, or a caller that closed them, costs no answer and no status."""
+    """A full log disk, or streams that the caller closed, change neither answers nor status."""
     (tmp_path / "in").mkdir()
     for k in range(3):
         volume(tmp_path / "in" / f"{k}.mha", made(k)[None])
@@ -339,10 +339,10 @@ def test_streams_that_take_nothing(tmp_path: Path, streams: str) -> None:
 
 @pytest.mark.slow
 def test_an_error_that_nobody_foresaw(tmp_path: Path) -> None:
-    """Python's own exit status would be that of a run that answered all other cases."""
+    """Python's own exit status, 1, would mean that all other cases were answered."""
     png(tmp_path / "in" / "a.png")
     command = changed(
-        tmp_path, "import model.pipeline.batch; model.pipeline.batch.run = lambda *_: 1 / 0"
+        tmp_path, "import model.pipeline.batch; model.pipeline.batch.run_batch = lambda *_: 1 / 0"
     )
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, check=False)
     assert ran.returncode == 2 and b"\nZeroDivisionError: " in ran.stderr
@@ -357,7 +357,7 @@ def test_an_error_that_nobody_foresaw(tmp_path: Path) -> None:
     ("made_input", "sentence"),
     [
         (lambda path: None, "the input folder .* cannot be read .*--input DIR"),
-        (lambda path: path.mkdir(), "no image below .*expected files of .mha, .*.png"),
+        (lambda path: path.mkdir(), "no image below .*expected files that end in .mha, .*.png"),
         (lambda path: job(path, "../out"), "inputs.json: relative_path .* leaves the input folder"),
         (lambda path: (job(path) / "../../inputs.json").write_text("{"), "inputs.json cannot be"),
     ],

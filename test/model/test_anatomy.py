@@ -1,4 +1,4 @@
-"""The one angle, and what counts as plausible."""
+"""The one angle, and which anatomies count as plausible."""
 
 import csv
 import math

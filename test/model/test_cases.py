@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from model.images.source import ImageError, open_image
-from model.pipeline.cases import LONGEST_NAME, Case, InputError, find_cases, readable
+from model.pipeline.cases import LONGEST_NAME, InputCase, InputError, find_cases, printable_path
 
 
 def touch(root: Path, *names: str | bytes) -> Path:
@@ -33,7 +33,7 @@ def write_job(root: Path, relative: object = "images/us", key: str = "socket", *
     return root
 
 
-def names(cases: list[Case]) -> list[str]:
+def names(cases: list[InputCase]) -> list[str]:
     assert all(case.folder == case.name and not case.is_job for case in cases)
     return [case.name for case in cases]
 
@@ -46,7 +46,7 @@ def names(cases: list[Case]) -> list[str]:
 def test_job_of_one_file(tmp_path: Path, key: str, name: str) -> None:
     touch(write_job(tmp_path, key=key), f"images/us/{name}", "images/other/no.mha", "no.png")
     file = f"images/us/{name}"
-    assert find_cases(tmp_path) == [Case("images/us", tmp_path / file, file, "", is_job=True)]
+    assert find_cases(tmp_path) == [InputCase("images/us", tmp_path / file, file, "", is_job=True)]
 
 
 @pytest.mark.parametrize("root_is_link", [False, True])
@@ -169,13 +169,13 @@ def test_any_folder(tmp_path: Path) -> None:
     assert [case.path for case in cases] == [tmp_path / case.file for case in cases]
 
 
-def test_dicom_without_a_suffix_and_what_is_passed_over(tmp_path: Path) -> None:
+def test_dicom_without_a_suffix_and_what_is_skipped(tmp_path: Path) -> None:
     touch(tmp_path, "a.png", "loop.AVI", "sub/b.avi", "letter", "e.mhd", "e.raw", ".hidden")
     (tmp_path / "IM_0001").write_bytes(bytes(128) + b"DICM")
-    passed_over: Counter[str] = Counter()
-    cases = find_cases(tmp_path, passed_over=passed_over)
+    skipped: Counter[str] = Counter()
+    cases = find_cases(tmp_path, skipped=skipped)
     assert names(cases) == ["IM_0001", "a", "e"]
-    assert passed_over == {".avi": 2, "no suffix": 1}
+    assert skipped == {".avi": 2, "no suffix": 1}
 
 
 def test_colliding_names_get_numbers(tmp_path: Path) -> None:
@@ -220,7 +220,7 @@ def test_names_that_are_no_text(tmp_path: Path) -> None:
     for case in cases:
         assert json.loads(json.dumps(case.file).encode()) == case.file
         assert case.path.is_file()
-    assert readable(Path(os.fsdecode(b"a/\xff.png"))) == r"a/\xff.png"
+    assert printable_path(Path(os.fsdecode(b"a/\xff.png"))) == r"a/\xff.png"
 
 
 def test_no_name_ends_a_line_of_the_table(tmp_path: Path) -> None:
@@ -256,7 +256,7 @@ def test_links_that_cannot_be_looked_at_hide_no_other_case(tmp_path: Path) -> No
     assert names(cases) == ["a__1", "a__2", "a__3", "a__folder", "images"]
     with pytest.raises(ImageError, match="File name too long"):
         open_image(cases[1].path)
-    (tmp_path / "out").symlink_to("out")  # which is for others to say
+    (tmp_path / "out").symlink_to("out")  # writing there will fail later
     assert len(find_cases(tmp_path, tmp_path / "out")) == 5
 
 
@@ -282,14 +282,14 @@ def test_nothing_to_do(tmp_path: Path, made: str) -> None:
         touch(
             root, *{"no-image": ["notes.txt", "a/b.zip"], "only-hidden": [".a.png"]}.get(made, [])
         )
-    with pytest.raises(InputError, match=r"expected files of|pass --input DIR") as caught:
+    with pytest.raises(InputError, match=r"expected files that end in|pass --input DIR") as caught:
         find_cases(root)
     told = "cannot be read" if made in ("nothing", "file") else "no image below"
     assert told in str(caught.value) and str(root) in str(caught.value)
 
 
 def deny(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    """As a folder without rights; the tests may run as root, who has them all."""
+    """Make a folder unreadable; permissions would not stop root, who may run the tests."""
     real = Path.iterdir
 
     def iterdir(self: Path):

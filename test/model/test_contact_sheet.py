@@ -1,4 +1,4 @@
-"""The summary of a loop, and what must be seen on its contact sheet."""
+"""The summary of a loop, and what must be visible on its contact sheet."""
 
 import subprocess
 import sys
@@ -13,17 +13,26 @@ import pytest
 from pydantic import ValidationError
 
 from model.anatomy import LANDMARKS
-from model.drawing.contact_sheet import CURVE, DARK, GREY, LABEL, SHOWN, TITLE, WIDEST, LoopSummary
-from model.drawing.overlay import COLOURS, overlay_picture, png
+from model.drawing.contact_sheet import (
+    CURVE_HEIGHT,
+    DARK,
+    GREY,
+    MOST_TILES,
+    TILE_LABEL,
+    TITLE_HEIGHT,
+    WIDEST_SHEET,
+    LoopSummary,
+)
+from model.drawing.overlay import COLOURS, encode_png, overlay_picture
 from model.drawing.text import DOUBT, WHITE, Picture
 from model.frame import Geometry
 from model.images.source import GreyFrame
-from model.results.schemas import CaseEntry, Loop, named
+from model.results.schemas import CaseEntry, Loop, points_by_name
 from test.model.test_overlay import has
 from test.phantom import phantom
 
-WIDTH, HEIGHT = 64, 48  # px of a frame, whose overlay is 640 x 480 px and the words below
-FOOT = LABEL + 5  # px of a tile below its picture
+WIDTH, HEIGHT = 64, 48  # px of a frame; its overlay has 640 x 480 px and text below
+FOOT = TILE_LABEL + 5  # px of a tile below its picture
 
 
 def failed(frame: int) -> CaseEntry:
@@ -54,7 +63,7 @@ def flat(frame: int) -> Picture:
 def told(
     entries: Iterable[CaseEntry], frames: int, drawn: Sequence[int] = range(99)
 ) -> LoopSummary:
-    """Drawing takes time; `drawn` are those that a sheet may show."""
+    """Their summary. Drawing takes time, so only the `drawn` frames get an overlay of their own."""
     summary, other = LoopSummary("a", "a.mha", frames), flat(-1)
     for k, one in enumerate(entries):
         summary.add(one, None if one.status == "failed" else flat(k) if k in drawn else other)
@@ -65,13 +74,13 @@ def sheet_of(summary: LoopSummary) -> Picture:
     data = summary.contact_sheet()
     assert data is not None
     sheet = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
-    assert sheet.shape[1] <= WIDEST and sheet.shape[0] <= 2200 and sheet.shape[2] == 3
+    assert sheet.shape[1] <= WIDEST_SHEET and sheet.shape[0] <= 2200 and sheet.shape[2] == 3
     return sheet
 
 
 def tiles(sheet: Picture, columns: int, rows: int) -> list[Picture]:
     """In reading order."""
-    middle = sheet[TITLE:-CURVE]
+    middle = sheet[TITLE_HEIGHT:-CURVE_HEIGHT]
     assert len(middle) % rows == 0 and middle.shape[1] % columns == 0
     return [tile for row in np.split(middle, rows) for tile in np.split(row, columns, axis=1)]
 
@@ -81,7 +90,7 @@ def centre(tile: Picture) -> tuple[int, ...]:
 
 
 def column(frame: int, frames: int, width: int) -> int:
-    """Where a frame lies on the curve."""
+    """The x at which a frame lies on the curve."""
     return round(74 + (width - 156) * frame / (frames - 1))
 
 
@@ -165,7 +174,7 @@ def test_frames_from_all_over_the_loop_and_the_most_confident(
     shown = list(expected)
     told_all = told((entry(k, sure=sure[k]) for k in range(frames)), frames, shown)
     cells = tiles(sheet_of(told_all), columns, rows)
-    assert len(shown) <= SHOWN
+    assert len(shown) <= MOST_TILES
     empty = [(0, 0, 0)] * (len(cells) - len(shown))
     assert [centre(tile) for tile in cells] == [*map(colour_of, shown), *empty]
     framed = [has(tile[1], WHITE)[1:-1].all() for tile in cells]
@@ -210,7 +219,7 @@ def test_tile_of_a_failed_frame() -> None:
 
 
 def label(tile: Picture) -> Picture:
-    """The two lines below the picture, inside a frame."""
+    """The two lines of text below a tile's picture, within the tile's border."""
     return tile[1 - FOOT : -4, 4:-4]
 
 
@@ -233,12 +242,12 @@ def test_words_say_frame_and_angle() -> None:
 
 
 def remarks(tile: Picture) -> np.ndarray:
-    """Where the second line has letters."""
+    """The pixels of letters in the second line."""
     return label(tile)[label(tile).shape[0] // 2 + 1 :].max(axis=2) > 100
 
 
 def angles_of(frames: int, median: int) -> list[float]:
-    """That frame alone is in the middle, where it and the number are odd or even otherwise."""
+    """Angles whose median is that of one frame; exactly one of `frames` and `median` is odd."""
     angles = [90.0 if k % 2 else 150.0 for k in range(frames)]
     angles[median] = 120.0
     return angles
@@ -267,7 +276,7 @@ def test_the_median_frame_has_a_tile(tmp_path: Path, surest: int) -> None:
     summary = told((entry(k, a, k == surest) for k, a in enumerate(angles)), frames)
     assert summary.summary().median_frame == median
     regular = {round(97 * k / 17) for k in range(18)} | {surest}
-    for content in (None, b"", b"no picture", png(flat(median))):
+    for content in (None, b"", b"no picture", encode_png(flat(median))):
         if content is not None:
             written(median).write_bytes(content)
         is_there = surest == median or (content or b"")[1:4] == b"PNG"
@@ -292,14 +301,14 @@ def test_longest_words_fit(frames: int) -> None:
     for cell in tiles(sheet, 2 if frames == 2 else 5, 1 if frames == 2 else 4)[:shown]:
         assert has(label(cell), DOUBT).any()
         assert not label(cell)[:, [0, 1, 2, -3, -2, -1]].any()
-    title, curve = sheet[:TITLE], sheet[-CURVE:]
+    title, curve = sheet[:TITLE_HEIGHT], sheet[-CURVE_HEIGHT:]
     assert title.any() and not title[:, -4:].any() and not title[-4:].any()
     assert not curve[:, :3].any() and not curve[:, -3:].any() and not curve[-8:].any()
 
 
 def test_title_counts() -> None:
     def title(*entries: CaseEntry) -> Picture:
-        return sheet_of(told(entries, 3))[:TITLE]
+        return sheet_of(told(entries, 3))[:TITLE_HEIGHT]
 
     base = title(entry(0), entry(1), entry(2))
     others = [
@@ -317,7 +326,7 @@ def test_curve_has_a_gap_where_frames_failed() -> None:
     entries = (failed(k) if k in gone else entry(k, sure=0.1 + k / 40) for k in range(30))
     sheet = sheet_of(told(entries, 30))
     width = sheet.shape[1]
-    line = (sheet[-CURVE:] > GREY[0] + 30).all(axis=2).any(axis=0)  # brighter than the axes
+    line = (sheet[-CURVE_HEIGHT:] > GREY[0] + 30).all(axis=2).any(axis=0)  # brighter than the axes
     for first, last in ((2, 11), (16, 24)):
         assert line[column(first, 30, width) : column(last, 30, width) + 1].all()
     for first, last in ((0, 2), (11, 16), (24, 26)):
@@ -329,7 +338,7 @@ def test_a_lone_frame_between_failed_ones_is_a_dot() -> None:
         entry(k, 90.0 + k, 0.9 if k == 0 else 0.1) if k % 4 == 0 else failed(k) for k in count()
     )
     sheet = sheet_of(told((one for _, one in zip(range(9), entries, strict=False)), 9))
-    white = has(sheet[-CURVE:], WHITE)
+    white = has(sheet[-CURVE_HEIGHT:], WHITE)
     for k in (4, 8):
         x = column(k, 9, sheet.shape[1])
         assert 9 <= white[:, x - 6 : x + 7].sum() <= 25
@@ -338,7 +347,7 @@ def test_a_lone_frame_between_failed_ones_is_a_dot() -> None:
 def test_points_of_the_curve_stand_for_their_angles() -> None:
     angles = [100.0, 131.0, 108.0, 117.0, 100.0]
     sheet = sheet_of(told((entry(k, a, 0.5, 0 < k < 4) for k, a in enumerate(angles)), 5))
-    curve = sheet[-CURVE:]
+    curve = sheet[-CURVE_HEIGHT:]
     parts = cv2.connectedComponentsWithStats(has(curve, DOUBT).astype(np.uint8))[3][1:]
     x, y = parts[np.argsort(parts[:, 0])].T
     assert np.abs(x - [column(k, 5, sheet.shape[1]) for k in (1, 2, 3)]).max() < 0.6
@@ -352,7 +361,7 @@ def test_the_most_confident_frame_is_ringed() -> None:
         sheet_of(told((entry(k, 120.0 + k, 0.9 if k == best else 0.1) for k in range(9)), 9))
         for best in (2, 6)
     ]
-    first, second = (has(sheet[-CURVE:], WHITE).sum(axis=0) for sheet in sheets)
+    first, second = (has(sheet[-CURVE_HEIGHT:], WHITE).sum(axis=0) for sheet in sheets)
     for best, more, less in ((2, first, second), (6, second, first)):
         x = column(best, 9, sheets[0].shape[1])
         assert more[x - 12 : x + 13].sum() > less[x - 12 : x + 13].sum() + 60
@@ -361,13 +370,13 @@ def test_the_most_confident_frame_is_ringed() -> None:
 @pytest.mark.parametrize("angles", [[0.0, 0.0], [180.0, 180.0], [0.0, 180.0], [57.1, 57.1]])
 def test_axis_encloses_any_angles(angles: list) -> None:
     sheet = sheet_of(told((entry(k, a, doubtful=True) for k, a in enumerate(angles)), 2))
-    curve = has(sheet[-CURVE:], DOUBT)
+    curve = has(sheet[-CURVE_HEIGHT:], DOUBT)
     for k in range(2):
         x = column(k, 2, sheet.shape[1])
         rows = np.flatnonzero(curve[:, x])
-        assert len(rows) == 7 and 15 < rows[0] < rows[-1] < CURVE - 35
+        assert len(rows) == 7 and 15 < rows[0] < rows[-1] < CURVE_HEIGHT - 35
         if angles[0] == angles[1] != 57.1:  # the axis ends there
-            assert rows[3] == (CURVE - 40 if angles[0] == 0 else 20)
+            assert rows[3] == (CURVE_HEIGHT - 40 if angles[0] == 0 else 20)
 
 
 def real(frame: int, width: int, height: int, doubtful: bool = False) -> tuple:
@@ -380,7 +389,7 @@ def real(frame: int, width: int, height: int, doubtful: bool = False) -> tuple:
         doubtful=doubtful,
         width=width,
         height=height,
-        landmarks_px=named(made.landmarks_px),
+        landmarks_px=points_by_name(made.landmarks_px),
         confidence=confidence,
         reasons=["the head is a word " * 20] * doubtful,
     )
@@ -396,7 +405,7 @@ def test_overlays_of_any_shape(size: tuple, height: int) -> None:
     for k in range(3):
         summary.add(*real(k, *size, doubtful=k == 1))
     sheet = sheet_of(summary)
-    assert sheet.shape == (TITLE + height + LABEL + 10 + CURVE, 3 * 490, 3)
+    assert sheet.shape == (TITLE_HEIGHT + height + TILE_LABEL + 10 + CURVE_HEIGHT, 3 * 490, 3)
     for k, tile in enumerate(tiles(sheet, 3, 1)):
         picture = tile[5 : 5 + height].astype(int)
         orange = (np.abs(picture - DOUBT).max(axis=2) < 30).sum()
@@ -412,7 +421,7 @@ def test_pages_of_several_sizes() -> None:
         summary.add(*real(k, *size, doubtful=True))  # the orange frame shows its size
     heights = []
     for tile in tiles(sheet_of(summary), 4, 1):
-        assert tile.shape[:2] == (390 + LABEL + 10, 400)
+        assert tile.shape[:2] == (390 + TILE_LABEL + 10, 400)
         rows = np.flatnonzero(tile[5:-FOOT, 5:-5].any(axis=(1, 2)))
         heights.append(int(np.ptp(rows)) + 1)
         assert abs(rows[0] + rows[-1] - 389) <= 1

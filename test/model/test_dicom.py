@@ -1,4 +1,4 @@
-"""DICOM: every way in which pixels are written, what they mean, and frames that are damaged."""
+"""DICOM: every encoding of pixels, what the values mean, and damaged frames."""
 
 import struct
 import zlib
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from model.images import limits as reading
+from model.images import limits
 from model.images.source import GreyFrame, ImageError, open_image
 from test.support.image_files import (
     BIG,
@@ -59,7 +59,7 @@ def test_native_pixels(tmp_path: Path, code: tuple[str, bool]) -> None:
 
 
 def test_header_that_tells_a_wrong_syntax(tmp_path: Path) -> None:
-    """The elements themselves show how they are written."""
+    """The elements themselves show their encoding."""
     assert_stack(dicom(tmp_path / "a.dcm", STACK, code=IMPLICIT, syntax=".1"), STACK)
     assert_stack(dicom(tmp_path / "a.dcm", STACK, code=BIG, syntax=".1"), STACK)
 
@@ -96,7 +96,7 @@ def jpeg_2000(rgb: np.ndarray, rate: int) -> bytes:
 
 
 def by_gdcm(array: np.ndarray, compressor: str, folder: Path) -> bytes:
-    """One frame packed without loss, as JPEG or as JPEG2000."""
+    """One frame compressed without loss, as JPEG or as JPEG2000."""
     path = folder / "by_gdcm.dcm"
     image = sitk.GetImageFromArray(array, isVector=array.ndim == 3)
     writer = sitk.ImageFileWriter()
@@ -237,7 +237,7 @@ def test_packed_but_not_said_to_be(tmp_path: Path) -> None:
 
 def test_what_holds_no_pixels(tmp_path: Path) -> None:
     path = dicom(tmp_path / "a.dcm", GREY[None], more={0x7FE00010: b""})
-    with pytest.raises(ImageError, match="holds no pixels: it is no image, or cut off"):
+    with pytest.raises(ImageError, match="holds no pixels: it is not an image, or it was cut off"):
         open_image(path)
     path.write_bytes(path.read_bytes()[:-3])
     with pytest.raises(ImageError, match="is damaged"):
@@ -303,7 +303,7 @@ def test_damaged_frames_cost_no_other(tmp_path: Path, make: Callable) -> None:
 
 
 def test_damage_that_would_end_the_process(tmp_path: Path) -> None:
-    """GDCM divides by RLE's number of segments, and makes room for a JPEG value's claimed bits."""
+    """GDCM divides by RLE's number of segments, and allocates the bits that a JPEG value claims."""
     wide = GREY.astype(np.uint16) * 16
     lossless = by_gdcm(wide, "JPEG", tmp_path)
     at = lossless.index(b"\xff\xc3\0\x0b\x10") + 4
@@ -332,7 +332,7 @@ def test_libraries_print_nothing(tmp_path: Path, capfd: pytest.CaptureFixture) -
 
 
 def test_native_pixels_that_are_cut_off(tmp_path: Path) -> None:
-    """ITK would fill up with zeros."""
+    """ITK would fill them up with zeros."""
     path = dicom(tmp_path / "a.dcm", STACK)
     path.write_bytes(path.read_bytes()[: -H * W - 1])
     items = frames(path)
@@ -353,12 +353,12 @@ def test_loop_that_vanishes_while_it_is_read(tmp_path: Path) -> None:
 
 
 def test_loops_larger_than_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reading, "MAX_BYTES", STACK.nbytes - 1)
+    monkeypatch.setattr(limits, "MAX_BYTES", STACK.nbytes - 1)
     assert_stack(dicom(tmp_path / "a.dcm", STACK), STACK)
-    with pytest.raises(ImageError, match="fewer bytes a pixel"):
+    with pytest.raises(ImageError, match="fewer bytes per pixel"):
         open_image(dicom(tmp_path / "a.dcm", np.tile(GREY, (3, 2))[None]))
     long = jpeg(RGB) + bytes(STACK.nbytes)
-    with pytest.raises(ImageError, match="fewer bytes a pixel"):
+    with pytest.raises(ImageError, match="fewer bytes per pixel"):
         open_image(dicom(tmp_path / "a.dcm", RGB[None], "YBR_FULL_422", jpeg=[long]))
 
 
@@ -437,7 +437,7 @@ def test_bits_signs_and_rescaling(tmp_path: Path, code: tuple[str, bool]) -> Non
     wide = GREY.astype(np.uint16) * 16
     twelve = {"0x00280101": ("US", 12), "0x00280102": ("US", 11)}
     check(wide, stretched(wide), **twelve)
-    check(wide | 0xA000, stretched(wide), **twelve)  # above them old files have drawings
+    check(wide | 0xA000, stretched(wide), **twelve)  # old files have drawings in the higher bits
     signed = GREY.astype(np.int16) * 4 - 500
     check(signed, stretched(signed))
     slope = {"0x00281053": ("DS", "-0.5"), "0x00281052": ("DS", "1000")}
@@ -465,7 +465,7 @@ def test_folder_of_dicom_files(tmp_path: Path) -> None:
 
 
 def test_folder_of_loops_and_single_frames(tmp_path: Path) -> None:
-    """What has no number, or none that can be, comes last, by name."""
+    """Files without a valid InstanceNumber come last, by name."""
     dicom(tmp_path / "a", STACK[4:], more={0x00200013: element(0x00200013, "IS", "first")})
     dicom(tmp_path / "b", STACK[1:3], number=7)
     dicom(tmp_path / "c", STACK[:1], number=3)

@@ -1,4 +1,4 @@
-"""DICOM headers: how large a pixel is, where it lies, and whom nothing may name."""
+"""DICOM headers: the size of a pixel, its place in the world, and that nothing names a patient."""
 
 import json
 import struct
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.filterwarnings("error")
 ROOT = Path(__file__).resolve().parents[2]
 
 
-# ---- How large a pixel is
+# ---- The size of a pixel
 
 
 def spacing_of(path: Path) -> tuple[float, float] | None:
@@ -66,7 +66,7 @@ def test_spacing(tmp_path: Path, code: tuple[str, bool]) -> None:
     assert spacing(of(0.0, 0.03)) is None
     assert spacing(of(float("nan"), 0.03)) is None
     assert spacing(of(0.02, 0.03), mm="0.5\\0.25") == (0.25, 0.5)
-    assert spacing(of(0.02, 0.03), mm="1\\1") == expected  # which most who write it made up
+    assert spacing(of(0.02, 0.03), mm="1\\1") == expected  # most writers of 1 x 1 do not know
 
 
 def test_regions_that_differ(tmp_path: Path) -> None:
@@ -104,7 +104,7 @@ def test_sequences_in_sequences_without_end(tmp_path: Path) -> None:
 
 
 def test_regions_of_unknown_kind(tmp_path: Path) -> None:
-    """As an archive that did not know the tag has passed them on."""
+    """An archive that does not know the tag passes them on like this."""
     inside = region(0.02, 0.03, code=IMPLICIT)
     for value in (
         element(0x00186011, "UN", inside),
@@ -127,7 +127,7 @@ def test_spacing_of_enhanced_files(tmp_path: Path, group: int) -> None:
 
 
 def test_lengths_outside_the_body_are_not_taken(tmp_path: Path) -> None:
-    """Those of a detector, of scanned film, and of a pixel's sides to each other."""
+    """Lengths on a detector and on scanned film, and the ratio of a pixel's sides."""
     for tag, kind, value in (
         (0x00181164, "DS", "0.5\\0.25"),
         (0x00182010, "DS", "0.5\\0.25"),
@@ -146,13 +146,13 @@ def test_spacing_that_cannot_be(tmp_path: Path, spacing: str) -> None:
     path = dicom(tmp_path / "a.dcm", STACK, spacing=spacing)
     assert_stack(path, STACK)
     frame = next(open_image(path).frames())
-    assert frame.geometry.spacing_mm is None and "cannot be" in frame.warnings[0]
+    assert frame.geometry.spacing_mm is None and "is impossible" in frame.warnings[0]
     assert len(frame.warnings) == 1
 
 
 @pytest.mark.parametrize("of_class", ["3.1", "6.1", "7", "1", "7.2", "4.1", "77.1.4"])
 def test_place_in_the_world(tmp_path: Path, of_class: str) -> None:
-    """As ITK has it, which for a kind of image believes one spacing and for another the next."""
+    """The same place as ITK's, which takes another spacing for each kind of image."""
     more = {
         0x00080016: element(0x00080016, "UI", "1.2.840.10008.5.1.4.1.1." + of_class),
         0x00180088: element(0x00180088, "DS", "2"),
@@ -172,7 +172,7 @@ def test_place_in_the_world(tmp_path: Path, of_class: str) -> None:
         assert frame.slice_index == 4
 
 
-# ---- Whom nothing may name
+# ---- Nothing names a patient
 
 SECRETS = {
     0x00080018: ("UI", "1.2.826.0.1.3680043.55.777"),
@@ -204,7 +204,7 @@ def secret(path: Path, pixels: np.ndarray, *args: object, **named: object) -> Pa
 
 
 def spoiled(data: bytes) -> dict[str, bytes]:
-    """Versions of a file with damage of all kinds: text stands where other things should."""
+    """Versions of a file with damage of all kinds: text stands in place of other values."""
     name = data.index(element(0x00100010, *SECRETS[0x00100010]))
     syntax = data.index(b"1.2.840.10008.1.2.1")
     pixels = data.index(b"\xe0\x7f\x10\0")

@@ -27,7 +27,7 @@ FILES = AnswerFiles("aop-landmarks.json", "angle-of-progression.json")
 
 
 def frame_points(k: int) -> list[NamedPoint]:
-    """Three landmarks whose x tells the landmark and whose y and z tell the frame."""
+    """Three landmarks: x is the number of the landmark, y and z are that of the frame."""
     return [
         NamedPoint(name=name, point=(x, float(k), float(k)), probability=0.5)
         for x, name in enumerate(("PS1", "PS2", "FH1"))
@@ -53,9 +53,9 @@ def test_write_makes_folders_and_replaces(tmp_path: Path) -> None:
 def test_write_that_fails_leaves_the_old_file_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: bool
 ) -> None:
-    """Also on a file system that has no files without a name."""
+    """Also on a file system that cannot create files without a name."""
     if named:
-        monkeypatch.setattr(files, "_nameless", lambda folder: None)
+        monkeypatch.setattr(files, "_open_nameless", lambda folder: None)
     write_bytes(tmp_path / "a.txt", b"old")
 
     def chunks() -> Iterator[bytes]:

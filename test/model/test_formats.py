@@ -1,4 +1,4 @@
-"""Headers that ITK must not see, and some like them that it may."""
+"""Headers that ITK must not see, and similar ones that it may."""
 
 import os
 import struct

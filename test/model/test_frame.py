@@ -1,4 +1,4 @@
-"""Every map and its inverse, and that an image and its points move alike."""
+"""Every map and its inverse; an image and its points move alike."""
 
 import numpy as np
 import pytest

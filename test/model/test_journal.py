@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from model.results.files import OutputError, RunFiles
-from model.results.journal import ROOM, Journal
+from model.results.journal import FRAME_BYTES, Journal
 from model.results.schemas import CaseEntry, Loop, Results, RunSummary
 
 NAMES = RunFiles()
@@ -105,7 +105,7 @@ def test_resume_keeps_what_is_answered_in_full(tmp_path: Path, ended: bool) -> N
         with (tmp_path / NAMES.journal).open("ab") as file:
             file.write(b'{"case":"a","file":"a.p')
         journal.close()
-        (tmp_path / NAMES.room).write_bytes(bytes(3 * ROOM))
+        (tmp_path / NAMES.room).write_bytes(bytes(3 * FRAME_BYTES))
     resumed = begin(tmp_path, resume=True)
     assert resumed.done == {"b", "c"}
     assert "results.json" not in listed(tmp_path)
@@ -210,19 +210,19 @@ def test_room_is_set_aside_and_used_when_the_disk_is_full(
     journal = begin(tmp_path)
     room = tmp_path / NAMES.room
     before = room.stat().st_size
-    assert before >= len(CASES) * ROOM
+    assert before >= len(CASES) * FRAME_BYTES
     journal.reserve(5)
-    assert room.stat().st_size == before + 5 * ROOM
+    assert room.stat().st_size == before + 5 * FRAME_BYTES
     real = os.pwrite
 
     def full(file: int, data: bytes, at: int) -> int:
-        if room.stat().st_size == before + 5 * ROOM:
+        if room.stat().st_size == before + 5 * FRAME_BYTES:
             return real(file, data[:10], at)  # a part still fits
         return real(file, data, at)
 
     monkeypatch.setattr(os, "pwrite", full)
     fill(journal)
-    assert room.stat().st_size < before + 5 * ROOM
+    assert room.stat().st_size < before + 5 * FRAME_BYTES
     journal.finish(SUMMARY)
     assert len(read(tmp_path).cases) == 4
 

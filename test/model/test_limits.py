@@ -1,4 +1,4 @@
-"""What a file claims is looked at before its pixels are read, so that none fills the memory."""
+"""A header's claims are checked before pixels are read, so that no file fills the memory."""
 
 import struct
 import subprocess
@@ -15,8 +15,7 @@ import cv2
 import numpy as np
 import pytest
 
-from model.images import limits as reading
-from model.images import source as image
+from model.images import limits, source
 from model.images.source import ImageError, open_image
 from test.support.image_files import (
     GREY,
@@ -89,11 +88,11 @@ def test_jpeg_too_large(tmp_path: Path) -> None:
 
 
 def test_limits_of_a_stack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reading, "MAX_BYTES", STACK.nbytes - 1)
+    monkeypatch.setattr(limits, "MAX_BYTES", STACK.nbytes - 1)
     with pytest.raises(ImageError, match=r"save them as \.mha"):
         open_image(save(tmp_path / "a.nrrd", STACK))
     assert_stack(save(tmp_path / "a.mha", STACK), STACK)
-    monkeypatch.setattr(image, "MAX_FRAMES", 4)
+    monkeypatch.setattr(source, "MAX_FRAMES", 4)
     with pytest.raises(ImageError, match="has 5 frames, more than 4"):
         open_image(tmp_path / "a.mha")
 
@@ -125,13 +124,13 @@ def claim_tiff(path: Path) -> Path:
 
 
 def growth(action: Callable[[], object]) -> int:
-    """Bytes by which the process grows at most while it acts."""
+    """The most bytes by which the process grows during the action."""
 
     def peak() -> int:
         status = Path("/proc/self/status").read_text()
         return int(status.partition("VmHWM:")[2].split()[0]) * 1024
 
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = peak()
     action()
     return peak() - before
@@ -152,26 +151,26 @@ on_linux = pytest.mark.skipif(sys.platform != "linux", reason="bounded and measu
         ("a.nrrd", claim_text, r"save them as \.mha"),
         ("b.nrrd", partial(claim_text, packed=True), r"save them as \.mha"),
         ("a.mha", partial(claim_text, packed=True), "without compression"),
-        ("b.mha", partial(claim_text, array=COLOURS.astype(np.float64)), "fewer bytes a pixel"),
+        ("b.mha", partial(claim_text, array=COLOURS.astype(np.float64)), "fewer bytes per pixel"),
         ("a.nii", claim_nifti, "without compression"),
         ("a.dcm", claim_dicom, "is damaged"),
         ("b.dcm", partial(claim_dicom, jpeg=[JPEG] * 2), "is damaged"),
-        ("a.tif", claim_tiff, "fewer bytes a pixel"),
+        ("a.tif", claim_tiff, "fewer bytes per pixel"),
     ],
 )
 def test_gigabytes_are_refused_from_the_header(
     tmp_path: Path, name: str, claim: Callable[[Path], Path], reason: str
 ) -> None:
-    """Each frame has a lawful size; all of them, or the values of a pixel, are too many."""
+    """Each frame has a valid size, but there are too many frames, or values in a pixel."""
     path = claim(tmp_path / name)
     assert path.stat().st_size < 2**17
-    refuse(path, reason)  # with what is imported late
+    refuse(path, reason)  # imports what is imported late
     assert growth(lambda: refuse(path, reason)) < 2**24
 
 
 def test_what_is_too_much_is_told_as_more_than_the_limit() -> None:
     with pytest.raises(ImageError, match=r"pixels take 0\.51 GiB, more than 0\.5 GiB: save"):
-        reading.check_bytes(reading.MAX_BYTES + 1)
+        limits.check_bytes(limits.MAX_BYTES + 1)
 
 
 @on_linux
@@ -179,7 +178,7 @@ def test_what_is_too_much_is_told_as_more_than_the_limit() -> None:
     "old", [struct.pack("<HH2s2xI", 2, 1, b"OB", 2), item(JPEG)[:8]], ids=["header", "pixels"]
 )
 def test_dicom_elements_longer_than_their_file(tmp_path: Path, old: bytes) -> None:
-    """GDCM makes room for them before it looks."""
+    """GDCM allocates them before it reads."""
     before = resource.getrlimit(resource.RLIMIT_DATA)
     path = dicom(tmp_path / "a.dcm", RGB[None], colours="YBR_FULL_422", jpeg=[JPEG])
     assert single(path).pixels.shape == (H, W)
@@ -191,9 +190,9 @@ def test_dicom_elements_longer_than_their_file(tmp_path: Path, old: bytes) -> No
 WITHOUT_MEMORY = """
 import sys
 from pathlib import Path
-from model.images import limits as reading
+from model.images import limits
 from model.images.source import open_image
-reading.ROOM, reading.COPIES = 2**22, 0
+limits.ROOM_BYTES, limits.COPIES = 2**22, 0
 small, large = map(Path, sys.argv[1:])
 print(open_image(small))
 open_image(large)
@@ -222,7 +221,7 @@ def test_frames_are_lazy(tmp_path: Path, suffix: str) -> None:
         assert cv2.imwritemulti(str(path), list(stack))
     else:
         save(path, stack)
-    open_image(path)  # whatever is imported late
+    open_image(path)  # imports what is imported late
     tracemalloc.start()
     for k, frame in enumerate(open_image(path).frames()):
         assert np.array_equal(frame.pixels, stack[k])
@@ -233,13 +232,13 @@ def test_frames_are_lazy(tmp_path: Path, suffix: str) -> None:
 
 
 def test_small_files_of_large_images_are_answered_one_at_a_time(tmp_path: Path) -> None:
-    """A file of some kB may unpack to more than LARGE; its pixels are held until it is answered."""
+    """A file of some kB may unpack to more than LARGE_BYTES, held until it is answered."""
     side = 4096
     large = tmp_path / "large.png"
     cv2.imwrite(str(large), np.eye(side, dtype=np.uint8))
-    assert large.stat().st_size < reading.LARGE // 100
+    assert large.stat().st_size < limits.LARGE_BYTES // 100
     small = write(tmp_path / "small.png", GREY)
-    budget = reading.MemoryBudget()
+    budget = limits.MemoryBudget()
     held, most = [], []
     both = threading.Barrier(2, timeout=30)
 

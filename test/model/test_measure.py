@@ -1,4 +1,4 @@
-"""From a frame to its entry: angle, doubt in words, and points in the frame of answers."""
+"""From a frame to its entry: angle, reasons for doubt, and points in the frame of answers."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,14 @@ import pytest
 from model.anatomy import LANDMARKS, angle_of_progression
 from model.frame import Geometry
 from model.images.source import BadFrame, GreyFrame
-from model.measure import bad_frame, failed_entry, measure, points_of, unflipped, within_budget
+from model.measure import (
+    bad_frame_entry,
+    exchange_sides,
+    failed_entry,
+    measure_frame,
+    named_points,
+    warn_if_late,
+)
 from model.predictor import Output, Predictor
 from model.results.schemas import CaseEntry
 from model.uncertainty import QUANTITIES, Calibration, ErrorModel
@@ -18,7 +25,7 @@ FRAME = GreyFrame(np.arange(64 * 128, dtype=np.float32).reshape(64, 128), None, 
 
 
 def entry_of(points: list, height: float = 0.9, frame: GreyFrame = FRAME) -> CaseEntry:
-    return measure("a", "a.png", frame, predictor_at(points, height))
+    return measure_frame("a", "a.png", frame, predictor_at(points, height))
 
 
 def test_entry_of_a_sure_answer() -> None:
@@ -66,7 +73,7 @@ def test_spacing_warnings_and_frame_pass_into_the_entry() -> None:
     lost = failed_entry(entry, "no room")
     assert (lost.status, lost.error, lost.frame, lost.width) == ("failed", "no room", 3, 128)
     assert lost.landmarks_px is None and lost.confidence is None and lost.doubtful is None
-    assert bad_frame("a", "a.png", BadFrame(4, "cut")) == CaseEntry(
+    assert bad_frame_entry("a", "a.png", BadFrame(4, "cut")) == CaseEntry(
         case="a", file="a.png", frame=4, status="failed", error="cut"
     )
 
@@ -76,7 +83,7 @@ def test_points_in_world_and_pixels() -> None:
     geometry = Geometry((0.5, 0.5), (0.5, 0.5, 2.0), (10.0, 20.0, 30.0), turned)
     frame = GreyFrame(FRAME.pixels, 3, 5, geometry)
     entry = entry_of(SPREAD, frame=frame)
-    world, pixels = (points_of(entry, frame, in_world) for in_world in (True, False))
+    world, pixels = (named_points(entry, frame, in_world) for in_world in (True, False))
     for k, (x, y) in enumerate(entry.landmarks_px.values()):
         assert pixels[k].point == (x, y, 3.0)
         assert world[k].point == pytest.approx((10 - y / 2, 20 + x / 2, 40.0))
@@ -87,8 +94,8 @@ def test_points_in_world_and_pixels() -> None:
 def test_latency_budget() -> None:
     known = {"case": "a", "file": "a", "status": "ok", "warnings": ["odd"]}
     entry = CaseEntry(milliseconds={"read": 30.0, "write": 10.5}, **known)
-    assert within_budget(entry, None) == within_budget(entry, 40.5) == entry
-    late = within_budget(entry, 40.0).warnings
+    assert warn_if_late(entry, None) == warn_if_late(entry, 40.5) == entry
+    late = warn_if_late(entry, 40.0).warnings
     assert late == ["odd", "took 40.5 ms, over the latency budget of 40 ms"]
 
 
@@ -101,10 +108,10 @@ def test_a_mirrored_image_is_flipped_judged_and_mapped_back() -> None:
         seen.append(network_input)
         return inner.run(network_input)
 
-    plain = measure("a", "a.png", square, predictor_at(SPREAD))
-    mirrored = measure("a", "a.png", square, Predictor(inner.spec, run, "cpu"), mirror=True)
+    plain = measure_frame("a", "a.png", square, predictor_at(SPREAD))
+    mirrored = measure_frame("a", "a.png", square, Predictor(inner.spec, run, "cpu"), mirror=True)
     flipped = GreyFrame(square.pixels[:, ::-1].copy(), None, 0, Geometry())
-    measure("a", "a.png", flipped, Predictor(inner.spec, run, "cpu"))
+    measure_frame("a", "a.png", flipped, Predictor(inner.spec, run, "cpu"))
     np.testing.assert_array_equal(*seen)
     for name, (x, y) in plain.landmarks_px.items():
         assert mirrored.landmarks_px[name] == pytest.approx((63 - x, y))
@@ -114,13 +121,13 @@ def test_a_mirrored_image_is_flipped_judged_and_mapped_back() -> None:
 
 def test_doubt_of_a_mirrored_image_names_its_own_sides() -> None:
     square = GreyFrame(FRAME.pixels[:, :64].copy(), None, 0, Geometry())
-    first, *rest = measure("a", "a.png", square, predictor_at(SWAPPED)).reasons
+    first, *rest = measure_frame("a", "a.png", square, predictor_at(SWAPPED)).reasons
     assert first == "PS1 is not on the right of PS2: the image may be mirrored"
-    entry = measure("a", "a.png", square, predictor_at(SWAPPED), mirror=True)
+    entry = measure_frame("a", "a.png", square, predictor_at(SWAPPED), mirror=True)
     told = "PS1 is not on the left of PS2: perhaps the image needs no --mirror"
     assert entry.reasons == [told, *rest] and entry.doubtful and not entry.plausible
     assert entry.landmarks_px["PS1"][0] > entry.landmarks_px["PS2"][0]  # as the sentence says
-    assert unflipped("left or right, upright") == "right or left, upright"
+    assert exchange_sides("left or right, upright") == "right or left, upright"
 
 
 CALIBRATED = Calibration(
@@ -140,8 +147,8 @@ CALIBRATED = Calibration(
     [
         (0.5, 3.5, []),
         (0.3, 3.5, ["does not look like a sagittal transperineal image"]),
-        (0.5, 2.5, ["an error of 3.0 deg is to be expected, above 2.5 deg"]),
-        (0.1, 2.5, ["(score 0.100, below 0.400)", "3.0 deg is to be expected"]),
+        (0.5, 2.5, ["the angle's expected error is 3.0 deg, above 2.5 deg"]),
+        (0.1, 2.5, ["(score 0.100, below 0.400)", "expected error is 3.0 deg"]),
     ],
 )
 def test_what_a_calibrated_model_tells(view: float, limit: float, words: list[str]) -> None:
@@ -153,7 +160,7 @@ def test_what_a_calibrated_model_tells(view: float, limit: float, words: list[st
         return Output(inner.run(network_input).maps, np.array([view], np.float32))
 
     frame = GreyFrame(FRAME.pixels[:, :64].copy(), None, 0, Geometry((0.5, 0.5)))
-    entry = measure("a", "a.png", frame, Predictor(spec, run, "cpu"))
+    entry = measure_frame("a", "a.png", frame, Predictor(spec, run, "cpu"))
     assert entry.expected_error_px == pytest.approx({"PS1": 0.5, "PS2": 0.625, "FH1": 1.0})
     assert entry.expected_error_mm == pytest.approx({"PS1": 0.25, "PS2": 0.3125, "FH1": 0.5})
     assert entry.expected_aop_error_deg == pytest.approx(3.0)
@@ -164,7 +171,7 @@ def test_what_a_calibrated_model_tells(view: float, limit: float, words: list[st
     assert entry.view_score == pytest.approx(view)
     assert entry.doubtful == bool(words) and len(entry.reasons) == len(words)
     assert all(word in reason for word, reason in zip(words, entry.reasons, strict=True))
-    mirrored = measure("a", "a.png", frame, Predictor(spec, run, "cpu"), mirror=True)
+    mirrored = measure_frame("a", "a.png", frame, Predictor(spec, run, "cpu"), mirror=True)
     sides = [("symphysis on the left", "symphysis on the right")] * (view < 0.4)
     for reason, other in zip(entry.reasons, mirrored.reasons, strict=True):
         assert other == (reason.replace(*sides.pop()) if sides else reason)

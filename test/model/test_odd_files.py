@@ -1,9 +1,9 @@
-"""Inputs of every strange kind: the program answers, or says in a sentence why not, and goes on.
+"""Strange inputs of every kind: the program answers, or says in a sentence why not, and goes on.
 
     AOP_FUZZ=10000 python -m pytest test/model/test_odd_files.py
 
-tries so many inputs, new ones each time; without AOP_FUZZ they are a few, always the same. An
-input that ends the process itself (a crash or a hang in a library) stays in pytest's folder, as
+tries 10,000 inputs, new ones each time. Without AOP_FUZZ there are a few hundred, always the same.
+An input that ends the process itself (a crash or a hang in a library) stays in pytest's folder, as
 fuzz*/in.
 """
 
@@ -42,7 +42,7 @@ def tried(share: float) -> settings:
         max_examples=max(1, round(COUNT * share)),
         derandomize="AOP_FUZZ" not in os.environ,
         database=None,
-        deadline=None,  # `check` has its own, which takes no pause of the machine for a fault
+        deadline=None,  # `check` has its own, which forgives a pause of the machine
         suppress_health_check=[HealthCheck.too_slow],
     )
 
@@ -57,7 +57,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def stderr(request: pytest.FixtureRequest) -> Iterator[int]:
-    """The real one, for what Python says of a process that hangs."""
+    """The real stderr, where Python reports a process that hangs."""
     with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
         copy = os.dup(2)
     yield copy
@@ -71,7 +71,7 @@ def emptied(folder: Path) -> Path:
 
 
 def peak_bytes() -> int:
-    """The most memory that the process had since the last call, where the system tells."""
+    """The most memory that the process had since the last call; 0 if the system does not tell."""
     if sys.platform != "linux":
         return 0
     status = Path("/proc/self/status").read_text()
@@ -81,7 +81,7 @@ def peak_bytes() -> int:
 
 @contextlib.contextmanager
 def bounded(stderr: int) -> Iterator[None]:
-    """The block may take some time and memory; where it hangs the process ends and says so."""
+    """The block may take some time and memory. If it hangs, the process ends and says so."""
     faulthandler.dump_traceback_later(HANGS_S, exit=True, file=stderr)
     peak_bytes()
     before = peak_bytes(), time.perf_counter(), time.process_time()
@@ -95,7 +95,7 @@ def bounded(stderr: int) -> Iterator[None]:
 
 
 def check(place: Path, stderr: int) -> int:
-    """Run on place/in and hold what is written to what the user is promised; the exit status."""
+    """Run on place/in, compare all that is written to the contract; returns the exit status."""
     with bounded(stderr):
         result = run(place / "in", emptied(place / "out"), "--no-overlay", predictor=PREDICTOR)
     assert result.status in (0, 1, 2)
@@ -172,7 +172,7 @@ def test_strange_images(place: Path, stderr: int, data: st.DataObject) -> None:
     channels = data.draw(st.sampled_from([1, 1, 3, 3, 2, 4, 5]), "channels")
     values = data.draw(st.lists(st.integers(0, 9) | REALS, min_size=1, max_size=9), "values")
     world = data.draw(st.lists(REALS, min_size=8, max_size=8), "world")
-    if min(width, height) > 99:  # which takes seconds enough
+    if min(width, height) > 99:  # large images take seconds as it is
         kind, frames, channels = "u1", [], 1
     path = emptied(place / "in") / f"a{suffix}"
     with np.errstate(all="ignore"):
@@ -262,7 +262,7 @@ def test_strange_names(place: Path, stderr: int, files: list[tuple[list[bytes], 
     folder = emptied(place / "in")
     for names, what in files:
         path = folder.joinpath(*map(os.fsdecode, names))
-        with contextlib.suppress(OSError):  # where an earlier one is in the way
+        with contextlib.suppress(OSError):  # an earlier file may be in the way
             path.parent.mkdir(parents=True, exist_ok=True)
             if not os.path.lexists(path):
                 put(path, what)

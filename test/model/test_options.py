@@ -1,16 +1,16 @@
-"""Options and the environment's variables, and the table of them in model/README.md."""
+"""Options, their environment variables, and their table in model/README.md."""
 
 import re
 from pathlib import Path
 
 import pytest
 
-from model.pipeline.options import parse_options, variable
+from model.pipeline.options import parse_options, variable_name
 from model.pipeline.shards import Shard
 from model.results.files import RunFiles
 
 CONTRACT = Path(__file__).resolve().parents[2] / "model" / "README.md"
-# option, two values, and what they come to
+# option, two values as text, and both as parsed
 VALUES = [
     ("--input", "a", "b", Path("a"), Path("b")),
     ("--output", "a", "b", Path("a"), Path("b")),
@@ -46,9 +46,9 @@ def test_variable_option_and_which_wins(
         getattr(args, name(option))
         for args in (
             parse(option, first),
-            parse(**{variable(option): first}),
-            parse(option, second, **{variable(option): first}),
-            parse(**{variable(option): ""}),
+            parse(**{variable_name(option): first}),
+            parse(option, second, **{variable_name(option): first}),
+            parse(**{variable_name(option): ""}),
         )
     ]
     assert found == [one, one, two, getattr(parse(), name(option))]
@@ -61,10 +61,10 @@ def test_switches(option: str) -> None:
         getattr(args, name(option))
         for args in (
             parse(option),
-            parse(**{variable(option): "yes"}),
-            parse(**{variable(option): "No"}),
-            parse(no, **{variable(option): "yes"}),
-            parse(option, **{variable(option): "no"}),
+            parse(**{variable_name(option): "yes"}),
+            parse(**{variable_name(option): "No"}),
+            parse(no, **{variable_name(option): "yes"}),
+            parse(option, **{variable_name(option): "no"}),
         )
     ]
     assert found == [True, True, False, False, True]
@@ -72,11 +72,11 @@ def test_switches(option: str) -> None:
 
 def test_serve_is_the_invoke_method() -> None:
     assert parse("--serve").api_method == "invoke" and parse().api_method == "exec"
-    assert parse(AOP_SERVE="yes").api_method == "exec"  # it only abbreviates
+    assert parse(AOP_SERVE="yes").api_method == "exec"  # --serve has no variable
 
 
 def test_names_of_a_shards_files() -> None:
-    assert parse("--merge", AOP_SHARD="2/3").run_files == parse().run_files  # it is of all parts
+    assert parse("--merge", AOP_SHARD="2/3").run_files == parse().run_files  # it merges all parts
     assert parse().run_files == RunFiles("results.json", "landmarks.csv")
     assert parse().run_files.report == "report.html"
     expected = RunFiles("results-2-of-3.json", "landmarks-2-of-3.csv")
@@ -87,7 +87,7 @@ def test_names_of_a_shards_files() -> None:
 def test_batch_engine(capsys: pytest.CaptureFixture[str]) -> None:
     assert parse("--shard", "auto/4", JOB_COMPLETION_INDEX="3").shard == Shard(4, 4)
     assert parse(AOP_SHARD="auto/4", JOB_COMPLETION_INDEX="0").shard == Shard(1, 4)
-    assert parse(JOB_COMPLETION_INDEX="3").shard is None  # such a job may have cases of its own
+    assert parse(JOB_COMPLETION_INDEX="3").shard is None  # an indexed job may have another purpose
 
 
 def test_a_variable_that_is_nearly_one(capsys: pytest.CaptureFixture[str]) -> None:
@@ -124,4 +124,4 @@ def test_the_contract_has_every_option_with_its_variable() -> None:
     row = r"^\| `(--[a-z-]+)[^|]*\| `(AOP_[A-Z_]+)` \|"
     rows = dict(re.findall(row, CONTRACT.read_text(), re.MULTILINE))
     options = [*(option for option, *_ in VALUES), *SWITCHES]
-    assert rows == {option: variable(option) for option in options}
+    assert rows == {option: variable_name(option) for option in options}

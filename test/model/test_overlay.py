@@ -1,4 +1,4 @@
-"""The picture that a person checks: what must be seen in it, and that nothing breaks it."""
+"""The overlay: what must be visible in it, whatever the image and the entry are."""
 
 import csv
 import subprocess
@@ -23,16 +23,16 @@ from model.drawing.overlay import (
     NARROWEST,
     RING,
     SHORTEST,
+    crop_text_strip,
+    encode_png,
     overlay_picture,
-    png,
-    without_words,
 )
-from model.drawing.text import DOUBT, PALE, WHITE, put_text, shortened, text_width
+from model.drawing.text import DOUBT, PALE, WHITE, put_text, shorten_text, text_width
 from model.frame import Geometry
 from model.images.source import GreyFrame
 from model.masks import HEAD, outer_contour
 from model.measure import failed_entry
-from model.results.schemas import CaseEntry, named
+from model.results.schemas import CaseEntry, points_by_name
 from test.phantom import phantom
 
 SURE = (0.9, 0.8, 0.7)
@@ -55,7 +55,7 @@ def answered(grey: np.ndarray, points: np.ndarray = LANDMARKS_PX, **more) -> tup
     """A frame and its entry."""
     known = {"case": "a", "file": "a.png", "status": "ok", "aop_deg": 86.2}
     known |= {"height": grey.shape[0], "width": grey.shape[1]}
-    known |= {"landmarks_px": named(np.array(points, float))}
+    known |= {"landmarks_px": points_by_name(np.array(points, float))}
     known |= {"confidence": dict(zip(LANDMARKS, SURE, strict=True))}
     entry = CaseEntry(**known | more)
     return GreyFrame(grey, entry.frame, 0, Geometry(entry.spacing_mm)), entry
@@ -68,22 +68,22 @@ def draw(grey: np.ndarray | None = None, points: np.ndarray = LANDMARKS_PX, **mo
 
 
 def strip(height: int = SHORTEST, **more) -> np.ndarray:
-    """The words below a blank image."""
+    """The text below a blank image."""
     return draw(**more)[height:]
 
 
 def has(picture: np.ndarray, colour: tuple[int, int, int]) -> np.ndarray:
-    """Where a colour is, exactly."""
+    """The pixels that have exactly this colour."""
     return (picture == np.array(colour)).all(axis=-1)
 
 
 def near(picture: np.ndarray, colour: tuple[int, int, int]) -> np.ndarray:
-    """Where a colour is, or nearly."""
+    """The pixels that have nearly this colour."""
     return (np.abs(picture.astype(int) - colour) < 40).all(axis=-1)
 
 
 def ring(picture: np.ndarray, name: str, point: np.ndarray) -> np.ndarray:
-    """(x, y) of the middle of a landmark's ring, which is looked for near a point."""
+    """(x, y) of the centre of a landmark's ring, which is searched near a point."""
     reach = round((RING + 3) * picture.shape[1] / 640)
     left, top = np.maximum(np.rint(point).astype(int) - reach, 0)
     part = picture[top : top + 2 * reach + 1, left : left + 2 * reach + 1]
@@ -97,7 +97,7 @@ def in_picture(points: np.ndarray, scale: float = SHORTEST / 256) -> np.ndarray:
 
 
 def outward(points: np.ndarray) -> np.ndarray:
-    """Unit vector at FH1, across the tangent and away from PS2, that is from the head."""
+    """Unit vector at FH1, perpendicular to the tangent and away from PS2 and so from the head."""
     ps1, ps2, fh1 = points
     x, y = (fh1 - ps1) / np.linalg.norm(fh1 - ps1)
     return np.array([y, -x]) * -np.sign(np.array([y, -x]) @ (ps2 - ps1))
@@ -155,7 +155,7 @@ def test_the_tangent_goes_on_past_fh1(length: float) -> None:
 
 @pytest.mark.parametrize("side", [256, 2000])
 def test_lines_are_thin(side: int) -> None:
-    """A level line seen from above: bright pixels, and darkened ones beside it."""
+    """Across a horizontal line there are a few bright pixels, and darkened ones beside them."""
     points = np.array([[0.7, 0.3], [0.2, 0.3], [0.7, 0.8]]) * side
     picture = draw(blank(side, side), points)
     scale = picture.shape[1] / 640
@@ -183,7 +183,7 @@ def test_arc_goes_the_short_way_and_the_angle_stands_on_the_other_side() -> None
 
 
 def name_at(picture: np.ndarray, name: str, points: np.ndarray) -> np.ndarray:
-    """(n, 2) px of a landmark's colour, but for its mark."""
+    """(n, 2) positions of px in a landmark's colour, without those of its mark."""
     y, x = np.nonzero(near(picture[:SHORTEST], COLOURS[name]))
     found = np.column_stack([x, y])
     at = in_picture(points)[LANDMARKS.index(name)]
@@ -266,7 +266,7 @@ def test_only_doubt_puts_a_frame_and_words(more: dict) -> None:
     assert not has(sure, DOUBT).any() and framed(doubtful, SHORTEST)
     banner = doubtful[SHORTEST : SHORTEST + len(doubtful) - len(sure)]
     assert has(banner, DOUBT).mean() > 0.75
-    assert has(banner, (0, 0, 0)).sum() > 300  # black on orange: seen without its colour
+    assert has(banner, (0, 0, 0)).sum() > 300  # black on orange, readable without colours
     assert np.array_equal(doubtful[SHORTEST + len(banner) :], sure[SHORTEST:])
 
 
@@ -284,7 +284,7 @@ def test_the_frame_covers_nothing_of_the_image(size: tuple) -> None:
     edge = max(2, max(size) // 100)
     grey[:edge] = grey[-edge:] = grey[:, :edge] = grey[:, -edge:] = 255
     frame, entry = answered(grey, np.array([width, height]) * LANDMARKS_PX / 256, doubtful=True)
-    part = without_words(overlay_picture(frame, entry), entry)
+    part = crop_text_strip(overlay_picture(frame, entry), entry)
     margin = round(FRAME * max(part.shape) / 640)
     assert framed(part, len(part))
     inner = part[margin:-margin, margin:-margin]
@@ -305,7 +305,7 @@ def test_words_are_large_enough_and_inside(size: tuple) -> None:
     points = LANDMARKS_PX * np.array(size) / 256
     frame, entry = answered(blank(height, width), points, **more, **CALIBRATED, file="ab/" * 99)
     picture = overlay_picture(frame, entry)
-    words = picture[len(without_words(picture, entry)) :]
+    words = picture[len(crop_text_strip(picture, entry)) :]
     lit = np.abs(words.astype(int) - words[:, :1]).max(axis=2) > 100
     assert not lit[:, :4].any() and not lit[:, -4:].any() and not lit[-2:].any()  # none is cut off
     lines = np.flatnonzero(np.diff(np.r_[0, lit.any(axis=1), 0])).reshape(-1, 2)
@@ -358,12 +358,12 @@ def test_research_use_is_said_at_the_right_end_whatever_the_file() -> None:
 
 def test_long_names_are_shortened_in_the_middle() -> None:
     name = "study/" * 30 + "0007.mha"
-    short = shortened(name, 200, 15)
+    short = shorten_text(name, 200, 15)
     first, last = short.split("…")
     assert name.startswith(first) and name.endswith(last) and min(len(first), len(last)) > 7
     assert text_width(short, 15) <= 200
     assert text_width(f"{name[: len(first) + 1]}…{name[-len(last) - 1 :]}", 15) > 200
-    assert shortened("a.png", 200, 15) == "a.png" and shortened("w" * 50, 5, 15) == "…"
+    assert shorten_text("a.png", 200, 15) == "a.png" and shorten_text("w" * 50, 5, 15) == "…"
 
 
 @pytest.mark.parametrize(
@@ -376,7 +376,7 @@ def test_odd_names_stay_in_their_line(name: str) -> None:
 
 
 def scale_bar(picture: np.ndarray) -> int:
-    """Its length in px: the longest white run in a row."""
+    """The length in px of the scale bar: the longest white run in a row."""
     longest = 0
     for row in has(picture, WHITE):
         ends = np.flatnonzero(np.diff(np.r_[0, row, 0])).reshape(-1, 2)
@@ -401,17 +401,17 @@ def scale_bar(picture: np.ndarray) -> int:
 def test_scale_bar(size: tuple, spacing: tuple, mm: float, doubtful: bool) -> None:
     grey = blank(size[1], size[0]) * 0
     edge = max(1, size[0] // 60)
-    grey[:, :edge] = grey[:, -edge:] = 255  # how wide it is shown
+    grey[:, :edge] = grey[:, -edge:] = 255  # shows how wide the image is drawn
     frame, entry = answered(grey, spacing_mm=spacing, doubtful=doubtful)
     picture = overlay_picture(frame, entry)
-    part = without_words(picture, entry)
+    part = crop_text_strip(picture, entry)
     lit = np.flatnonzero((part[-round(20 * max(part.shape) / 640)] > 200).all(axis=-1))
     width = lit[-1] - lit[0] + 1
     expected = mm / spacing[0] / size[0] * width
     assert scale_bar(picture[len(part) :]) == pytest.approx(expected, rel=0.03, abs=2.5)
     assert picture.shape[1] / 16 < expected < picture.shape[1] / 5.9
     without = overlay_picture(*answered(grey, doubtful=doubtful))
-    assert scale_bar(without[len(without_words(without, entry)) :]) < picture.shape[1] / 30
+    assert scale_bar(without[len(crop_text_strip(without, entry)) :]) < picture.shape[1] / 30
 
 
 # ---- Sizes
@@ -437,7 +437,7 @@ def test_sizes_and_square_pixels(
 ) -> None:
     frame, entry = answered(blank(size[1], size[0]), spacing_mm=spacing, doubtful=doubtful)
     picture = overlay_picture(frame, entry)
-    part = without_words(picture, entry)
+    part = crop_text_strip(picture, entry)
     assert part.shape[1::-1] == expected and np.array_equal(part, picture[: len(part)])
     assert framed(part, len(part)) == doubtful and len(picture) > len(part) + 50
 
@@ -489,7 +489,7 @@ def test_grey_values_of_either_type_look_the_same() -> None:
 
 def test_png_loses_nothing() -> None:
     for picture in (draw(phantom(2).image, reasons=REASONS), phantom(2).image):
-        decoded = cv2.imdecode(np.frombuffer(png(picture), np.uint8), cv2.IMREAD_UNCHANGED)
+        decoded = cv2.imdecode(np.frombuffer(encode_png(picture), np.uint8), cv2.IMREAD_UNCHANGED)
         assert np.array_equal(decoded, picture)
 
 
@@ -509,7 +509,7 @@ def test_width_of_a_text_is_that_of_its_pixels() -> None:
 
 @pytest.mark.real
 def test_real_heads_keep_their_contour(psfhs: Path) -> None:
-    """With the labelled landmarks; px of the picture, 2.5 times the image's."""
+    """With the labelled landmarks. The picture has 2.5 px for each px of the image."""
     with (psfhs / "cases.csv").open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["split"] == "val"][::3]
     at_fh1, along = [], []

@@ -1,4 +1,4 @@
-"""The ONNX file's own description, the predictor on it, and what is refused."""
+"""The ModelSpec in an ONNX file, the predictor that runs the file, and files that are refused."""
 
 import json
 import subprocess

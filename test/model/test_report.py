@@ -1,4 +1,4 @@
-"""The report of a run, in a real browser where one is installed."""
+"""The report of a run, in a real browser if one is installed."""
 
 import errno
 import json
@@ -15,14 +15,14 @@ import numpy as np
 import pytest
 
 from model.anatomy import LANDMARKS, angle_of_progression
-from model.drawing.overlay import png as encoded
+from model.drawing.overlay import encode_png
 from model.drawing.page import escape, page
-from model.drawing.report import doubt_key, write_report
+from model.drawing.report import doubt_key, write_run_report
 from model.frame import Geometry
 from model.images.source import GreyFrame
 from model.pipeline.case_runner import plain_picture
 from model.results.files import RunFiles, write_bytes, write_results
-from model.results.schemas import CaseEntry, Loop, Results, named
+from model.results.schemas import CaseEntry, Loop, Results, points_by_name
 from test.support.browser import PHONE, complaints, overflowing, resize
 from test.support.runs import job, load, made, png, run, volume
 from training.data.case_table import read_cases
@@ -53,7 +53,7 @@ def entry(file: str, frame: int | None = None, turn: float = 0.0, **known: Any) 
         status="ok",
         width=240,
         height=192,
-        landmarks_px=named(points),
+        landmarks_px=points_by_name(points),
         aop_deg=float(angle_of_progression(points, spacing or (1, 1))),
         **known,
     )
@@ -86,12 +86,12 @@ def reported(
     )
     write_results(folder, results)
     first = folder / "picture"
-    write_bytes(first, encoded(made(1)))
+    write_bytes(first, encode_png(made(1)))
     for e in answered:
         place = folder / e.case / ("" if e.frame is None else f"frame-{e.frame:04d}")
         place.mkdir(parents=True)
         os.link(first, place / "picture.png")
-    write_report(folder, RunFiles())
+    write_run_report(folder, RunFiles())
     return (folder / "report.html").as_uri()
 
 
@@ -102,7 +102,7 @@ def click(browser: Any, css: str, number: int = 0) -> None:
 
 
 def texts(browser: Any, css: str) -> list[str]:
-    """Of the elements that are shown."""
+    """The texts of the elements that are shown."""
     return browser.execute_script(
         "return [...document.querySelectorAll(arguments[0])].filter((e) => !e.closest('[hidden]'))"
         ".map((e) => e.textContent)",
@@ -143,7 +143,7 @@ def press(browser: Any, key: str, shift: bool = False) -> None:
 
 
 def saved(browser: Any, name: str = "landmarks-corrected.csv") -> Path:
-    """The table that the browser saves, which claims the name with an empty file first."""
+    """The table that the browser saves; at first it creates an empty file of that name."""
     path: Path = browser.downloads / name
     path.unlink(missing_ok=True)
     click(browser, "#save")
@@ -155,7 +155,7 @@ def saved(browser: Any, name: str = "landmarks-corrected.csv") -> Path:
 
 
 def loaded(browser: Any, path: Path, content: str) -> str:
-    """What the page tells of a table of corrections that is loaded."""
+    """What the page says after it has loaded a table of corrections."""
     path.write_text(content, "utf-8", newline="")
     browser.execute_script("document.querySelector('#notice').textContent = ''")
     browser.find_element("css selector", "#load").send_keys(str(path))
@@ -181,7 +181,7 @@ def test_page_is_whole_and_refers_to_nothing_outside() -> None:
 
 
 def test_policy(tmp_path: Path, browser: Any) -> None:
-    """What got into a page by mistake is neither run nor fetched, and the log says so."""
+    """Scripts, styles and links that got in by mistake have no effect, and the log says so."""
     bad = '<script>document.title = "bad"</script><p onclick="document.title = 2">x</p>'
     bad += '<img src="http://127.0.0.1:9/x.png"><p style="color: red">y</p>'
     (tmp_path / "a.html").write_text(page("good", bad, "document.title += '!'"))
@@ -347,7 +347,7 @@ ROW = '{file},"({x}, 40.0000)","(70.5000, 55.1250)","(160.0000, 120.0000)",98.1,
 
 
 def rows(*given: tuple[str, str], mark: str = "yes", doubt: str = "") -> str:
-    """A table of corrections: files, and x of PS1 as text."""
+    """A table of corrections, from file names and x of PS1 as text."""
     written = [ROW.format(file=file, x=x, doubt=doubt, mark=mark) for file, x in given]
     return "Filename,PS1,PS2,FH1,AoP,Doubt,Corrected\n" + "".join(written)
 
@@ -521,7 +521,7 @@ def test_memory_does_not_grow_with_the_cases(tmp_path: Path) -> None:
         folder = tmp_path / f"{count}"
         reported(folder, entries)
         tracemalloc.start()
-        write_report(folder, RunFiles())
+        write_run_report(folder, RunFiles())
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[1] - peaks[0] < 1800 * 400  # bytes a case, of a page of 2 KB a case
@@ -591,7 +591,7 @@ def test_loops_are_listed(tmp_path: Path, browser: Any) -> None:
     )
     nothing = {"answered": 0, "aop_deg": [None] * 3, "median_aop_deg": None, "doubtful_frames": 0}
     lost = Loop(case="lost", file="lost.mha", **known | nothing)
-    write_bytes(tmp_path / "cine" / "contact-sheet.png", encoded(made(1)))
+    write_bytes(tmp_path / "cine" / "contact-sheet.png", encode_png(made(1)))
     browser.get(reported(tmp_path, [entry("a.png"), failed("b.png", "why")], loops=(moved, lost)))
     assert texts(browser, "summary") == ["1 failed", "2 loops"]
     assert texts(browser, "li")[1:] == [
@@ -628,7 +628,7 @@ def test_of_a_job(tmp_path: Path) -> None:
 def test_a_case_without_its_picture(tmp_path: Path) -> None:
     reported(tmp_path, [entry("a.png"), entry("b.png", turn=1)])
     shutil.rmtree(tmp_path / "a")
-    write_report(tmp_path, RunFiles())
+    write_run_report(tmp_path, RunFiles())
     text = (tmp_path / "report.html").read_text()
     assert text.count("no picture") == 1 and text.count("<img") == 1
     row = json.loads(re.findall(r'data-case="(.*?)"', text)[0].replace("&quot;", '"'))["row"]
@@ -639,11 +639,11 @@ def test_a_report_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Mon
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("model.pipeline.batch.write_report", full)
+    monkeypatch.setattr("model.pipeline.batch.write_run_report", full)
     png(tmp_path / "in" / "a.png")
     found = run(tmp_path / "in", tmp_path / "out", "--report", "--no-overlay")
     assert found.status == 2 and load(tmp_path / "out" / "results.json")["answered"] == 1
-    assert "report.html not written (No space left on device)" in found.sentence
+    assert "report.html could not be written (No space left on device)" in found.sentence
     monkeypatch.undo()
     again = run(tmp_path / "in", tmp_path / "out", "--report", "--no-overlay", "--resume")
     assert again.status == 0 and "1 of 1 cases are answered already" in again.out

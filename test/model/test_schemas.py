@@ -1,4 +1,4 @@
-"""The answers' schemas, the table, and writers that leave a whole file or none."""
+"""The schemas of the answers, and the table."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ from model.results.schemas import (
     CaseEntry,
     MultiplePoints,
     NamedPoint,
-    named,
+    points_by_name,
     table_lines,
     three_point_angle,
 )
@@ -29,7 +29,7 @@ def entry(file: str = "a.png", **known) -> CaseEntry:
 
 
 def frame_points(k: int) -> list[NamedPoint]:
-    """Three landmarks whose x tells the landmark and whose y and z tell the frame."""
+    """Three landmarks: x is the number of the landmark, y and z are that of the frame."""
     return [
         NamedPoint(name=name, point=(x, float(k), float(k)), probability=0.5)
         for x, name in enumerate(("PS1", "PS2", "FH1"))
@@ -112,9 +112,9 @@ def test_unknown_fields_are_refused() -> None:
         CaseEntry(case="a", file="a", status="failed", landmarks=[])
 
 
-def test_named_gives_plain_numbers_in_the_landmarks_order() -> None:
-    points = named(np.float32([[1, 2], [3, 4], [5, 6]]).astype(np.float64))
-    assert points == {"PS1": (1, 2), "PS2": (3, 4), "FH1": (5, 6)} and named(None) is None
+def test_points_by_name_gives_plain_numbers_in_the_landmarks_order() -> None:
+    points = points_by_name(np.float32([[1, 2], [3, 4], [5, 6]]).astype(np.float64))
+    assert points == {"PS1": (1, 2), "PS2": (3, 4), "FH1": (5, 6)} and points_by_name(None) is None
     assert [*points] == ["PS1", "PS2", "FH1"]
     assert all(type(value) is float for point in points.values() for value in point)
 

@@ -1,4 +1,4 @@
-"""Invoke mode: a server for one job after the other."""
+"""Invoke mode: a server that answers one job after the other."""
 
 import http.client
 import json
@@ -16,13 +16,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from model.pipeline.server import application
+from model.pipeline.server import wsgi_application
 from test.support.runs import ANGLE, POINTS, job, load, made, png, tree, volume
 
 pytestmark = pytest.mark.slow  # each starts a server
 
 ROOT = Path(__file__).resolve().parents[2]
-JOBS = int(os.environ.get("AOP_JOBS", "30"))  # 1000 by hand
+JOBS = int(os.environ.get("AOP_JOBS", "30"))  # 1000 in a long run
 
 
 class Server:
@@ -53,7 +53,7 @@ class Server:
             connection.request(method, path)
             answer = connection.getresponse()
             return answer.status, answer.read().decode()
-        except (OSError, http.client.HTTPException):  # not there, or no longer
+        except (OSError, http.client.HTTPException):  # the server has not started, or has ended
             return 0, ""
         finally:
             connection.close()
@@ -133,7 +133,9 @@ def test_a_job_that_cannot_begin_leaves_no_earlier_answer(server: Server) -> Non
 def test_requests(method: str, path: str, status: str) -> None:
     said = []
     environ = {"REQUEST_METHOD": method, "PATH_INFO": path}
-    body = application(lambda: None, threading.Lock())(environ, lambda *args: said.append(args))
+    body = wsgi_application(lambda: None, threading.Lock())(
+        environ, lambda *args: said.append(args)
+    )
     (answer, headers) = said[0]
     assert answer == status and dict(headers)["Content-Length"] == str(len(b"".join(body)))
 
@@ -147,7 +149,7 @@ def test_one_job_at_a_time_and_health_meanwhile() -> None:
         release.wait(10)
         running[0] -= 1
 
-    respond = application(invoke, threading.Lock())
+    respond = wsgi_application(invoke, threading.Lock())
     post = {"REQUEST_METHOD": "POST", "PATH_INFO": "/invoke"}
     threads = [threading.Thread(target=respond, args=(post, print)) for _ in range(3)]
     for thread in threads:
@@ -176,10 +178,11 @@ def test_stop_in_the_middle_of_a_job_leaves_whole_files(server: Server) -> None:
 
 
 def test_a_job_that_outlasts_the_stop_is_answered(tmp_path: Path) -> None:
-    """The server's own end waits for 5 s; a client that waits in line is told."""
+    """The server alone would wait only 5 s. A client whose job has not begun gets a sentence."""
     code = (
         "import os, time, process\n"
-        "process.run = lambda *_: (time.sleep(7), (0, ''))[1]; process.cases_of = lambda _: []\n"
+        "process.run_batch = lambda *_: (time.sleep(7), (0, ''))[1]\n"
+        "process.select_cases = lambda _: []\n"
         "process.load_model = lambda *_: None; os._exit(process.main())"
     )
     server = Server(tmp_path, [sys.executable, "-c", code])
@@ -219,7 +222,7 @@ def test_a_port_that_is_taken(tmp_path: Path) -> None:
 
 
 def test_many_jobs_a_tenth_of_them_bad(server: Server) -> None:
-    """All good ones are answered, and memory stays; AOP_JOBS=1000 for the long run."""
+    """Good jobs are answered, and memory does not grow; AOP_JOBS=1000 makes it a long run."""
     kinds = [
         lambda path: png(path / "a.png", made(1)),
         lambda path: volume(path / "a.mha", made(2)),

@@ -1,11 +1,11 @@
-"""Parts of a large folder: who answers what, and what becomes of the parts."""
+"""Parts of a large folder: which part answers a file, and how parts are merged."""
 
 import random
 from pathlib import Path
 
 import pytest
 
-from model.pipeline.shards import Shard, merge, parse_shard
+from model.pipeline.shards import Shard, merge_results, parse_shard
 from model.results.files import OutputError
 from test.support.runs import made, png, run, tree
 
@@ -26,7 +26,7 @@ def test_a_part_does_not_depend_on_the_others_or_their_order() -> None:
     assert {f for f in shuffled if part.holds(f)} == {f for f in FILES if part.holds(f)} & {
         *shuffled
     }
-    assert [f for f in FILES[:40] if part.holds(f)] == EIGHTH  # on every machine, for ever
+    assert [f for f in FILES[:40] if part.holds(f)] == EIGHTH  # on every machine, in every version
 
 
 EIGHTH = [f"a/{k}.png" for k in (1, 17, 19, 21, 28, 32, 39)]
@@ -117,7 +117,7 @@ def test_merge_names_what_is_missing(folder: Path, tmp_path: Path) -> None:
     without_input = run(tmp_path / "gone", out, "--merge")
     assert without_input.results["missing"] == ["part 2/3"] and without_input.status == 1
     assert "'part 2/3'; run that part again" in without_input.sentence
-    assert "is not known: the input folder" in without_input.sentence
+    assert "is not known whether images are missing: the input folder" in without_input.sentence
     run(folder, out, "--no-overlay", "--shard", "2/3")
     merged = run(folder, out, "--merge")
     assert (merged.status, merged.results["missing"]) == (0, [])
@@ -155,7 +155,7 @@ def test_merging_without_the_input_says_that_images_may_be_missing(
     for source, words in ((tmp_path / "gone", "pass --input DIR"), (empty, "no image below")):
         merged = run(source, out, "--merge")
         assert merged.status == 1 and merged.results["answered"] == 6
-        assert "merged, but whether images are missing is not known" in merged.sentence
+        assert "merged, but it is not known whether images are missing" in merged.sentence
         assert words in merged.sentence and "not known" not in merged.out
         assert (out / "landmarks.csv").read_text().count("\n") == 7
     assert run(folder, out, "--merge").status == 0
@@ -186,7 +186,7 @@ def test_parts_that_do_not_belong_together(folder: Path, tmp_path: Path) -> None
     (out / "results-1-of-2.json").unlink()
     (out / "results-2-of-2.json").unlink()
     with pytest.raises(OutputError, match=r"results-1-of-3\.json"):
-        merge(out, [])
+        merge_results(out, [])
 
 
 def test_a_job_is_not_divided(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Recognition, pictures, values and refusals of every kind of image file that can come."""
+"""Every kind of image file: how it is recognised, what its values become, when it is refused."""
 
 import gzip
 import os
@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 
 from model.frame import Geometry
-from model.images import limits as reading
-from model.images import pictures as raster
+from model.images import limits, pictures
 from model.images.source import (
     SUFFIXES,
     BadFrame,
@@ -123,16 +122,16 @@ def test_tiff_pages_of_other_sizes_and_pyramids(tmp_path: Path) -> None:
         open_image(path)
 
 
-@pytest.mark.parametrize("largest", [0, raster._LARGEST_ARRAY])
+@pytest.mark.parametrize("largest", [0, pictures._MAX_ARRAY_BYTES])
 @pytest.mark.parametrize("kind", [np.uint8, np.float64])
 def test_tiff_pages_are_found_without_reading_those_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, largest: int, kind: type
 ) -> None:
-    """But in a file that is larger than an array of OpenCV's."""
+    """Except in a file that is larger than the largest array of OpenCV."""
     path = tmp_path / "a.tif"
     pages = [RGB[..., ::-1], RGB[::-1, :, ::-1], STACK[0]]
     assert cv2.imwritemulti(str(path), [page.astype(kind) for page in pages])
-    monkeypatch.setattr(raster, "_LARGEST_ARRAY", largest)
+    monkeypatch.setattr(pictures, "_MAX_ARRAY_BYTES", largest)
     real, read = cv2.imreadmulti, []
     monkeypatch.setattr(
         cv2, "imreadmulti", lambda *args, **more: read.append(args[1]) or real(*args, **more)
@@ -285,7 +284,7 @@ def test_truncated_files(tmp_path: Path, suffix: str, kept: float) -> None:
 
 @pytest.mark.parametrize("kind", [np.uint8, np.uint16, np.float32])
 def test_tiff_with_its_pixels_cut(tmp_path: Path, kind: type) -> None:
-    """The directory stands first, so that only reading the pixels can find out."""
+    """The directory comes first, so the damage shows only when the pixels are read."""
     pillow = pytest.importorskip("PIL.Image")
     pillow.fromarray(GREY.astype(kind)).save(tmp_path / "a.tif")
     data = (tmp_path / "a.tif").read_bytes()
@@ -310,7 +309,7 @@ def test_jpeg_with_its_last_lines_cut_or_with_bytes_behind(tmp_path: Path) -> No
 def test_pipe_is_not_waited_for(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"a{suffix}"
     os.mkfifo(path)
-    ours = os.open(path, os.O_RDWR)  # so that a reader would get something
+    ours = os.open(path, os.O_RDWR)  # a reader would get something
     os.write(ours, bytes(2**14))
     with pytest.raises(ImageError, match="it is a pipe"):
         open_image(path)
@@ -328,7 +327,7 @@ def test_png_with_an_impossible_chunk(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("suffix", [*makers(), ".jpg"])
 def test_too_small(tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reading, "MIN_SIDE", H + 1)
+    monkeypatch.setattr(limits, "MIN_SIDE", H + 1)
     path = makers()[suffix](tmp_path) if suffix != ".jpg" else write(tmp_path / "a.jpg", GREY)
     with pytest.raises(ImageError, match="60 x 40 px is too small: a side needs 41 px"):
         open_image(path)

@@ -1,4 +1,4 @@
-"""What speaks of an error, and the calibration that weighs it."""
+"""The signs of an error, and the calibration that weighs them."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from model.uncertainty import (
     Calibration,
     ErrorModel,
     covariances,
-    evidence,
+    error_terms,
     expected_errors,
     interval_deg,
 )
@@ -37,26 +37,26 @@ def test_a_broken_heatmap_spreads_evenly(value: float) -> None:
 
 def test_disagreement_and_spread_in_px_at_512_and_deg() -> None:
     second = POINTS + [[3, 4], [0, 0], [-5, 12]]
-    terms = evidence(CODEC.encode(POINTS / 8), POINTS, second, 8.0)
+    terms = error_terms(CODEC.encode(POINTS / 8), POINTS, second, 8.0)
     apart = np.expm1(terms[:, 0])
     np.testing.assert_allclose(apart[:3], [5, 0, 13], atol=1e-9)
     angles = angle_of_progression(np.array([POINTS, second]))
     assert apart[3] == pytest.approx(abs(angles[0] - angles[1]))
     np.testing.assert_allclose(np.exp(terms[:3, 1]), 8 * 2 * np.sqrt(2), rtol=1e-3)
-    assert np.isinf(evidence(CODEC.encode(POINTS / 8), POINTS, None, 8.0)[:, 0]).all()
+    assert np.isinf(error_terms(CODEC.encode(POINTS / 8), POINTS, None, 8.0)[:, 0]).all()
 
 
 def test_the_angles_spread_is_that_of_draws() -> None:
     rng = np.random.default_rng(1)
     draws = POINTS + rng.normal(0, 2.0 * 1.5, (40_000, 3, 2))  # sigma 2 cells of 1.5 px
     wanted = np.std(angle_of_progression(draws))
-    terms = evidence(HeatmapCodec(256, 256, 2.0).encode(POINTS / 1.5), POINTS, POINTS, 1.5)
+    terms = error_terms(HeatmapCodec(256, 256, 2.0).encode(POINTS / 1.5), POINTS, POINTS, 1.5)
     assert np.exp(terms[3, 1]) == pytest.approx(wanted, rel=0.02)
 
 
 def test_coinciding_landmarks_give_numbers() -> None:
     same = np.array([POINTS[0]] * 3)
-    assert np.isfinite(evidence(CODEC.encode(same / 8), same, same, 8.0)).all()
+    assert np.isfinite(error_terms(CODEC.encode(same / 8), same, same, 8.0)).all()
 
 
 def model_of(b0: float, b1: float, b2: float) -> ErrorModel:

@@ -84,7 +84,7 @@ def test_truncated_stack_gives_the_frames_that_are_there(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("suffix", [".mha", ".mhd"])
 def test_packed_metaimage_with_less_than_it_claims(tmp_path: Path, suffix: str) -> None:
-    """ITK would fill up with zeros, or unpack the sixth frame for ever."""
+    """ITK would fill it up with zeros, or never end on the sixth frame."""
     path = save(tmp_path / f"a{suffix}", STACK, packed=True)
     assert_stack(path, STACK)
     edit(path, b"DimSize = 60 40 5", b"DimSize = 60 40 6")
@@ -188,7 +188,7 @@ def test_spacing_that_cannot_be(tmp_path: Path, suffix: str, spacing: bytes) -> 
     assert_stack(path, STACK)
     frame = next(open_image(path).frames())
     assert frame.geometry.spacing_mm is None
-    assert "cannot be: lengths are in px only" in frame.warnings[0]
+    assert "is impossible: lengths are given in px only" in frame.warnings[0]
     assert 0 not in frame.geometry.world_spacing
     np.testing.assert_allclose(
         frame.geometry.from_world(frame.geometry.to_world([[7, 11]], 2)), [[7, 11, 2]]
@@ -216,7 +216,7 @@ def test_axes_that_span_no_space(tmp_path: Path) -> None:
     assert_stack(path, STACK)
     frame = next(open_image(path).frames())
     assert frame.geometry == Geometry((0.5, 0.25), (0.5, 0.25, 2.0))
-    assert "not turned" in frame.warnings[0]
+    assert "taken as unrotated" in frame.warnings[0]
 
 
 # ---- Real files

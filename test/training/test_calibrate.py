@@ -18,10 +18,10 @@ from test.model.test_network import SMALL
 from test.phantom import phantom
 from training import calibrate, doubt, fit
 from training.data.case_table import Case, read_cases, write_cases
-from training.data.dataset import read_grey
+from training.data.dataset import read_frame
 from training.evaluation.metrics import case_errors
 from training.evaluation.predict import predict_cases, torch_predictor
-from training.learning import view_head as view
+from training.learning import view_head
 from training.learning.checkpoint import Checkpoint, load_weights, save_weights
 from training.recipes import COMPACT
 
@@ -61,7 +61,7 @@ def run(folder: Path, output: str, *more: str, weights: str = "plain.safetensors
 @pytest.fixture(scope="module")
 def calibrated(folder: Path) -> Path:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(view, "EPOCHS", 2)
+        patch.setattr(view_head, "EPOCHS", 2)
         others = ("--others", str(folder / "others"), "a_*")
         assert run(folder, "out/aop.safetensors", *others, "--doubted", "0.1") == 0
     return folder / "out" / "aop.safetensors"
@@ -111,7 +111,7 @@ def test_a_view_head_learns_where_things_are() -> None:
     x[~right, 2, 1, 3] += 5  # on the right
     torch.manual_seed(0)
     head = ViewHead(5, 4, 6)
-    view.learn(head, x[:500], right[:500].float(), torch.ones(500))
+    view_head.train_head(head, x[:500], right[:500].float(), torch.ones(500))
     found = head(x[500:]).detach() > 0.5
     assert not head.training and (found == right[500:]).float().mean() > 0.95
 
@@ -121,15 +121,15 @@ def test_samples_are_right_as_they_are_and_wrong_spoiled_drawn_or_other(folder: 
     cases = read_cases(folder / "cases.csv")[:3]
     others = sorted((folder / "others").iterdir())[:2]
     rng = np.random.default_rng(0)
-    found = list(view.samples(cases, folder / "images", others, 64, rng))
+    found = list(view_head.draw_samples(cases, folder / "images", others, 64, rng))
     right = [image for image, is_right in found if is_right]
-    assert len(right) == 3 * view.RIGHT_DRAWS
-    assert len(found) == 3 * len(right) + 2 * view.OTHER_DRAWS
+    assert len(right) == 3 * view_head.RIGHT_DRAWS
+    assert len(found) == 3 * len(right) + 2 * view_head.OTHER_DRAWS
     for k, case in enumerate(cases):
-        grey = read_grey(folder / "images" / case.file)[0]
-        np.testing.assert_array_equal(right[k * view.RIGHT_DRAWS], grey)
-    seen = [view.change_image(right[0], rng) for _ in range(20)]
-    without_marks = [bool((one[: round(64 * view.MARKS)] == 0).all()) for one in seen]
+        grey = read_frame(folder / "images" / case.file)[0]
+        np.testing.assert_array_equal(right[k * view_head.RIGHT_DRAWS], grey)
+    seen = [view_head.change_image(right[0], rng) for _ in range(20)]
+    without_marks = [bool((one[: round(64 * view_head.MARK_HEIGHT)] == 0).all()) for one in seen]
     assert 0 < sum(without_marks) < 20 and len({one.tobytes() for one in seen}) == 20
 
 

@@ -20,12 +20,12 @@ from test.support.runs import load, made, run, volume
 from training import evaluate
 from training.data.case_table import Case, write_cases
 from training.evaluation.challenge_jobs import (
-    MOST_BYTES,
+    MAX_ANSWER_BYTES,
     PixelGrid,
     ScoresError,
-    by_name,
-    pixel_grid_of,
-    stem_of,
+    case_finder,
+    image_stem,
+    read_pixel_grid,
 )
 
 POINTS = np.array([[60.0, 20.0], [20.0, 30.0], [90.0, 60.0]])
@@ -202,7 +202,7 @@ OF_LANDMARKS = {
     "four numbers": (points(GOOD.replace("0.0]", "0.0, 0.0]")), "points 0 point: Tuple should"),
     "deep": (points(DEEP), "recursion limit"),
     "deep inside": (points(GOOD[:-1] + f', "more": {DEEP}}}'), "recursion limit"),
-    "long": (points(GOOD + " " * MOST_BYTES), f"bytes, over {MOST_BYTES}"),
+    "long": (points(GOOD + " " * MAX_ANSWER_BYTES), f"bytes, over {MAX_ANSWER_BYTES}"),
     "huge": (instead(huge), "1099511627776 bytes"),
     "a folder": (instead(Path.mkdir), "not a link, a folder or a pipe"),
     "a pipe": (instead(os.mkfifo), "not a link, a folder or a pipe"),
@@ -289,7 +289,10 @@ def worst(result: dict) -> bool:
 
 
 DAMAGED = {
-    "another image": (lambda job: job["inputs"][1]["image"].update(name="z.png"), "'z.png' is no"),
+    "another image": (
+        lambda job: job["inputs"][1]["image"].update(name="z.png"),
+        "'z.png' is not one case of the truth",
+    ),
     "no image": (lambda job: job["inputs"].pop(), "'job-0' names 0 images"),
     "no name": (lambda job: job["inputs"][1].update(image={}), "'job-0' names 1 images"),
     "two images": (lambda job: job["inputs"].append(job["inputs"][1]), "names 2 images"),
@@ -439,13 +442,13 @@ def test_a_truth_of_frames_is_refused(truth, jobs, capsys):
     write_cases(truth / "cases.csv", [Case("a.png", POINTS, 90.0, frame=3)])
     with pytest.raises(AssertionError):
         score(truth, jobs)
-    assert "the truth of a.png is of a frame" in capsys.readouterr().err
+    assert "the truth of a.png is for a frame" in capsys.readouterr().err
 
 
 def test_an_image_that_cannot_be_read_is_named(truth):
     (truth / "images/a.png").write_bytes(b"no image")
     with pytest.raises(ScoresError, match=r"images/a\.png: "):
-        pixel_grid_of(truth / "images", Case("a.png", POINTS, 90.0))
+        read_pixel_grid(truth / "images", Case("a.png", POINTS, 90.0))
 
 
 def test_scoring_jobs_needs_only_what_its_container_installs():
@@ -488,7 +491,7 @@ def test_the_container_starts_what_its_options_say(truth, jobs, tmp_path):
 
 def test_cases_are_found_by_path_name_or_stem():
     files = ["x/1.png", "y/1.png", "2.nii.gz", "3.v1.png", "3.png", "4", "5.png", "5.mha"]
-    find = by_name([Case(file, POINTS, 0.0) for file in files])
+    find = case_finder([Case(file, POINTS, 0.0) for file in files])
     expected = {
         "x/1.png": "x/1.png", "1.png": None, "1": None, "z/1.png": None,
         "2.nii.gz": "2.nii.gz", "2.mha": "2.nii.gz", "2": "2.nii.gz", "sub/2.tif": "2.nii.gz",
@@ -498,12 +501,12 @@ def test_cases_are_found_by_path_name_or_stem():
     for name, file in expected.items():
         found = find(name)
         assert (found and found.file) == file, name
-    assert stem_of("a/b.PNG") == "b"
+    assert image_stem("a/b.PNG") == "b"
 
 
 def test_a_frame_is_found_by_its_number():
     cases = [Case("s.mha", POINTS, 0.0, frame=k) for k in (0, 1)] + [Case("t.mha", POINTS, 0.0)]
-    find = by_name(cases)
+    find = case_finder(cases)
     assert find("s.tif", 1) is cases[1]
     assert find("s.mha") is None and find("t.mha", 0) is None and find("t.png") is cases[2]
 
@@ -537,5 +540,5 @@ def test_what_process_answers_to_a_job_scores_as_its_results_say(tmp_path, truth
 
 
 def test_a_pixel_grid_is_as_the_file_says(truth):
-    grid = pixel_grid_of(truth / "images", Case("b.png", POINTS, 0.0))
+    grid = read_pixel_grid(truth / "images", Case("b.png", POINTS, 0.0))
     assert grid == PixelGrid(WIDTH, HEIGHT)

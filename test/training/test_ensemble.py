@@ -8,7 +8,7 @@ from export import to_onnx
 from test.training.test_fit import TINY, folder, run_fit  # noqa: F401
 from training.data.case_table import read_cases
 from training.data.dataset import LandmarkDataset
-from training.data.near_duplicates import clusters
+from training.data.near_duplicates import cluster_groups
 from training.learning.checkpoint import load_weights
 from training.learning.teachers import Ensemble
 from training.recipes import Recipe
@@ -62,7 +62,7 @@ def test_the_training_aims_at_what_teachers_say(folder, taught, tmp_path, capsys
     assert "other --teachers" in capsys.readouterr().err
     assert run_fit(folder, tmp_path / "no share", "--teachers", str(own)) == 2
     assert run_fit(folder, tmp_path / "no teacher", "--teacher_share", "1") == 2
-    assert "given together" in capsys.readouterr().err
+    assert "must be given together" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -70,7 +70,7 @@ def test_a_teacher_of_another_kind_is_refused(folder, taught, tmp_path, capsys):
     share = ["--teacher_share", "0.5"]
     flags = ["--teachers", str(taught[0]), *share, "--mean", "31"]
     assert run_fit(folder, tmp_path / "run", *flags) == 2
-    assert "its mean is 30.0, here 31.0" in capsys.readouterr().err
+    assert "its mean is 30.0, the network's is 31.0" in capsys.readouterr().err
     assert run_fit(folder, tmp_path / "run", *share, "--teachers", str(tmp_path / "no.onnx")) == 2
     assert "no model file" in capsys.readouterr().err
 
@@ -83,6 +83,6 @@ def test_groups_that_look_alike_are_dealt_together():
         for scene in (*scenes, *scenes)
     ]
     groups = ["a", "b", "c", "d", "e", "c"]
-    assert clusters(images, groups, 0.9) == [0, 1, 2, 0, 1, 2]
-    assert len(set(clusters(images, groups, 1.1))) == 5
-    assert len(set(clusters(images, groups, -1.0))) == 1
+    assert cluster_groups(images, groups, 0.9) == [0, 1, 2, 0, 1, 2]
+    assert len(set(cluster_groups(images, groups, 1.1))) == 5
+    assert len(set(cluster_groups(images, groups, -1.0))) == 1

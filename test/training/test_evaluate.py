@@ -13,11 +13,11 @@ import pytest
 
 from model.anatomy import LANDMARKS, angle_of_progression
 from model.results.files import write_results
-from model.results.schemas import CaseEntry, Results, named
+from model.results.schemas import CaseEntry, Results, points_by_name
 from training import evaluate
 from training.data.case_table import Case, read_cases, write_cases
-from training.data.dataset import read_grey
-from training.evaluation.challenge_jobs import kind_of
+from training.data.dataset import read_frame
+from training.evaluation.challenge_jobs import detect_kind
 from training.evaluation.metrics import radial_errors_px, summarise
 
 POINTS = np.array([[60.0, 20.0], [20.0, 30.0], [90.0, 60.0]])
@@ -106,7 +106,7 @@ def entry(case: Case, **more) -> CaseEntry:
         "status": "ok",
         "width": 128,
         "height": 96,
-        "landmarks_px": named(case.landmarks_px + [3.0, 4.0]),
+        "landmarks_px": points_by_name(case.landmarks_px + [3.0, 4.0]),
         "aop_deg": case.aop_deg + 1,
         "confidence": dict(zip(LANDMARKS, (0.5, 0.6, 0.7), strict=True)),
     }
@@ -207,8 +207,8 @@ def test_a_table_with_words_of_doubt(folder):
 )
 def test_the_content_tells_the_kind(tmp_path, data, kind):
     (tmp_path / "results.csv").write_bytes(data)
-    assert kind_of(tmp_path / "results.csv") == kind
-    assert kind_of(tmp_path) == "table"
+    assert detect_kind(tmp_path / "results.csv") == kind
+    assert detect_kind(tmp_path) == "table"
 
 
 @pytest.mark.parametrize(
@@ -251,7 +251,7 @@ def predictions(folder) -> Path:
     for k, status in enumerate(("Succeeded", "Failed")):
         place = folder / "in" / f"job-{k}" / "output"
         place.mkdir(parents=True)
-        points = [{"name": n, "point": [*p, 0]} for n, p in named(POINTS).items()]
+        points = [{"name": n, "point": [*p, 0]} for n, p in points_by_name(POINTS).items()]
         (place / "aop-landmarks.json").write_text(json.dumps({"points": points}))
         (place / "angle-of-progression.json").write_text("90.5")
         slugs = ("aop-landmarks", "angle-of-progression")
@@ -339,7 +339,7 @@ def test_images_labelled_twice_show_the_noise_of_the_labels(psfhs):
     """The figures that README and the model card quote: 4.6 px at 512 px and 1.9 deg."""
     by_pixels: dict[bytes, list[Case]] = {}
     for case in read_cases(psfhs / "cases.csv"):
-        pixels = read_grey(psfhs / "images" / case.file)[0]
+        pixels = read_frame(psfhs / "images" / case.file)[0]
         by_pixels.setdefault(pixels.tobytes(), []).append(case)
     pairs = [pair for cases in by_pixels.values() for pair in combinations(cases, 2)]
     assert len(pairs) == 3
@@ -355,7 +355,7 @@ def test_near_identical_images_show_the_noise_of_the_labels(psfhs):
     """The figures that BENCHMARK.md quotes: 5.3 px apart, 3.6 deg of deviation in each label."""
     cases = [c for c in read_cases(psfhs / "cases.csv") if c.split in ("train", "val")]
     small = [
-        cv2.resize(read_grey(psfhs / "images" / case.file)[0], (128, 128), None, 0, 0, 3)
+        cv2.resize(read_frame(psfhs / "images" / case.file)[0], (128, 128), None, 0, 0, 3)
         for case in cases
     ]
     pairs = [

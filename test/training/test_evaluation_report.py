@@ -23,7 +23,7 @@ from training.evaluation.figures import (
     interval_text,
     picture_of_case,
 )
-from training.evaluation.metrics import case_errors, evaluate
+from training.evaluation.metrics import case_errors, summarise_by_device
 from training.evaluation.pictures import PREDICTED, TRUTH
 from training.evaluation.predict import CasePrediction
 from training.evaluation.report import write_report
@@ -84,7 +84,7 @@ def pages(tmp_path_factory, images, cases) -> dict[str, Path]:
     readers = [replace(one, confidence=np.empty(0)) for one in plain]
     made = {"calibrated": answers(cases, calibrated=True), "plain": plain, "reader": readers}
     for name, found in made.items():
-        figures = evaluate(cases, found)
+        figures = summarise_by_device(cases, found)
         missing = ["gone/<b>.png", "late.png"] if name == "calibrated" else []
         write_report(folder / f"{name}.html", cases, found, images, figures, missing)
     return {name: folder / f"{name}.html" for name in made}
@@ -99,7 +99,7 @@ def words(page: Path) -> str:
 @pytest.mark.slow
 def test_figures_of_the_page_are_those_of_the_evaluation(pages, cases):
     found = answers(cases, calibrated=True)
-    figures = evaluate(cases, found)
+    figures = summarise_by_device(cases, found)
     text = words(pages["calibrated"])
     for group in figures.values():
         for key in ("mre_px", "mre_FH1_px", "aop_error_deg", "aop_error_p95_deg"):
@@ -160,7 +160,9 @@ def test_what_is_not_calibrated_says_so(pages):
 @pytest.mark.slow
 def test_the_same_input_gives_the_same_page(pages, cases, images, tmp_path):
     found = answers(cases, calibrated=False)
-    write_report(tmp_path / "again.html", cases, found, images, evaluate(cases, found), [])
+    write_report(
+        tmp_path / "again.html", cases, found, images, summarise_by_device(cases, found), []
+    )
     assert (tmp_path / "again.html").read_bytes() == pages["plain"].read_bytes()
 
 
@@ -169,11 +171,11 @@ def test_answers_without_an_angle_and_few_cases(cases, images, tmp_path):
     """One case; and three, one of which has no angle: in every mean, but in no agreement."""
     found = answers(cases, calibrated=True)
     path = tmp_path / "few.html"
-    write_report(path, cases[:1], found[:1], images, evaluate(cases[:1], found[:1]), [])
+    write_report(path, cases[:1], found[:1], images, summarise_by_device(cases[:1], found[:1]), [])
     assert "Agreement needs two cases" in words(path)
     lost = replace(found[0], aop_deg=math.nan, aop_interval_deg=None)
     some = [lost, *found[1:3]]
-    write_report(path, cases[:3], some, images, evaluate(cases[:3], some), [])
+    write_report(path, cases[:3], some, images, summarise_by_device(cases[:3], some), [])
     text = words(path)
     assert "out of agreement and coverage): 1. phantom-00.png" in text
     assert "Cases 3 " in text and "Cases 2 " in text  # all figures, agreement
@@ -184,7 +186,7 @@ def test_answers_without_an_angle_and_few_cases(cases, images, tmp_path):
 def test_cases_of_no_device_are_a_series_of_their_own(cases, images, tmp_path):
     some = [replace(case, device=None) if k < 2 else case for k, case in enumerate(cases)]
     found = answers(cases, calibrated=False)
-    write_report(tmp_path / "p.html", some, found, images, evaluate(some, found), [])
+    write_report(tmp_path / "p.html", some, found, images, summarise_by_device(some, found), [])
     plot = re.search(r"<svg class=.chart.*?</figure>", (tmp_path / "p.html").read_text(), re.DOTALL)
     symbols = re.findall(r'<title>.*?stroke="var\(--s(\d)\)"', plot[0])
     assert [symbols.count(f"{k}") for k in range(3)] == [
@@ -200,7 +202,9 @@ def test_an_image_that_cannot_be_read_is_an_error_and_leaves_no_page(cases, tmp_
     for case in cases:
         (tmp_path / case.file).write_bytes(b"no image")
     with pytest.raises(ImageError):
-        write_report(tmp_path / "p.html", cases, found, tmp_path, evaluate(cases, found), [])
+        write_report(
+            tmp_path / "p.html", cases, found, tmp_path, summarise_by_device(cases, found), []
+        )
     assert not list(tmp_path.glob("p.html*"))
 
 
@@ -404,5 +408,5 @@ def test_a_page_of_real_images_is_of_moderate_size(psfhs, tmp_path):
     some = [case for case in read_cases(psfhs / "cases.csv") if case.split == "val"]
     found = [answer(case, rng, 256, calibrated=True) for case in some]
     path = tmp_path / "report.html"
-    write_report(path, some, found, psfhs / "images", evaluate(some, found), [])
+    write_report(path, some, found, psfhs / "images", summarise_by_device(some, found), [])
     assert 100_000 < path.stat().st_size < 1_000_000

@@ -19,7 +19,7 @@ from test.phantom import phantom
 from training import fit
 from training.data.augment import augment
 from training.data.case_table import Case, read_cases, write_cases
-from training.data.dataset import EpochSampler, LandmarkDataset, chances
+from training.data.dataset import EpochSampler, LandmarkDataset, sampling_probabilities
 from training.learning.checkpoint import CheckpointError, load_weights
 from training.learning.losses import heatmap_cross_entropy, heatmap_mse, mask_loss
 from training.learning.trainer import number_format, running_average
@@ -113,7 +113,7 @@ def test_init_starts_from_weights_and_refuses_others(folder, tmp_path, capsys):
     clicks = ["--recipe", "compact", "--data", str(folder / "cases.csv"), "--device", "cpu", *TINY]
     clicks += ["--images", str(folder / "images"), "--output", str(tmp_path / "d"), *init]
     assert fit.main([*clicks, "--max-minutes", "0"]) == 0
-    assert "of best.safetensors these are left out: head.masks" in capsys.readouterr().out
+    assert "best.safetensors: these parts are left out: head.masks" in capsys.readouterr().out
 
 
 def test_averaged_weights_start_as_the_mean_and_then_decay():
@@ -212,9 +212,11 @@ def test_many_frames_of_one_scan_need_not_count_as_many_scans():
     shares = []
     for balance in (0.0, 0.5, 1.0):
         recipe = COMPACT.model_copy(update={"balance": balance})
-        weights = chances(LandmarkDataset(cases, Path(), None, recipe, train=True))
+        weights = sampling_probabilities(LandmarkDataset(cases, Path(), None, recipe, train=True))
         drawn = [
-            k for e in range(200) for _, k in epoch_of(EpochSampler(12, 1, chances=weights), e)
+            k
+            for e in range(200)
+            for _, k in epoch_of(EpochSampler(12, 1, probabilities=weights), e)
         ]
         shares.append(np.mean(np.array(drawn) < 9))
     np.testing.assert_allclose(shares, [9 / 12, 3 / 6, 1 / 4], atol=0.03)
@@ -364,5 +366,11 @@ def test_weights_that_do_not_fit_are_refused(folder, tmp_path):
     with pytest.raises(CheckpointError, match="does not fit the network"):
         load_weights(tmp_path / "best.safetensors")
     path.unlink()
-    with pytest.raises(CheckpointError, match=r"best\.json"):
+    expected = (
+        r"expected weights best\.safetensors and best\.json in .*, as training\.fit writes them"
+    )
+    with pytest.raises(CheckpointError, match=rf"^{expected}; missing: best\.json$"):
+        load_weights(tmp_path / "best.safetensors")
+    (tmp_path / "best.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"missing: best\.safetensors and best\.json$"):
         load_weights(tmp_path / "best.safetensors")

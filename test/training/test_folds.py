@@ -15,9 +15,9 @@ from test.training.test_fit import TINY, folder, run_fit  # noqa: F401
 from training import calibrate, evaluate, folds, join
 from training.data.case_table import read_cases, write_cases
 from training.evaluation.predict import (
-    KEPT_OUT,
+    HELD_OUT_SPLIT,
     finished_folds,
-    kept_out,
+    load_folds,
     predict_cases,
     torch_predictor,
 )
@@ -64,10 +64,10 @@ def finished(data: Path) -> Path:
 def test_each_case_is_kept_out_once_with_its_group_and_test_is_not_there(finished, data):
     known = read_cases(data / "cases.csv")
     kept, groups = Counter(), {}
-    for k, (_, checkpoint, cases) in enumerate(kept_out(finished)):
+    for k, (_, checkpoint, cases) in enumerate(load_folds(finished)):
         assert checkpoint.network.input_size == 64
         table = read_cases(finished / f"fold-{k}" / "cases.csv")
-        assert {case.split for case in table} == {"train", KEPT_OUT}
+        assert {case.split for case in table} == {"train", HELD_OUT_SPLIT}
         assert not {c.group for c in table if c.split == "train"} & {c.group for c in cases}
         kept.update(case.file for case in cases)
         groups[k] = len(cases)
@@ -80,8 +80,8 @@ def test_other_networks_of_the_same_parts_can_be_joined(finished, data, tmp_path
     assert run(data, tmp_path / "others", *others) == 0
     networks = [str(finished), str(tmp_path / "others"), "--output", str(tmp_path / "both")]
     assert join.main(networks) == 0
-    (network, _, cases), _ = kept_out(tmp_path / "both")
-    assert [c.file for c in cases] == [c.file for c in next(kept_out(finished))[2]]
+    (network, _, cases), _ = load_folds(tmp_path / "both")
+    assert [c.file for c in cases] == [c.file for c in next(load_folds(finished))[2]]
     weights = [one.head.heatmaps.weight for one in (network, network.members[0])]
     assert not torch.equal(*weights)
     assert run(data, tmp_path / "others", "--folds", "2", *ONE_EPOCH) == 2
@@ -94,7 +94,7 @@ def test_each_fold_trains_on_from_the_network_that_kept_out_the_same_cases(
     flags = ("--folds", "2", "--start", str(finished), *ONE_EPOCH, "--learning_rate", "0")
     assert run(data, tmp_path / "on", *flags) == 0
     before, after = (
-        [network.head.heatmaps.weight for network, _, _ in kept_out(place)]
+        [network.head.heatmaps.weight for network, _, _ in load_folds(place)]
         for place in (finished, tmp_path / "on")
     )
     torch.testing.assert_close(after, before)
@@ -113,7 +113,7 @@ def test_each_fold_is_taught_by_networks_that_kept_out_the_same_cases(
         assert to_onnx.main(["--run", str(fold), "--output", str(fold / folds.TEACHER)]) == 0
     taught, original = [], teachers.teachers_of
     monkeypatch.setattr(
-        loop, "teachers_of", lambda files, *rest: taught.append(files) or original(files, *rest)
+        loop, "load_ensemble", lambda files, *rest: taught.append(files) or original(files, *rest)
     )
     flags = ("--teachers", str(finished), *ONE_EPOCH, "--teacher_share", "0.5")
     assert run(data, tmp_path / "on", "--folds", "2", "--only", "1", *flags) == 0
@@ -142,7 +142,7 @@ def test_groups_that_look_alike_are_dealt_together(data, tmp_path, monkeypatch, 
 def test_the_answers_are_of_networks_that_have_not_seen_the_case(finished, data, capsys):
     answers = {case.file: case for case in read_cases(finished / "landmarks.csv")}
     assert len(answers) == 10
-    for network, checkpoint, cases in kept_out(finished):
+    for network, checkpoint, cases in load_folds(finished):
         predictor = torch_predictor(network, checkpoint.spec, next(network.parameters()).device)
         for case, found in zip(
             cases, predict_cases(predictor, cases, data / "images"), strict=True
@@ -169,7 +169,7 @@ def test_what_is_done_is_not_trained_again_and_only_shares_the_work(
     assert run(data, tmp_path, "--only", "1", *flags) == 0
     assert trained == ["fold-1"] and "fold-0 remain" in capsys.readouterr().out
     assert not (tmp_path / "landmarks.csv").exists()
-    assert len([*kept_out(tmp_path)]) == 1  # calibrate can do with some parts
+    assert len([*load_folds(tmp_path)]) == 1  # calibrate can do with some parts
     assert run(data, tmp_path, *flags) == 0
     assert trained == ["fold-1", "fold-0"] and (tmp_path / "landmarks.csv").exists()
     assert run(data, tmp_path, "--folds", "3", *ONE_EPOCH) == 2
@@ -180,10 +180,10 @@ def test_a_fold_that_stopped_goes_on(data, tmp_path, monkeypatch, capsys):
     flags = ("--folds", "2", "--only", "0", *TINY, "--device", "cpu")
     epoch, stop = loop.Trainer.train_epoch, "stopped in the second epoch"
 
-    def until_the_second(self, loader):
+    def until_the_second(self, loader, loss):
         if self.epoch == 1:
             raise OSError(stop)
-        return epoch(self, loader)
+        return epoch(self, loader, loss)
 
     monkeypatch.setattr(loop.Trainer, "train_epoch", until_the_second)
     assert run(data, tmp_path, *flags) == 2 and stop in capsys.readouterr().err

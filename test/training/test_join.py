@@ -13,7 +13,7 @@ from model.network import TransUNetConfig, build_network
 from test.model.test_network import SMALL
 from training import join
 from training.data.case_table import Case, write_cases
-from training.evaluation.predict import kept_out
+from training.evaluation.predict import load_folds
 from training.learning.checkpoint import Checkpoint, load_weights, save_weights
 from training.learning.losses import heatmap_cross_entropy, mask_loss, total_loss
 from training.recipes import COMPACT
@@ -101,7 +101,7 @@ def folds(root: Path, config: TransUNetConfig, name: str) -> Path:
 def test_folds_are_joined_one_by_one(tmp_path: Path, capsys) -> None:
     first, second = folds(tmp_path, SMALL, "a"), folds(tmp_path, OTHER, "b")
     assert join.main([str(first), str(second), "--output", str(tmp_path / "both")]) == 0
-    for k, (network, described, cases) in enumerate(kept_out(tmp_path / "both")):
+    for k, (network, described, cases) in enumerate(load_folds(tmp_path / "both")):
         assert described.network.members == (OTHER,) and [case.file for case in cases] == [
             f"{k}.png"
         ]

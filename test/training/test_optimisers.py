@@ -8,7 +8,7 @@ from torch import nn
 
 from model.network import build_network
 from test.model.test_network import SMALL
-from training.learning.optimisers import BY_ADAMW, Muon, optimiser, orthogonal
+from training.learning.optimisers import BY_ADAMW, Muon, make_optimiser, orthogonalise
 from training.recipes import COMPACT
 
 RATE = 0.01
@@ -31,7 +31,7 @@ def stepped(name: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]
     """A network's parameters before and after one step of an optimiser."""
     net = network()
     before = {n: p.detach().clone() for n, p in net.named_parameters()}
-    moving = optimiser(net, RECIPE.model_copy(update={"optimiser": name}))
+    moving = make_optimiser(net, RECIPE.model_copy(update={"optimiser": name}))
     for parameter in net.parameters():
         grad = torch.randn(parameter.shape)
         if parameter.ndim in (2, 4):  # of singular values 1 to 5, whatever its shape
@@ -61,7 +61,7 @@ def test_inner_matrices_move_by_all_directions_alike_and_the_rest_as_with_adamw(
 
 def test_its_rate_follows_the_schedule() -> None:
     net = network()
-    moving = optimiser(net, RECIPE)
+    moving = make_optimiser(net, RECIPE)
     torch.optim.lr_scheduler.LambdaLR(moving, lambda step: 0.0)
     before = [p.detach().clone() for p in net.parameters()]
     sum(p.square().sum() for p in net.parameters()).backward()
@@ -74,14 +74,14 @@ def test_orthogonal_keeps_directions_and_evens_out_their_sizes(shape: tuple[int,
     torch.manual_seed(1)
     left, _, right = torch.linalg.svd(torch.randn(shape), full_matrices=False)
     matrix = left * torch.logspace(0, -2, min(shape)) @ right
-    sizes = left.T @ orthogonal(matrix) @ right.T
+    sizes = left.T @ orthogonalise(matrix) @ right.T
     even = sizes.diagonal()
     assert even.min() > 0.6 and even.max() < 1.3
     torch.testing.assert_close(sizes, even.diag(), atol=1e-3, rtol=0)
 
 
 def test_orthogonal_of_nothing_is_nothing() -> None:
-    assert not orthogonal(torch.zeros(3, 5)).any()
+    assert not orthogonalise(torch.zeros(3, 5)).any()
 
 
 def test_muon_moves_as_torchs_own_does() -> None:
@@ -102,7 +102,7 @@ def test_muon_moves_as_torchs_own_does() -> None:
 
 def test_muon_goes_on_from_its_state() -> None:
     first, second = network(), network()
-    moving, resumed = optimiser(first, RECIPE), optimiser(second, RECIPE)
+    moving, resumed = make_optimiser(first, RECIPE), make_optimiser(second, RECIPE)
     descend(first, moving, seed=1)
     second.load_state_dict(first.state_dict())
     resumed.load_state_dict(deepcopy(moving.state_dict()))
@@ -114,7 +114,7 @@ def test_muon_goes_on_from_its_state() -> None:
 
 def test_a_state_of_torchs_muon_is_refused() -> None:
     with pytest.raises(ValueError, match="--init"):
-        optimiser(network(), RECIPE).load_state_dict({"parts": []})
+        make_optimiser(network(), RECIPE).load_state_dict({"parts": []})
 
 
 def descend(net: nn.Module, moving: torch.optim.Optimizer, seed: int) -> None:

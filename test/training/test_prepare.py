@@ -18,14 +18,19 @@ from training.data.case_table import (
     SPLITS,
     Case,
     CaseError,
-    case_tables,
     cases_of_split,
+    find_case_tables,
     read_cases,
     read_table,
     require_images,
     write_cases,
 )
-from training.data.near_duplicates import BLOCK, near_duplicate_groups, split_by_group, thumbnail
+from training.data.near_duplicates import (
+    BLOCK_ROWS,
+    near_duplicate_groups,
+    split_by_group,
+    thumbnail,
+)
 from training.data.sources import read_mask
 from training.evaluation.pictures import SHEET_TILE
 
@@ -133,7 +138,10 @@ CUT = ellipse_mask((1, (60, 30), (20, 9), 160.0), (2, (199, 80), (80, 40), 45.0)
         (LINE, r"no ellipse fits the contour of the pubic symphysis"),
         (ellipse_mask(HEAD, (1, (90, 95), (20, 9), 0.0)), r"PS1 lies inside the fetal head"),
         (ellipse_mask((1, (2, 30), (20, 9), 0.0), HEAD)[:, ::-1], r"PS1 would lie outside"),
-        (ellipse_mask(SYMPHYSIS, HEAD) * 100, r"values \[100, 200\]; expected 0 background"),
+        (
+            ellipse_mask(SYMPHYSIS, HEAD) * 100,
+            r"values \[100, 200\]; expected only 0 \(background\)",
+        ),
         (np.zeros((1, 150, 200), np.uint8), r"expected a mask of \(height, width\)"),
     ],
 )
@@ -157,8 +165,8 @@ def test_mask_files(tmp_path: Path) -> None:
     (tmp_path / "text.png").write_text("no picture")
     cv2.imwrite(str(tmp_path / "colour.png"), np.dstack([mask] * 3))
     for name, reason in {
-        "cut.mha": "no MetaImage, or damaged",
-        "text.png": "no PNG, or damaged",
+        "cut.mha": "damaged or not a MetaImage",
+        "text.png": "damaged or not a PNG",
         "colour.png": "expected uint8 of",
         "none.png": "does not exist",
         "m.jpg": "read from .png or .mha",
@@ -216,7 +224,7 @@ def test_iugc_validation_folder(tmp_path: Path, header: str) -> None:
         '2.jpg,"(310, 80)","(200, 100)","(350, 201)"\n'
     )
     (tmp_path / "AoP_results.csv").write_text(f"{header}\n2.jpg,99.5,\n1.jpg,101.5,\n")
-    assert case_tables(tmp_path) == [tmp_path / "landmarks_data.csv"]
+    assert find_case_tables(tmp_path) == [tmp_path / "landmarks_data.csv"]
     cases = read_cases(tmp_path)
     assert [(case.file, case.aop_deg) for case in cases] == [("1.jpg", 101.5), ("2.jpg", 99.5)]
     np.testing.assert_array_equal(cases[1].landmarks_px, [[310, 80], [200, 100], [350, 201]])
@@ -354,11 +362,11 @@ def test_near_duplicates_form_chains() -> None:
 
 def test_groups_join_across_blocks_and_leave_constant_images_alone() -> None:
     rng = np.random.default_rng(1)
-    images = list(rng.integers(0, 256, (BLOCK + 40, 32, 32), np.uint8))
-    images[BLOCK + 5] = images[3]
+    images = list(rng.integers(0, 256, (BLOCK_ROWS + 40, 32, 32), np.uint8))
+    images[BLOCK_ROWS + 5] = images[3]
     images[7] = images[8] = np.full((32, 32), 9, np.uint8)
     groups = near_duplicate_groups(images)
-    assert groups[BLOCK + 5] == groups[3]
+    assert groups[BLOCK_ROWS + 5] == groups[3]
     assert len(set(groups)) == len(images) - 1
     assert near_duplicate_groups([]) == []
 

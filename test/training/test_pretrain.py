@@ -14,7 +14,7 @@ from test.phantom import phantom
 from test.support.beit_file import beit_tensors
 from training import pretrain, recipes
 from training.data.case_table import Case, write_cases
-from training.data.unlabelled import UnlabelledDataset, crop, split_indices
+from training.data.unlabelled import UnlabelledDataset, cut_crop, split_indices
 from training.learning.checkpoint import CheckpointError
 from training.learning.mae import (
     Features,
@@ -23,18 +23,19 @@ from training.learning.mae import (
     mae_loss,
     patchify,
     resize_positions,
-    take,
+    take_tokens,
     unpatchify,
 )
-from training.learning.trainer import Processes
+from training.learning.trainer import Processes, Trainer
 from training.pretrain import (
     COMPACT,
     PAPER,
+    PretrainLoss,
     PretrainRecipe,
-    PretrainTrainer,
     Student,
     attention_divergence,
     distillation_loss,
+    validate,
 )
 
 SMALL = [
@@ -133,15 +134,15 @@ def test_mask_ratio_and_draws():
 def test_whole_crop_is_the_image_and_crops_turn_no_sides():
     square = cv2.GaussianBlur(phantom(2, 64, 64).image, (0, 0), 2)
     recipe = COMPACT.model_copy(update={"image_size": 64})
-    assert np.abs(crop(square, recipe.crops, None) * 255 - square).max() < 1e-3
+    assert np.abs(cut_crop(square, recipe.crops, None) * 255 - square).max() < 1e-3
     half = COMPACT.model_copy(update={"image_size": 32})
     mean = square.reshape(32, 2, 32, 2).mean(axis=(1, 3))
-    assert np.abs(crop(square, half.crops, None) * 255 - mean).max() < 0.51
+    assert np.abs(cut_crop(square, half.crops, None) * 255 - mean).max() < 0.51
     marked = np.zeros((64, 64), np.uint8)
     marked[20:30, 8:20], marked[34:44, 40:60] = 120, 240  # darker spot above and left
     mild = recipe.model_copy(update={"crop_area": (0.8, 1.0)})
     for seed in range(20):
-        view = crop(marked, mild.crops, np.random.default_rng(seed))
+        view = cut_crop(marked, mild.crops, np.random.default_rng(seed))
         dark, bright = (view > 0.1) & (view < 0.6), view > 0.75
         (y1, x1), (y2, x2) = (np.argwhere(spot).mean(axis=0) for spot in (dark, bright))
         assert x1 < x2 and y1 < y2
@@ -315,11 +316,12 @@ def test_explained_is_0_for_a_network_that_knows_each_patchs_mean_alone():
     nn.init.zeros_(student.mae.decoder.predict.weight)
     averaging = TINY.model_copy(update={"ema_decay": 0.9})
     for recipe in (averaging, TINY):
-        trainer = PretrainTrainer(student, recipe, 1, place, None)
-        mae, explained, distillation = trainer.validate(data)
+        network = Trainer(student, recipe, 1, place).evaluated_network
+        loss = PretrainLoss(recipe, None)
+        mae, explained, distillation = validate(network, loss, data, place.device)
         assert 0.5 < mae <= 1 and (explained, distillation) == (0, 0)
         nn.init.normal_(student.mae.decoder.predict.weight)
-        changed = trainer.validate(data)[1]
+        changed = validate(network, loss, data, place.device)[1]
         assert changed == 0 if recipe is averaging else changed < 0  # the average has not moved
         nn.init.zeros_(student.mae.decoder.predict.weight)
 
@@ -364,4 +366,4 @@ def test_every_field_is_a_flag_and_values_are_checked(folder, tmp_path, capsys):
 
 def test_take_picks_tokens():
     tokens = torch.arange(24.0).reshape(2, 4, 3)
-    assert torch.equal(take(tokens, torch.tensor([[3, 0], [1, 1]]))[1], tokens[1, [1, 1]])
+    assert torch.equal(take_tokens(tokens, torch.tensor([[3, 0], [1, 1]]))[1], tokens[1, [1, 1]])

@@ -20,11 +20,11 @@ from training.data.case_table import Case, write_cases
 from training.learning.checkpoint import CheckpointError
 from training.learning.mae import load_mae, resize_positions
 from training.learning.pretrained import (
-    imagenet_into_encoder,
-    mae_into_bottleneck,
+    load_imagenet_into_encoder,
+    load_mae_into_bottleneck,
+    load_pretrained_parts,
+    load_usfm_into_bottleneck,
     read_beit,
-    start_pretrained,
-    usfm_into_bottleneck,
 )
 from training.learning.teachers import Beit
 
@@ -59,7 +59,7 @@ def bottleneck(rows: int, columns: int, **other: object) -> ViTBottleneck:
 @pytest.mark.parametrize(("rows", "columns"), [(4, 4), (3, 5)])
 def test_every_tensor_of_the_bottleneck_is_the_runs(folder, rows, columns):
     network = bottleneck(rows, columns)
-    report = mae_into_bottleneck(folder / "run", network)
+    report = load_mae_into_bottleneck(folder / "run", network)
     encoder = load_mae(folder / "run")[0].encoder.state_dict()
     for key, value in network.state_dict().items():
         expected = encoder[key]
@@ -89,7 +89,7 @@ def test_another_size_is_refused_and_the_right_one_named(folder, other, told):
     network = bottleneck(4, 4, **other)
     before = {key: value.clone() for key, value in network.state_dict().items()}
     with pytest.raises(CheckpointError) as refused:
-        mae_into_bottleneck(folder / "run", network)
+        load_mae_into_bottleneck(folder / "run", network)
     assert told in str(refused.value)
     assert "--network.vit_width 16 --network.vit_depth 2 --network.vit_heads 2" in str(
         refused.value
@@ -103,12 +103,12 @@ def test_usfm_stands_in_the_bottlenecks_place(tmp_path):
     network = bottleneck(6, 3, width=24, heads=3, depth=2)
     own = network.position_embedding.clone()
     network.blocks = nn.ModuleList(Block(24, 3, 40 / 24) for _ in range(2))
-    report = usfm_into_bottleneck(tmp_path / "usfm.pth", network)
+    report = load_usfm_into_bottleneck(tmp_path / "usfm.pth", network)
     for key, value in network.state_dict().items():
         assert torch.equal(value, own if key == "position_embedding" else teacher[key])
     assert len(report.used) == 2 + 2 * 15 and len(report.left_out) == 3 + 2 * 2 + 1
     with pytest.raises(CheckpointError, match="3 attention heads, the bottleneck has 4"):
-        usfm_into_bottleneck(tmp_path / "usfm.pth", bottleneck(6, 3, width=24, heads=4))
+        load_usfm_into_bottleneck(tmp_path / "usfm.pth", bottleneck(6, 3, width=24, heads=4))
 
 
 def test_relative_bottleneck_computes_what_usfm_does(tmp_path):
@@ -118,7 +118,7 @@ def test_relative_bottleneck_computes_what_usfm_does(tmp_path):
         tensors[f"blocks.{k}.attn.relative_position_bias_table"][-2] = -1e4  # token to cls
     torch.save(tensors, tmp_path / "usfm.pth")
     network = bottleneck(5, 5, width=24, heads=3, positions="relative").eval()
-    report = usfm_into_bottleneck(tmp_path / "usfm.pth", network)
+    report = load_usfm_into_bottleneck(tmp_path / "usfm.pth", network)
     assert len(report.used) == 2 + 2 * 16 and not report.resized
     teacher = Beit(read_beit(tmp_path / "usfm.pth"), 5).eval()
     image = torch.rand(2, 1, 20, 20)
@@ -126,7 +126,7 @@ def test_relative_bottleneck_computes_what_usfm_does(tmp_path):
     found = network(patches).flatten(2).transpose(1, 2)
     torch.testing.assert_close(found, teacher(image).tokens, atol=1e-4, rtol=1e-4)
     resized = bottleneck(4, 7, width=24, heads=3, positions="relative")
-    assert len(usfm_into_bottleneck(tmp_path / "usfm.pth", resized).resized) == 2
+    assert len(load_usfm_into_bottleneck(tmp_path / "usfm.pth", resized).resized) == 2
     assert resized(torch.rand(1, 24, 4, 7)).shape == (1, 24, 4, 7)
 
 
@@ -148,7 +148,7 @@ def test_imagenet_weights_fill_the_encoder(resnet, tmp_path, channels, counters)
     given = {key: value for key, value in resnet.items() if counters or "num_batches" not in key}
     torch.save(given, tmp_path / "resnet50.pth")
     encoder = ResNet50(channels)
-    report = imagenet_into_encoder(tmp_path / "resnet50.pth", encoder)
+    report = load_imagenet_into_encoder(tmp_path / "resnet50.pth", encoder)
     state = encoder.state_dict()
     for key in given.keys() & state.keys() - {"conv1.weight"}:
         assert torch.equal(state[key], given[key]), key
@@ -168,7 +168,7 @@ def test_imagenet_weights_that_do_not_fit_are_refused(resnet, tmp_path):
     del wrong["layer1.0.conv2.weight"]
     torch.save(wrong, tmp_path / "wrong.pth")
     with pytest.raises(CheckpointError) as refused:
-        imagenet_into_encoder(tmp_path / "wrong.pth", ResNet50(3))
+        load_imagenet_into_encoder(tmp_path / "wrong.pth", ResNet50(3))
     for told in ("unexpected layer5", "missing layer1.0.conv2", "layer3.2.bn1.weight is (3,)"):
         assert told in str(refused.value)
     compact = TransUNetConfig(
@@ -176,11 +176,11 @@ def test_imagenet_weights_that_do_not_fit_are_refused(resnet, tmp_path):
         vit_width=16, vit_depth=2, vit_heads=2, up_widths=(10, 8, 6),
     )  # fmt: skip
     with pytest.raises(CheckpointError, match="encoder is another"):
-        start_pretrained(build_network(compact), None, tmp_path / "wrong.pth")
+        load_pretrained_parts(build_network(compact), None, tmp_path / "wrong.pth")
     unet = build_network(UNetConfig(input_size=64, channels=1, widths=(4, 6)))
     with pytest.raises(CheckpointError, match="for a transunet"):
-        start_pretrained(unet, "anything", None)
-    assert start_pretrained(unet, None, None) == []
+        load_pretrained_parts(unet, "anything", None)
+    assert load_pretrained_parts(unet, None, None) == []
 
 
 def run_fit(folder: Path, output: Path, *more: str) -> int:

@@ -23,7 +23,7 @@ from test.training.test_test_time_augmentation import SPEC, dots, find_dots
 from training import fit, pseudo_label
 from training.data.case_table import Case, read_cases, write_cases
 from training.data.dataset import LandmarkDataset, further_cases
-from training.evaluation.test_time_augmentation import ViewPrediction
+from training.evaluation.test_time_augmentation import AugmentedPrediction
 from training.learning.checkpoint import Checkpoint, load_weights, save_weights
 from training.learning.losses import mask_loss
 from training.pseudo_labels import labelling
@@ -31,12 +31,17 @@ from training.pseudo_labels.criteria import (
     CriteriaError,
     Evidence,
     Thresholds,
-    by_precision,
-    by_share,
-    judge,
-    sharpness,
+    gather_evidence,
+    peak_sharpness,
+    thresholds_by_precision,
+    thresholds_by_share,
 )
-from training.pseudo_labels.pool import excluded, find_pool, labelled_apart, read_candidates
+from training.pseudo_labels.pool import (
+    exclusions_of_training_table,
+    find_pool,
+    parse_exclusion,
+    read_candidates,
+)
 from training.recipes import RECIPES, add_recipe_arguments, recipe_from_arguments
 
 CODEC = HeatmapCodec(48, 64, 4.0)
@@ -56,20 +61,20 @@ def published_sharpness(heatmap: np.ndarray) -> float:
 def test_a_perfect_peak_is_as_sharp_as_can_be_unlike_in_the_published_measure():
     assert published_sharpness(PEAK) == pytest.approx(0.425, abs=0.005)  # 0.8 was asked of it
     everywhere = CODEC.encode([[30.3, 20.6], [0.0, 47.0], [63.4, 1.2], [2.5, 2.5]])
-    assert sharpness(everywhere, CODEC) == pytest.approx(1.0, abs=1e-3)
-    assert sharpness(0.2 * everywhere, CODEC) == pytest.approx(1.0, abs=1e-3)
-    assert sharpness(everywhere[0], CODEC).shape == ()
+    assert peak_sharpness(everywhere, CODEC) == pytest.approx(1.0, abs=1e-3)
+    assert peak_sharpness(0.2 * everywhere, CODEC) == pytest.approx(1.0, abs=1e-3)
+    assert peak_sharpness(everywhere[0], CODEC).shape == ()
 
 
 def test_sharpness_falls_with_width_and_with_a_second_peak_but_not_with_noise():
     wide = HeatmapCodec(48, 64, 8.0).encode([30.3, 22.0])
-    assert sharpness(wide, CODEC) == pytest.approx(0.55, abs=0.06)
+    assert peak_sharpness(wide, CODEC) == pytest.approx(0.55, abs=0.06)
     two = np.maximum(PEAK, 0.7 * CODEC.encode([50.0, 20.6]))
-    assert sharpness(two, CODEC) < 0.5
+    assert peak_sharpness(two, CODEC) < 0.5
     noise = np.random.default_rng(0).normal(0, 0.02, PEAK.shape)
-    assert sharpness(PEAK + noise, CODEC) == pytest.approx(1.0, abs=0.05)
+    assert peak_sharpness(PEAK + noise, CODEC) == pytest.approx(1.0, abs=0.05)
     flat = np.stack([np.full_like(PEAK, 0.3), -PEAK, np.full_like(PEAK, np.nan)])
-    assert sharpness(flat[0], CODEC) < 0.25 and (sharpness(flat[1:], CODEC) == 0).all()
+    assert peak_sharpness(flat[0], CODEC) < 0.25 and (peak_sharpness(flat[1:], CODEC) == 0).all()
 
 
 def evidence(sharp: float, spread: float, *faults: str) -> Evidence:
@@ -85,25 +90,25 @@ CASES = [evidence(0.9 - 0.1 * k, spread) for k, spread in enumerate([2.0, 1.0, 5
     [(0.2, 0.8, 2.0, [0, 1]), (0.6, 0.6, 5.0, [0, 1, 2, 3]), (1.0, 0.5, 9.0, [0, 1, 2, 3, 4])],
 )
 def test_thresholds_by_share_are_met_by_that_share(share, sharp, spread, accepted):
-    found = by_share(CASES, share)
+    found = thresholds_by_share(CASES, share)
     assert (found.sharpness, found.spread_px) == pytest.approx((sharp, spread))
     assert [k for k, case in enumerate(CASES) if not found.objections(case)] == accepted
 
 
 def test_perfect_cases_pass_at_every_share():
-    sharp = float(sharpness(PEAK, CODEC))
+    sharp = float(peak_sharpness(PEAK, CODEC))
     for share in (0.01, 0.5, 1.0):
-        found = by_share([evidence(sharp, 0.0), *CASES], share)
+        found = thresholds_by_share([evidence(sharp, 0.0), *CASES], share)
         assert found.sharpness <= 1 and not found.objections(evidence(sharp, 0.0))
 
 
 def test_implausible_cases_are_refused_however_sharp():
     best = evidence(1.0, 0.0, "the angle is 20 deg")
-    found = by_share([best, *CASES], 1.0)
+    found = thresholds_by_share([best, *CASES], 1.0)
     assert found.objections(best) == [("anatomy", "the angle is 20 deg")]
     assert not any(found.objections(case) for case in CASES)
     with pytest.raises(CriteriaError, match="none of the 1 images"):
-        by_share([best], 0.5)
+        thresholds_by_share([best], 0.5)
 
 
 def test_objections_name_criterion_value_and_landmark():
@@ -119,14 +124,14 @@ def test_precision_takes_the_loosest_thresholds_that_reach_it():
     errors_px = np.where(np.arange(20) % 5 == 4, 30.0, 5.0)  # every fifth is wrong
     errors_px[15:] = 30.0
     # accepted 15: 12 right of 15; 16: 12 of 16; and 14: 12 of 14
-    assert by_precision(cases, errors_px, 10.0, 0.8).spread_px == pytest.approx(15.0)
-    assert by_precision(cases, errors_px, 10.0, 0.75).spread_px == pytest.approx(16.0)
-    assert by_precision(cases, errors_px, 10.0, 0.85).spread_px == pytest.approx(14.0)
-    assert by_precision(cases, errors_px, 30.0, 1.0).spread_px == pytest.approx(20.0)
+    assert thresholds_by_precision(cases, errors_px, 10.0, 0.8).spread_px == pytest.approx(15.0)
+    assert thresholds_by_precision(cases, errors_px, 10.0, 0.75).spread_px == pytest.approx(16.0)
+    assert thresholds_by_precision(cases, errors_px, 10.0, 0.85).spread_px == pytest.approx(14.0)
+    assert thresholds_by_precision(cases, errors_px, 30.0, 1.0).spread_px == pytest.approx(20.0)
     with pytest.raises(CriteriaError, match=r"the best is 0\.86, with 14 of 20"):
-        by_precision(cases, errors_px, 10.0, 0.9)
+        thresholds_by_precision(cases, errors_px, 10.0, 0.9)
     with pytest.raises(CriteriaError, match="needs 10 val cases"):
-        by_precision(cases[:9], errors_px[:9], 10.0, 0.5)
+        thresholds_by_precision(cases[:9], errors_px[:9], 10.0, 0.5)
 
 
 @pytest.mark.parametrize(("angle_deg", "plausible"), [(160.0, True), (30.0, False)])
@@ -136,8 +141,8 @@ def test_the_gate_takes_the_true_angle_not_its_supplement(angle_deg, plausible):
     points = np.array([ps1, ps1 - [60.0, 0.0], ps1 + 70 * arm])
     assert float(angle_of_progression(points)) == pytest.approx(angle_deg)
     heatmaps = np.stack([PEAK] * 3)[None]
-    found = judge(
-        ViewPrediction(points[None], np.ones((1, 3)), heatmaps), CODEC, (256, 256), (1, 1)
+    found = gather_evidence(
+        AugmentedPrediction(points[None], np.ones((1, 3)), heatmaps), CODEC, (256, 256), (1, 1)
     )
     assert (not found.faults) == plausible and found.aop_deg == pytest.approx(angle_deg)
     if not plausible:
@@ -148,11 +153,13 @@ def test_evidence_is_measured_at_512_px_and_survives_coinciding_landmarks():
     points = np.array([[100.0, 90.0], [40.0, 90.0], [130.0, 150.0]])
     each = np.stack([points, points + [0.0, 6.0]])
     heatmaps = np.stack([np.stack([PEAK] * 3)] * 2)
-    found = judge(ViewPrediction(each, np.ones((2, 3)), heatmaps), CODEC, (200, 256), (1, 1))
+    found = gather_evidence(
+        AugmentedPrediction(each, np.ones((2, 3)), heatmaps), CODEC, (200, 256), (1, 1)
+    )
     assert found.spread_px == pytest.approx([6.0] * 3)  # 3 px of 256
-    same = ViewPrediction(np.zeros((1, 3, 2)), np.ones((1, 3)), heatmaps[:1], ("no outlines",))
-    found = judge(same, CODEC, (200, 256), (1, 1))
-    assert np.isnan(found.aop_deg) and found.faults[-1] == "no outlines in some view"
+    same = AugmentedPrediction(np.zeros((1, 3, 2)), np.ones((1, 3)), heatmaps[:1], ("no outlines",))
+    found = gather_evidence(same, CODEC, (200, 256), (1, 1))
+    assert np.isnan(found.aop_deg) and found.faults[-1] == "no outlines in some variant"
 
 
 # ---- which images ----
@@ -189,7 +196,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 def pool_of(folder: Path, *names: str, **more):
-    apart = labelled_apart(folder / "cases.csv", folder / "images")
+    apart = exclusions_of_training_table(folder / "cases.csv", folder / "images")
     return find_pool([folder / name for name in names], [*apart, *more.get("apart", [])], 0.92)
 
 
@@ -217,7 +224,7 @@ def test_a_chain_of_look_alikes_is_left_out(tmp_path, folder):
         mixed = np.rint(first + (last - first) * k / 8).astype(np.uint8)
         cv2.imwrite(str(tmp_path / f"step{k}.png"), mixed)
     cv2.imwrite(str(tmp_path / "other.png"), made(41))
-    apart = labelled_apart(folder / "cases.csv", folder / "images")
+    apart = exclusions_of_training_table(folder / "cases.csv", folder / "images")
     pool = find_pool([tmp_path], apart, 0.92)
     assert [candidate.file for candidate in pool.candidates] == ["other.png"]
     assert len(pool.rejected) == 8
@@ -225,25 +232,27 @@ def test_a_chain_of_look_alikes_is_left_out(tmp_path, folder):
 
 def test_exclude_takes_tables_and_splits(folder):
     table = str(folder / "cases.csv")
-    assert len(excluded(table, folder / "images").cases) == 10
-    assert {c.split for c in excluded(f"{table}:test,val", folder / "images").cases} == {
+    assert len(parse_exclusion(table, folder / "images").cases) == 10
+    assert {c.split for c in parse_exclusion(f"{table}:test,val", folder / "images").cases} == {
         "test", "val",
     }  # fmt: skip
-    pool = pool_of(folder, "new/b", apart=[excluded(f"{table}:test", folder / "images")])
+    pool = pool_of(folder, "new/b", apart=[parse_exclusion(f"{table}:test", folder / "images")])
     assert len(pool.candidates) == 1
     with pytest.raises(ValueError, match="may be pseudo-labelled"):
-        pool_of(folder, "new/b", apart=[excluded(f"{table}:train", folder / "images")])
+        pool_of(folder, "new/b", apart=[parse_exclusion(f"{table}:train", folder / "images")])
     with pytest.raises(ValueError, match=r"elsewhere/00\.png: .* could not be left out"):
-        pool_of(folder, "new/b", apart=[excluded(f"{table}:val", folder / "elsewhere")])
+        pool_of(folder, "new/b", apart=[parse_exclusion(f"{table}:val", folder / "elsewhere")])
     with pytest.raises(ValueError, match="no_such"):
-        excluded(f"{table}:no_such", folder / "images")
+        parse_exclusion(f"{table}:no_such", folder / "images")
 
 
 def test_frames_of_a_stack_are_candidates_each(folder, tmp_path):
     frames = [made(seed) for seed in (50, 8, 51)]
     cv2.imwritemulti(str(tmp_path / "loop.tif"), frames)
     pool = find_pool(
-        [tmp_path, tmp_path], labelled_apart(folder / "cases.csv", folder / "images"), 0.92
+        [tmp_path, tmp_path],
+        exclusions_of_training_table(folder / "cases.csv", folder / "images"),
+        0.92,
     )
     assert [(c.file, c.frame) for c in pool.candidates] == [("loop.tif", 0), ("loop.tif", 2)]
     read = [(c.frame, frame.pixels) for c, frame in read_candidates(pool.candidates)]
@@ -332,7 +341,9 @@ def dotted(tmp_path, monkeypatch) -> Path:
         points = usual + rng.uniform(-14, 14, (3, 2))
         points = points[[1, 0, 2]] if k == 3 else points  # PS1 is not on the right
         cv2.imwrite(str(tmp_path / "new" / f"n{k}.png"), dots(points, background=2 * k))
-    monkeypatch.setattr(labelling, "load_teacher", lambda *_: Predictor(SPEC, find_dots, "cpu"))
+    monkeypatch.setattr(
+        labelling, "load_any_predictor", lambda *_: Predictor(SPEC, find_dots, "cpu")
+    )
     return tmp_path
 
 

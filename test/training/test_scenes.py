@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from test.phantom import phantom
-from training.data.scenes import SCENES, SPOILED
+from training.data.scenes import DISTORTIONS, SCENES
 
 IMAGE = phantom(3, 130, 97).image
 
@@ -13,10 +13,10 @@ def rng() -> np.random.Generator:
     return np.random.default_rng(5)
 
 
-@pytest.mark.parametrize("name", SPOILED)
+@pytest.mark.parametrize("name", DISTORTIONS)
 def test_spoiled_images_are_images_and_others(name: str) -> None:
     before = IMAGE.copy()
-    found = SPOILED[name](IMAGE, rng())
+    found = DISTORTIONS[name](IMAGE, rng())
     assert found.dtype == np.uint8 and found.flags.c_contiguous
     assert sorted(found.shape) == sorted(IMAGE.shape)
     assert found.shape != IMAGE.shape or (found != IMAGE).mean() > 0.1
@@ -35,24 +35,24 @@ def test_scenes_are_drawn_anew_each_time(name: str) -> None:
 def test_flips_and_turns() -> None:
     corner = np.zeros((4, 6), np.uint8)
     corner[0, 1] = 9
-    places = {name: np.argwhere(SPOILED[name](corner, rng()) == 9).tolist() for name in
+    places = {name: np.argwhere(DISTORTIONS[name](corner, rng()) == 9).tolist() for name in
               ("mirrored", "upside down", "turned by 180 deg")}  # fmt: skip
     assert places == {
         "mirrored": [[0, 4]], "upside down": [[3, 1]], "turned by 180 deg": [[3, 4]],
     }  # fmt: skip
-    inverted = SPOILED["grey-inverted"](corner, rng())
+    inverted = DISTORTIONS["grey-inverted"](corner, rng())
     assert inverted[0, 1] == 246 and (inverted == 255).sum() == 23
 
 
 def test_shuffled_keeps_the_tiles_and_not_their_places() -> None:
     image = np.arange(96 * 96, dtype=np.int64).reshape(96, 96).astype(np.uint8)
     for seed in range(8):
-        found = SPOILED["shuffled"](image, np.random.default_rng(seed))
+        found = DISTORTIONS["shuffled"](image, np.random.default_rng(seed))
         assert sorted(found.ravel()) == sorted(image.ravel()) and (found != image).mean() > 0.5
 
 
 def test_inside_alone_is_inverted() -> None:
     image = np.zeros((64, 64), np.uint8)
     image[20:50, 20:50] = 100
-    found = SPOILED["grey-inverted inside"](image, rng())
+    found = DISTORTIONS["grey-inverted inside"](image, rng())
     assert (found[:10] == 0).all() and (found[25:45, 25:45] == 155).all()

@@ -4,7 +4,12 @@ import numpy as np
 import pytest
 
 from training.data.case_table import Case
-from training.evaluation.metrics import CERTAINTY_LABELS, as_text, certainty, evaluate
+from training.evaluation.metrics import (
+    CERTAINTY_LABELS,
+    format_metrics,
+    summarise_by_device,
+    summarise_certainty,
+)
 from training.evaluation.predict import CasePrediction
 
 POINTS = np.array([[40.0, 12.0], [15.0, 16.0], [48.0, 40.0]])
@@ -27,7 +32,7 @@ def made(errors: list[float], expected: list[float | None], doubt: tuple[str, ..
 def test_the_figures() -> None:
     errors = [1.0, -2.0, 3.0, 4.0, -20.0]
     cases, predictions = made(errors, [1.0, 2.0, 1.0, 4.0, 8.0], ("odd",))
-    found = certainty(cases, predictions, np.abs(errors))
+    found = summarise_certainty(cases, predictions, np.abs(errors))
     values = {name: figure["value"] for name, figure in found.items()}
     assert [*values] == [*CERTAINTY_LABELS]
     assert values["interval_holds"] == pytest.approx(3 / 5)  # not the third nor the last
@@ -43,16 +48,16 @@ def test_the_figures() -> None:
 
 def test_without_a_calibration_there_are_none() -> None:
     cases, predictions = made([1.0, 2.0], [1.0, None])
-    assert certainty(cases, predictions, np.array([1.0, 2.0])) == {}
-    assert certainty([], [], np.array([])) == {}
+    assert summarise_certainty(cases, predictions, np.array([1.0, 2.0])) == {}
+    assert summarise_certainty([], [], np.array([])) == {}
 
 
 def test_evaluate_tells_them_of_each_device() -> None:
     cases, predictions = made([1.0, 2.0, 3.0, 4.0], [1.0, 1.0, 1.0, 4.0])
-    report = evaluate(cases, predictions)
+    report = summarise_by_device(cases, predictions)
     assert report["device A"]["interval_holds"]["value"] == 0.5
     assert report["device B"]["interval_holds"]["value"] == 1.0
-    text = as_text(report, [], "")
+    text = format_metrics(report, [], "")
     assert all(label in text for label in CERTAINTY_LABELS.values())
-    plain = as_text(evaluate(*made([1.0, 2.0], [None, None])), [], "")
+    plain = format_metrics(summarise_by_device(*made([1.0, 2.0], [None, None])), [], "")
     assert not any(label in plain for label in CERTAINTY_LABELS.values())

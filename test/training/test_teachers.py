@@ -136,9 +136,9 @@ def test_usfms_keys_and_shapes_are_all_accounted_for(tmp_path):
 
 def test_usfms_tables_may_be_one_a_block(tmp_path):
     weights = read_beit(usfm_file(tmp_path, shared=False))
-    assert weights.on_grid(14, 14).shape == (12, 27 * 27 + 3, 12)
+    assert weights.tables_on_grid(14, 14).shape == (12, 27 * 27 + 3, 12)
     assert str(weights.report).startswith("USFM_latest.pth: 197 tensors used, 0 resized, 16 left")
-    weights.on_grid(8, 8)
+    weights.tables_on_grid(8, 8)
     assert "185 tensors used, 12 resized, 16 left out" in str(weights.report)
 
 
@@ -192,7 +192,7 @@ def test_files_that_are_no_weights_are_refused(tmp_path):
     with pytest.raises(CheckpointError, match="not a file of plain tensors"):
         load_teacher(f"usfm:{tmp_path / 'text.pth'}", GRID)
     code = saved(tmp_path / "code.pth", {"model": beit_tensors(), "config": Path("run.yaml")})
-    with pytest.raises(CheckpointError, match="save its state dict alone"):
+    with pytest.raises(CheckpointError, match="save only its state dict"):
         load_teacher(f"usfm:{code}", GRID)
     with pytest.raises(CheckpointError, match="expected a file"):
         load_teacher(f"usfm:{tmp_path / 'none.pth'}", GRID)

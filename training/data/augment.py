@@ -1,6 +1,6 @@
-"""Random changes of one training sample in network input px; the landmarks follow the image.
+"""Random changes of one training sample, in network input px; the landmarks follow the image.
 
-No flips: they would exchange PS1 and PS2.
+There are no flips: a flip would exchange PS1 and PS2.
 """
 
 import cv2
@@ -19,15 +19,18 @@ def augment(
     rng: np.random.Generator,
     style: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray | None, Floats]:
-    """Rotate, scale, stretch, shift and bend image, mask and landmarks; then change grey values.
+    """Change the geometry of image, mask and landmarks alike, then the image's grey values.
 
-    An affine map keeps FH1 a point of tangency; a mild stretch moves the symphysis's ends little.
+    An affine map keeps FH1 a point of tangency. A mild stretch hardly moves the symphysis's ends.
 
     Args:
         image: (size, size) grey 0..255.
         mask: (size, size) class numbers or None.
-        points: (3, 2) landmarks in input px; the returned ones may lie outside the frame.
-        style: (size, size) grey values of another machine's image, to look like.
+        points: (3, 2) landmarks in input px.
+        style: (size, size) grey 0..255; the low frequencies of `image` may come to look like its.
+
+    Returns:
+        Image, mask and landmarks. A landmark may then lie outside the frame.
     """
     size = image.shape[0]
     if style is not None and rng.random() < settings.style:
@@ -36,7 +39,7 @@ def augment(
     bend = (
         _draw_bend(size, settings.elastic, rng) if settings.elastic else np.zeros((size, size, 2))
     )
-    sources = _sources(matrix, bend)
+    sources = _source_positions(matrix, bend)
     image = _resample(image, sources, cv2.INTER_LINEAR)
     points = _bend_points(points @ matrix[:, :2].T + matrix[:, 2], bend)
     if mask is not None:
@@ -47,24 +50,24 @@ def augment(
 
 
 def mix_amplitudes(image: np.ndarray, style: np.ndarray, share: float, band: float) -> np.ndarray:
-    """An image whose low frequencies have amplitudes partly of another, and its own phases.
+    """Move the amplitudes of an image's low frequencies towards those of another image.
 
-    Phases carry the anatomy, low amplitudes the machine's look (Yang and Soatto 2020, FDA, Eq. 3;
-    mixed by a random share as in Xu et al. 2021, Eq. 5).
+    The phases, which carry the anatomy, stay. The low amplitudes carry the machine's look (Yang and
+    Soatto 2020, FDA, Eq. 3; a random share of them is mixed in as in Xu et al. 2021, Eq. 5).
 
     Args:
         image, style: (size, size) grey 0..255.
-        share: 0: the image as it is; 1: the style's amplitudes.
-        band: the frequencies that are mixed lie below band * size on each axis, in cycles.
+        share: 0 keeps the image's amplitudes, 1 takes the style's.
+        band: frequencies up to band * size cycles on each axis are mixed.
     """
     size = image.shape[0]
-    own = np.fft.fftshift(np.fft.fft2(image))
-    other = np.abs(np.fft.fftshift(np.fft.fft2(style)))
+    spectrum = np.fft.fftshift(np.fft.fft2(image))
+    style_amplitude = np.abs(np.fft.fftshift(np.fft.fft2(style)))
     centre, reach = size // 2, int(band * size)
     low = (slice(centre - reach, centre + reach + 1),) * 2
-    amplitude = np.abs(own)
-    amplitude[low] += share * (other[low] - amplitude[low])
-    mixed = np.fft.ifft2(np.fft.ifftshift(amplitude * np.exp(1j * np.angle(own)))).real
+    amplitude = np.abs(spectrum)
+    amplitude[low] += share * (style_amplitude[low] - amplitude[low])
+    mixed = np.fft.ifft2(np.fft.ifftshift(amplitude * np.exp(1j * np.angle(spectrum)))).real
     return np.clip(mixed, 0.0, 255.0).astype(np.float32)
 
 
@@ -75,8 +78,8 @@ def _draw_affine(size: int, settings: Augmentation, rng: np.random.Generator) ->
     turn = cv2.getRotationMatrix2D((centre, centre), angle, rng.uniform(*settings.scale))
     matrix: Floats = np.asarray(turn)
     if settings.stretch:
-        axis = rng.uniform(0.0, np.pi)
-        along = np.array([np.cos(axis), np.sin(axis)])
+        direction = rng.uniform(0.0, np.pi)
+        along = np.array([np.cos(direction), np.sin(direction)])
         factor = rng.uniform(-settings.stretch, settings.stretch)
         stretch = np.eye(2) + factor * np.outer(along, along)
         matrix[:, :2] = stretch @ matrix[:, :2]
@@ -86,13 +89,20 @@ def _draw_affine(size: int, settings: Augmentation, rng: np.random.Generator) ->
 
 
 def _draw_bend(size: int, amount: float, rng: np.random.Generator) -> np.ndarray:
-    """(size, size, 2) smooth displacements, of standard deviation amount * size at 4 x 4 nodes."""
+    """(size, size, 2) smooth displacements in px, interpolated between 4 x 4 nodes.
+
+    Args:
+        amount: standard deviation of the nodes' displacements, as a share of the size.
+    """
     nodes = rng.normal(0.0, amount * size, (4, 4, 2)).astype(np.float32)
     return np.asarray(cv2.resize(nodes, (size, size), interpolation=cv2.INTER_CUBIC))
 
 
-def _sources(matrix: Floats, bend: np.ndarray) -> np.ndarray:
-    """(size, size, 2) where each new pixel comes from: bent first, then back by the affine map."""
+def _source_positions(matrix: Floats, bend: np.ndarray) -> np.ndarray:
+    """(size, size, 2) float32: the old (x, y) that each new pixel is read from.
+
+    A new position is displaced by the bend, then taken back through the affine map.
+    """
     size = len(bend)
     new = np.stack(np.meshgrid(np.arange(size), np.arange(size)), axis=-1) + bend
     back = cv2.invertAffineTransform(matrix)
@@ -100,26 +110,26 @@ def _sources(matrix: Floats, bend: np.ndarray) -> np.ndarray:
 
 
 def _resample(
-    image: np.ndarray, sources: np.ndarray, way: int, border: int = cv2.BORDER_CONSTANT
+    image: np.ndarray, positions: np.ndarray, interpolation: int, border: int = cv2.BORDER_CONSTANT
 ) -> np.ndarray:
     """An image's values at (rows, columns, 2) positions, float32 (x, y)."""
-    found = cv2.remap(image, sources, None, way, None, border)  # type: ignore[call-overload]
-    return np.asarray(found)
+    values = cv2.remap(image, positions, None, interpolation, None, border)  # type: ignore[call-overload]
+    return np.asarray(values)
 
 
 def _bend_points(points: Floats, bend: np.ndarray) -> Floats:
-    """Where points come to lie: q with q + bend(q) = p, by fixed-point iteration."""
-    found = points
+    """The points q with q + bend(q) = points, by fixed-point iteration."""
+    bent = points
     for _ in range(20):
-        at = found.astype(np.float32)[None]
-        found = points - _resample(bend, at, cv2.INTER_LINEAR, cv2.BORDER_REPLICATE)[0]
-    return np.asarray(found)
+        positions = bent.astype(np.float32)[None]
+        bent = points - _resample(bend, positions, cv2.INTER_LINEAR, cv2.BORDER_REPLICATE)[0]
+    return np.asarray(bent)
 
 
 def _refit_landmarks(mask: np.ndarray, points: Floats) -> Floats:
-    """The landmarks of a bent mask: a bend keeps neither axes nor tangents.
+    """The landmarks of a bent mask, since a bend keeps neither axes nor tangents.
 
-    Those of a mask that the frame cuts, or that has none, stay the bent points.
+    The bent points stay if the frame cuts the mask, or if no landmarks can be derived from it.
     """
     if mask[[0, -1]].any() or mask[:, [0, -1]].any():
         return points

@@ -1,7 +1,7 @@
 """Samples for training: image files and a case table -> normalised inputs and target heatmaps.
 
-A sample is drawn by (epoch, index): its random changes depend on the seed and these two alone, so a
-resumed training, any number of workers and any number of processes see the same samples.
+The random changes of a sample depend only on the seed, the epoch and the index. A resumed training
+therefore sees the same samples, with any number of workers and processes.
 """
 
 import math
@@ -26,14 +26,18 @@ from training.recipes import Recipe
 
 
 class LandmarkDataset(Dataset[dict[str, Tensor]]):
-    """Labelled images as training batches want them.
+    """Labelled images as network inputs, with target heatmaps; the key is (epoch, index).
+
+    A sample holds `image` (channels, size, size), `heatmaps` (3, cells, cells), `visible` (3,),
+    which is 1 for a landmark in the frame, and `index`. With a folder of masks it also holds
+    `masks` (2, cells, cells) and `has_mask`, 0 or 1.
 
     Args:
-        cases: the cases; `file` is below `images`.
+        cases: labelled images; each `file` is a path below `images`.
         masks: folder of masks with the images' stems, or None.
-        train: augment and perturb; else the plain letterboxed image.
-        more: further cases, each with its own folder of images; they have no masks.
-        styles: images whose look the augmentation may take (training.data.augment.mix_amplitudes).
+        train: True for random changes and label noise, False for the plain letterboxed image.
+        more: further cases without masks, each with its own folder of images.
+        styles: images whose look the augmentation may mix in (augment.mix_amplitudes).
     """
 
     def __init__(
@@ -49,7 +53,7 @@ class LandmarkDataset(Dataset[dict[str, Tensor]]):
         self.styles = list(styles)
         self.cases = [*cases, *(case for case, _ in more)]
         self.folders = [images] * len(cases) + [folder for _, folder in more]
-        self.with_mask = len(cases)  # the first so many, where there are masks
+        self.masked_count = len(cases)  # `more`, which has no masks, follows
         self.masks = {path.stem: path for path in masks.iterdir()} if masks else None
         self.recipe = recipe
         self.spec = recipe.spec()
@@ -61,16 +65,16 @@ class LandmarkDataset(Dataset[dict[str, Tensor]]):
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Tensor]:
         epoch, index = key
         case = self.cases[index]
-        grey, spacing = read_grey(self.folders[index] / case.file, case.frame)
+        grey, spacing = read_frame(self.folders[index] / case.file, case.frame)
         box = Letterbox(grey.shape[1], grey.shape[0], self.spec.input_size, spacing)
         image, points, mask = box.apply(grey), box.to_input(case.landmarks_px), None
-        if self.masks is not None and index < self.with_mask:
+        if self.masks is not None and index < self.masked_count:
             mask = box.apply(read_mask(self.masks[Path(case.file).stem]), nearest=True)
         if self.train:
             rng = np.random.default_rng((self.recipe.seed, epoch, index))
             noise_px = self.recipe.landmark_noise_px * self.spec.input_size / 512
             points = points + rng.normal(0.0, 1.0, points.shape) * noise_px
-            style = self._style(rng) if self.styles else None
+            style = self._draw_style(rng) if self.styles else None
             settings = self.recipe.augmentation
             image, mask, points = augment(image, mask, points, settings, rng, style)
         inside = ((points >= -0.5) & (points <= self.spec.input_size - 0.5)).all(axis=1)
@@ -86,12 +90,12 @@ class LandmarkDataset(Dataset[dict[str, Tensor]]):
             sample["has_mask"] = torch.tensor(float(mask is not None))
         return sample
 
-    def _style(self, rng: np.random.Generator) -> np.ndarray:
-        grey, spacing = read_grey(self.styles[rng.integers(len(self.styles))])
+    def _draw_style(self, rng: np.random.Generator) -> np.ndarray:
+        grey, spacing = read_frame(self.styles[rng.integers(len(self.styles))])
         return Letterbox(grey.shape[1], grey.shape[0], self.spec.input_size, spacing).apply(grey)
 
     def _mask_shares(self, mask: np.ndarray | None) -> np.ndarray:
-        """(size, size) class numbers -> (2, cells, cells) each cell's share of a class."""
+        """(size, size) class numbers -> (2, cells, cells): each class's share of a cell's area."""
         cells = self.spec.codec.columns
         if mask is None:
             return np.zeros((len(CLASSES), cells, cells), np.float32)
@@ -107,56 +111,64 @@ class LandmarkDataset(Dataset[dict[str, Tensor]]):
 def further_cases(
     tables: Sequence[tuple[Path, Path]], data: Path, images: Path
 ) -> list[tuple[Case, Path]]:
-    """The training cases of further tables, each with its folder of images.
+    """Read the training cases of further tables, each with its folder of images.
 
     Args:
-        tables: (table, folder of its images); of a table with a split, its cases of split train.
-        data, images: the table with the validation split, and its images.
+        tables: (table, folder of its images). Rows with a split other than train are left out.
+        data: the main table, whose split says which images must not be trained on.
+        images: folder of the main table's images.
 
     Raises:
-        CaseError: a table cannot be read or used, an image is missing, or is one of val or test.
+        CaseError: a table cannot be read or used, or an image is missing or is in val or test.
     """
     known = read_cases(data) if tables else []
     if tables and not any(case.split for case in known):
         raise CaseError(
-            f"--more needs a split column in {data} (fit writes one to RUN/cases.csv): a split "
-            "drawn anew could validate on images that pseudo-labels were made from"
+            f"--more needs a split column in {data} (training.fit writes one to RUN/cases.csv): a "
+            "split drawn anew could validate on images that pseudo-labels were made from"
         )
-    apart = [case for case in known if case.split != "train"]
-    kept = {((images / case.file).resolve(), case.frame) for case in apart}
-    found = []
+    held_out = {
+        ((images / case.file).resolve(), case.frame) for case in known if case.split != "train"
+    }
+    further = []
     for table, folder in tables:
         cases = [case for case in read_cases(table) if case.split in (None, "train")]
         require_images(cases, folder, table)
-        leaked = [c.file for c in cases if ((folder / c.file).resolve(), c.frame) in kept]
+        leaked = [c.file for c in cases if ((folder / c.file).resolve(), c.frame) in held_out]
         if leaked:
             raise CaseError(
-                f"{len(leaked)} images of {table} are of split val or test in {data}, the first is "
-                f"{leaked[0]}: take them out, for they would be trained on"
+                f"{len(leaked)} images of {table} are in split val or test of {data}, the first is "
+                f"{leaked[0]}; remove them from {table.name}, or they would be trained on"
             )
-        found += [(case, folder) for case in cases]
-    return found
+        further += [(case, folder) for case in cases]
+    return further
 
 
-def read_grey(path: Path, frame: int | None = None) -> tuple[np.ndarray, Pair]:
-    """(H, W) grey values of an image (or of a stack's frame) and the shape of its pixels.
+def read_frame(path: Path, frame: int | None = None) -> tuple[np.ndarray, Pair]:
+    """Read one frame: its (H, W) grey values 0..255, and the width and height of a pixel.
+
+    Args:
+        frame: number of the frame in a stack, from 0; None for the first.
 
     Raises:
-        ImageError: the file, or that frame of it, cannot be read.
+        ImageError: the file cannot be read, or does not have this frame.
     """
-    for k, read in enumerate(open_image(path).frames()):
-        if k == (frame or 0):
-            if isinstance(read, BadFrame):
-                raise ImageError(f"{path.name}: {read.reason}")
-            return read.pixels, read.geometry.pixel_shape
+    for number, content in enumerate(open_image(path).frames()):
+        if number == (frame or 0):
+            if isinstance(content, BadFrame):
+                raise ImageError(f"{path.name}: {content.reason}")
+            return content.pixels, content.geometry.pixel_shape
     raise ImageError(f"{path.name} has no frame {frame}")
 
 
 class EpochSampler(Sampler[tuple[int, int]]):
-    """(epoch, index) in the epoch's random order, this process's share of each.
+    """This process's share of an epoch: (epoch, index) in the epoch's random order.
 
     Args:
-        chances: (length,) of each image to be drawn, with replacement; None: each once.
+        length: number of images.
+        rank, world: number of this process, from 0, and how many there are.
+        probabilities: (length,) with which each image is drawn, with replacement; None to draw each
+            image once.
     """
 
     def __init__(
@@ -165,29 +177,28 @@ class EpochSampler(Sampler[tuple[int, int]]):
         seed: int,
         rank: int = 0,
         world: int = 1,
-        chances: Floats | None = None,
+        probabilities: Floats | None = None,
     ) -> None:
         self.length, self.seed, self.rank, self.world = length, seed, rank, world
-        self.chances = chances
+        self.probabilities = probabilities
         self.epoch = 0
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         rng = np.random.default_rng((self.seed, self.epoch))
-        if self.chances is None:
+        if self.probabilities is None:
             order = rng.permutation(self.length)
         else:
-            order = rng.choice(self.length, self.length, p=self.chances)
-        whole = len(self) * self.world
-        return iter(
-            [(self.epoch, int(i)) for i in np.resize(order, whole)[self.rank :: self.world]]
-        )
+            order = rng.choice(self.length, self.length, p=self.probabilities)
+        # repeats the start of the order where the processes do not divide it
+        order = np.resize(order, len(self) * self.world)
+        return iter([(self.epoch, int(i)) for i in order[self.rank :: self.world]])
 
     def __len__(self) -> int:
         return math.ceil(self.length / self.world)
 
 
 class TrainLoader(DataLoader[dict[str, Tensor]]):
-    """Batches of this process's share; set `sampler.epoch` before each pass."""
+    """Batches of this process's share of an epoch; set `sampler.epoch` before each pass."""
 
     sampler: EpochSampler
 
@@ -195,13 +206,13 @@ class TrainLoader(DataLoader[dict[str, Tensor]]):
 def train_loader(
     dataset: Dataset[dict[str, Tensor]], sampler: EpochSampler, batch: int, workers: int
 ) -> TrainLoader:
-    """Batches of a dataset, in the sampler's order.
+    """Batches of a dataset in the sampler's order.
 
     Args:
         batch: images a step, over all processes.
-        workers: processes that load images; 0: none.
+        workers: number of subprocesses that load images; with 0, this process loads them.
     """
-    own = max(1, batch // sampler.world)
+    own = max(1, batch // sampler.world)  # images a step in this process
     return TrainLoader(
         dataset,
         batch_size=own,
@@ -212,10 +223,10 @@ def train_loader(
     )
 
 
-def chances(dataset: LandmarkDataset) -> Floats | None:
-    """(n,) chance of each image, so that many frames of one scan do not count as many scans.
+def sampling_probabilities(dataset: LandmarkDataset) -> Floats | None:
+    """(n,) probability of each image, so that many frames of one scan do not count as many scans.
 
-    A case without a group is a group of its own. None: all alike.
+    A case without a group counts as its own group. None if the recipe does not balance groups.
     """
     balance = dataset.recipe.balance
     if not balance:

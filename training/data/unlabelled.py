@@ -1,4 +1,4 @@
-"""Unlabelled images: which files are taken, kept in memory as small squares, and crops of them."""
+"""Unlabelled images for pretraining: select files, keep them in memory as squares, cut crops."""
 
 import argparse
 import fnmatch
@@ -18,21 +18,22 @@ from model.anatomy import Floats
 from model.frame import Letterbox, Pair
 from model.images.source import BadFrame, GreyFrame, ImageError, is_supported_name, open_image
 from training.data.case_table import CaseError, read_cases
-from training.data.sources import stem_of
+from training.data.sources import name_without_suffix
 
-FRAMES = 16  # taken from a stack, evenly: neighbours are nearly equal
-VAL = 2**32 - 1  # stands for the epoch in the draws that never change
+FRAMES_A_STACK = 16  # at most, spread evenly, since neighbours are nearly equal
+NO_EPOCH = 2**32 - 1  # takes the epoch's place in draws that are the same in every epoch
 
 
 @dataclass(frozen=True)
-class ImageChoice:
-    """Which images are taken.
+class ImageSelection:
+    """Which images to use.
 
     Args:
-        images: folders, searched with all below them.
-        pattern: shell pattern of the file names to take.
-        leave_out: patterns of file names to leave out, or text files that list such.
-        data: case table: of the images that it names only those of `splits` are taken.
+        images: folders, searched with their subfolders.
+        pattern: shell pattern of the file names to use.
+        leave_out: shell patterns of file names to leave out, or .txt files with a pattern a line.
+        data: case table; images that it names in another split than `splits` are left out.
+        splits: names of splits.
     """
 
     images: tuple[Path, ...]
@@ -47,12 +48,14 @@ class CropSettings:
     """How crops are cut from an image, and how many of their patches stay visible.
 
     Args:
-        size_px: a crop's side.
-        patches: in a crop; `kept` of them are seen by the encoder.
-        area: range of a crop's share of the image's area.
-        rotation_deg: rotation by up to +- this.
-        gamma, contrast: ranges of the grey values' exponent and of the factor about their mean.
-        seed: of all draws.
+        size_px: side of a crop.
+        patches: number of patches in a crop.
+        kept: number of patches that the encoder sees.
+        area: range of the share of the image's area that a crop covers.
+        rotation_deg: largest rotation to either side.
+        gamma: range of the exponent of the grey values.
+        contrast: range of the factor about the mean grey value.
+        seed: random seed of crops and masks.
     """
 
     size_px: int
@@ -66,29 +69,42 @@ class CropSettings:
 
 
 def add_image_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that `image_choice` reads."""
+    """Add the flags that `image_selection` reads."""
     add = parser.add_argument
-    add("--images", type=Path, nargs="+", required=True, metavar="DIR", help="folders of images")
-    add("--pattern", default="*", metavar="GLOB", help="take only files of such names")
+    add(
+        "--images",
+        type=Path,
+        nargs="+",
+        required=True,
+        metavar="DIR",
+        help="folders of images, searched with their subfolders",
+    )
+    add("--pattern", default="*", metavar="GLOB", help="shell pattern of the file names to use")
     add(
         "--leave-out",
         nargs="+",
         default=[],
         metavar="GLOB",
-        help="leave out files of such names, as 'test_*'; NAMES.txt: those that it lists",
+        help="file names to leave out, such as 'test_*', or a .txt file that lists names",
     )
     add(
         "--data",
         type=Path,
         metavar="CSV",
-        help="case table: of the images it names take only --splits, others are taken",
+        help="case table; images that it names in a split other than --splits are left out",
     )
-    add("--splits", nargs="+", default=["train"], metavar="SPLIT", help="default: train")
+    add(
+        "--splits",
+        nargs="+",
+        default=["train"],
+        metavar="SPLIT",
+        help="splits of --data to use (default: train)",
+    )
 
 
-def image_choice(args: argparse.Namespace) -> ImageChoice:
-    """What the flags of `add_image_arguments` say."""
-    return ImageChoice(
+def image_selection(args: argparse.Namespace) -> ImageSelection:
+    """The selection that the flags of `add_image_arguments` ask for."""
+    return ImageSelection(
         images=tuple(args.images),
         pattern=args.pattern,
         leave_out=tuple(args.leave_out),
@@ -97,75 +113,83 @@ def image_choice(args: argparse.Namespace) -> ImageChoice:
     )
 
 
-def find_images(choice: ImageChoice) -> list[Path]:
-    """The chosen files, in the order of folders and names.
+def find_images(selection: ImageSelection) -> list[Path]:
+    """The selected files, in the order of folders and names.
 
     Raises:
-        CaseError: there is none, a folder is missing, or --data names none of them.
+        CaseError: no file is left, a folder is missing, or the case table names no file found.
     """
-    missing = [str(folder) for folder in choice.images if not folder.is_dir()]
+    missing = [str(folder) for folder in selection.images if not folder.is_dir()]
     if missing:
-        raise CaseError(f"--images: expected folders, {', '.join(missing)} is not one")
-    unwanted: list[str] = []
-    for text in choice.leave_out:
-        listed = text.endswith(".txt")
-        unwanted += Path(text).read_text(encoding="utf-8").split("\n") if listed else [text]
-    unwanted = [Path(line.strip()).name for line in unwanted if line.strip()]
-    found = [
+        raise CaseError(f"--images: expected folders, found none at {', '.join(missing)}")
+    lines: list[str] = []
+    for text in selection.leave_out:
+        is_list = text.endswith(".txt")
+        lines += Path(text).read_text(encoding="utf-8").split("\n") if is_list else [text]
+    unwanted = [Path(line.strip()).name for line in lines if line.strip()]
+    paths = [
         path
-        for folder in choice.images
+        for folder in selection.images
         for path in sorted(folder.rglob("*"))
         if is_supported_name(path)
         and path.is_file()
-        and fnmatch.fnmatchcase(path.name, choice.pattern)
+        and fnmatch.fnmatchcase(path.name, selection.pattern)
         and not any(fnmatch.fnmatchcase(path.name, name) for name in unwanted)
     ]
-    if choice.data:
-        found = _of_splits(found, choice.data, choice.splits)
-    if not found:
-        raise CaseError("no image is left: look at --images, --pattern, --leave-out and --splits")
-    return found
+    if selection.data:
+        paths = _drop_other_splits(paths, selection.data, selection.splits)
+    if not paths:
+        raise CaseError("no image is left: check --images, --pattern, --leave-out and --splits")
+    return paths
 
 
-def _of_splits(paths: Sequence[Path], table: Path, splits: Sequence[str]) -> list[Path]:
-    """The paths without those of a table's other splits.
+def _drop_other_splits(paths: Sequence[Path], table: Path, splits: Sequence[str]) -> list[Path]:
+    """The paths without images that a table puts into other splits.
 
-    An image is known by its name without suffix, so that a copy in another format is left out too;
-    where names repeat (train/1.png, test/1.png) the folders that the table gives decide.
+    An image is recognised by its name without suffix, so a copy in another format is left out too.
+    If a name is in several splits (train/1.png, test/1.png), the table's folders decide.
     """
     cases = read_cases(table)
     wanted = tuple("/" + case.file for case in cases if case.split in splits)
-    named = {stem_of(Path(case.file).name) for case in cases}
-    barred = {stem_of(Path(case.file).name) for case in cases if case.split not in splits}
-    if not any(stem_of(path.name) in named for path in paths):
+    named = {name_without_suffix(Path(case.file).name) for case in cases}
+    barred = {
+        name_without_suffix(Path(case.file).name) for case in cases if case.split not in splits
+    }
+    if not any(name_without_suffix(path.name) in named for path in paths):
         raise CaseError(
-            f"{table} names no image below --images; expected the table of these images"
+            f"{table} names no image below --images; expected the case table of these images"
         )
     return [
         path
         for path in paths
-        if stem_of(path.name) not in barred or ("/" + path.as_posix()).endswith(wanted)
+        if name_without_suffix(path.name) not in barred or ("/" + path.as_posix()).endswith(wanted)
     ]
 
 
 def read_squares(paths: Sequence[Path], size: int) -> tuple[list[str], list[np.ndarray]]:
-    """Names and (side, side) uint8 grey squares of every image; unreadable ones are named and left.
+    """Read every image: names, and (side, side) uint8 grey squares.
+
+    A square's side is the image's longer side, but at most twice `size`. Images that cannot be read
+    are printed and left out.
 
     Args:
-        size: the crops' side; a square's is the image's longer one, at most twice the crop's.
+        size: side of a crop, px.
+
+    Raises:
+        CaseError: fewer than two images could be read.
     """
     names, squares = [], []
     for path in tqdm(paths, "reading images", leave=False):
         try:
             source = open_image(path)
-            spread = np.linspace(0, source.frame_count - 1, min(FRAMES, source.frame_count))
-            chosen = set(spread.round().astype(int).tolist())
+            count = min(FRAMES_A_STACK, source.frame_count)
+            chosen = set(np.linspace(0, source.frame_count - 1, count).round().astype(int).tolist())
             for k, frame in enumerate(source.frames()):
                 if isinstance(frame, BadFrame):
                     tqdm.write(f"skipped {path.name}, frame {k}: {frame.reason}")
                 elif k in chosen:
                     names.append(path.name + (f"#{k}" if source.is_stack else ""))
-                    squares.append(_square(frame, 2 * size))
+                    squares.append(_letterbox(frame, 2 * size))
         except ImageError as error:
             tqdm.write(f"skipped {path.name}: {error}")
     if len(squares) < 2:
@@ -173,7 +197,8 @@ def read_squares(paths: Sequence[Path], size: int) -> tuple[list[str], list[np.n
     return names, squares
 
 
-def _square(frame: GreyFrame, largest: int) -> np.ndarray:
+def _letterbox(frame: GreyFrame, largest: int) -> np.ndarray:
+    """(side, side) uint8: the frame in a square of at most `largest` px a side."""
     height, width = frame.pixels.shape
     side = min(largest, max(height, width))
     box = Letterbox(width, height, side, frame.geometry.pixel_shape)
@@ -181,18 +206,21 @@ def _square(frame: GreyFrame, largest: int) -> np.ndarray:
 
 
 def split_indices(count: int, val_share: float, seed: int) -> tuple[list[int], list[int]]:
-    """Which of so many images train and which are val: a draw that keeps one or more of both."""
-    order = np.random.default_rng((seed, VAL)).permutation(count)
+    """Draw the indices of train and val, at least one of each, out of `count` images."""
+    order = np.random.default_rng((seed, NO_EPOCH)).permutation(count)
     val = min(count - 1, max(1, round(count * val_share)))
     return sorted(order[val:].tolist()), sorted(order[:val].tolist())
 
 
 class UnlabelledDataset(Dataset[dict[str, Tensor]]):
-    """Crops and masks, drawn by (epoch, index) alone, so that a resumed training sees the same.
+    """Crops and the patches kept of them; the key is (epoch, index).
+
+    A draw depends only on the seed and the key, so a resumed training sees the same crops. A sample
+    holds `image` (1, size_px, size_px), grey 0..1, and `kept` (kept,), numbers of patches.
 
     Args:
         squares: (side, side) uint8 images.
-        train: random crops; else whole images, whose masks are always the same.
+        train: True for random crops; False for whole images whose masks never change.
     """
 
     def __init__(
@@ -206,16 +234,19 @@ class UnlabelledDataset(Dataset[dict[str, Tensor]]):
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Tensor]:
         epoch, index = key
         settings = self.settings
-        rng = np.random.default_rng((settings.seed, epoch if self.train else VAL, index))
-        image = crop(self.squares[index], settings, rng if self.train else None)
+        rng = np.random.default_rng((settings.seed, epoch if self.train else NO_EPOCH, index))
+        image = cut_crop(self.squares[index], settings, rng if self.train else None)
         kept = rng.permutation(settings.patches)[: settings.kept]
         return {"image": torch.from_numpy(image[None]), "kept": torch.from_numpy(kept)}
 
 
-def crop(square: np.ndarray, settings: CropSettings, rng: np.random.Generator | None) -> np.ndarray:
-    """(size_px, size_px) float32 grey 0..1: a random view of a square, or the whole of it.
+def cut_crop(
+    square: np.ndarray, settings: CropSettings, rng: np.random.Generator | None
+) -> np.ndarray:
+    """(size_px, size_px) float32 grey 0..1: a random crop of a square, or all of it without `rng`.
 
-    No flips: left and right are anatomy here. Proportions are kept; what is turned in is black.
+    There are no flips, since left and right are anatomy. Proportions are kept. A rotated crop is
+    black where it reaches beyond the square.
     """
     side, size = square.shape[0], settings.size_px
     extent, angle, centre = float(side), 0.0, np.full(2, (side - 1) / 2)

@@ -1,4 +1,7 @@
-"""Errors of landmarks and of the angle of progression, and whether stated uncertainty is true."""
+"""Errors of the landmarks and the angle of progression (AoP), and tests of stated uncertainty.
+
+All errors in px are at 512 px.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -7,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from model import uncertainty
 from model.anatomy import LANDMARKS, Floats
 from model.frame import Pair
 from training.data.case_table import Case
@@ -17,16 +21,20 @@ from training.evaluation.statistics import (
     error_when_answering,
 )
 
-if TYPE_CHECKING:  # torch, which an evaluation container does without
+if TYPE_CHECKING:  # imports torch, which an evaluation container does not have
     from training.evaluation.predict import CasePrediction
 
-# Name of a figure -> {"value", "low", "high"}; and "cases": of how many.
+# Name of a metric -> {"value", "low", "high"}; and "cases" -> the number of cases.
 Summary = dict[str, Any]
 
-REFERENCE_PX = 512  # errors are quoted as on an image of this longer side
-SDR_PX = (4, 8, 16, 24)
-BOOTSTRAPS, BLOCK = 2000, 50
-SUREST = 0.8  # share of the cases
+REFERENCE_PX = uncertainty.REFERENCE_PX  # errors are scaled to this longer side, 512 px
+SDR_PX = (4, 8, 16, 24)  # success detection rates: share of landmarks within each
+RESAMPLES = 2000  # of the cases, for a bootstrap interval
+RESAMPLES_PER_BLOCK = 50  # at a time, so that many cases fit in memory
+SUREST_SHARE = 0.8  # of the cases, those with the smallest expected error
+WORST_AOP_ERROR_DEG = 180.0  # counts where no angle is given or defined
+
+# Metric -> how a table for a terminal calls it.
 CERTAINTY_LABELS = {
     "interval_holds": "90 % interval holds the label",
     "interval_width_deg": "  its width, deg",
@@ -36,7 +44,7 @@ CERTAINTY_LABELS = {
     "risk_coverage_best_deg": "  the best possible, deg",
     "doubtful": "doubtful, share",
 }
-LABELS = {
+METRIC_LABELS = {
     "mre_px": "mean radial error, px",
     "median_re_px": "median radial error, px",
     "mre_PS1_px": "  PS1, px",
@@ -56,14 +64,14 @@ LABELS = {
 def radial_errors_px(
     predicted: npt.ArrayLike, truth: npt.ArrayLike, longer_side_px: npt.ArrayLike
 ) -> Floats:
-    """(n, 3) distances at 512 px of (n, 3, 2) landmarks on images with (n,) longer sides."""
+    """(n, 3) distances in px at 512 between (n, 3, 2) landmarks; (n,) longer sides in image px."""
     difference = np.asarray(predicted, np.float64) - np.asarray(truth, np.float64)
     scale = REFERENCE_PX / np.asarray(longer_side_px, np.float64)
     return np.asarray(np.linalg.norm(difference, axis=-1) * scale[:, None])
 
 
 def mean_errors(predictions: "Sequence[CasePrediction]", cases: Sequence[Case]) -> Pair:
-    """(MRE in px at 512, AoP error in deg); an angle that is not defined counts as 180 deg off."""
+    """(MRE in px at 512, mean AoP error in deg), from `case_errors`."""
     radial, aop = case_errors(predictions, cases)
     return float(radial.mean()), float(aop.mean())
 
@@ -71,30 +79,30 @@ def mean_errors(predictions: "Sequence[CasePrediction]", cases: Sequence[Case]) 
 def case_errors(
     predictions: "Sequence[CasePrediction]", cases: Sequence[Case]
 ) -> tuple[Floats, Floats]:
-    """(n, 3) radial errors in px at 512 and (n,) AoP errors in deg of predictions for cases."""
+    """(n, 3) radial errors in px at 512 and (n,) AoP errors in deg; 180 if no angle is defined."""
     radial = radial_errors_px(
-        [found.landmarks_px for found in predictions],
+        [prediction.landmarks_px for prediction in predictions],
         [case.landmarks_px for case in cases],
-        [found.longer_side_px for found in predictions],
+        [prediction.longer_side_px for prediction in predictions],
     )
     pairs = zip(predictions, cases, strict=True)
-    aop = np.array([abs(found.aop_deg - case.aop_deg) for found, case in pairs])
-    return radial, np.nan_to_num(aop, nan=180.0)
+    aop = np.array([abs(prediction.aop_deg - case.aop_deg) for prediction, case in pairs])
+    return radial, np.nan_to_num(aop, nan=WORST_AOP_ERROR_DEG)
 
 
 def summarise(radial_px: Floats, aop_error_deg: Floats, seed: int = 0) -> Summary:
-    """The figures of one group of cases.
+    """The error metrics of one group of cases.
 
     Args:
         radial_px: (n, 3) radial errors at 512 px.
         aop_error_deg: (n,) absolute angle errors.
 
     Returns:
-        Each figure with its 95 % bootstrap interval over cases (percentile method, 2,000
+        Each metric with its 95 % bootstrap interval over cases (percentile method, 2,000
         resamples), and "cases": n.
     """
-    # each maps (..., n, 3) radial errors and (..., n) angle errors to (...)
-    figures: dict[str, Callable[[Floats, Floats], Floats]] = {
+    # Each function maps (..., n, 3) radial errors and (..., n) angle errors to (...).
+    metrics: dict[str, Callable[[Floats, Floats], Floats]] = {
         "mre_px": lambda r, a: r.mean(axis=(-2, -1)),
         "median_re_px": lambda r, a: np.median(r, axis=(-2, -1)),
         "aop_error_deg": lambda r, a: a.mean(axis=-1),
@@ -102,21 +110,21 @@ def summarise(radial_px: Floats, aop_error_deg: Floats, seed: int = 0) -> Summar
         "aop_error_p95_deg": lambda r, a: np.percentile(a, 95, axis=-1),
     }
     for k, name in enumerate(LANDMARKS):
-        figures[f"mre_{name}_px"] = partial(_mean_of_landmark, k)
+        metrics[f"mre_{name}_px"] = partial(_mean_of_landmark, k)
     for limit in SDR_PX:
-        figures[f"sdr_{limit}px"] = partial(_share_within, limit)
+        metrics[f"sdr_{limit}px"] = partial(_share_within, limit)
     cases = len(radial_px)
     rng = np.random.default_rng(seed)
-    drawn: dict[str, list[Floats]] = {name: [] for name in figures}
-    for _ in range(BOOTSTRAPS // BLOCK):  # in blocks, so that many cases fit in memory
-        draws = rng.integers(0, cases, (BLOCK, cases))
+    drawn: dict[str, list[Floats]] = {name: [] for name in metrics}
+    for _ in range(RESAMPLES // RESAMPLES_PER_BLOCK):
+        draws = rng.integers(0, cases, (RESAMPLES_PER_BLOCK, cases))
         radial, aop = radial_px[draws], aop_error_deg[draws]
-        for name, figure in figures.items():
-            drawn[name].append(figure(radial, aop))
+        for name, metric in metrics.items():
+            drawn[name].append(metric(radial, aop))
     result: Summary = {"cases": cases}
-    for name, figure in figures.items():
+    for name, metric in metrics.items():
         low, high = np.percentile(np.concatenate(drawn[name]), [2.5, 97.5])
-        value = float(figure(radial_px, aop_error_deg))
+        value = float(metric(radial_px, aop_error_deg))
         result[name] = {"value": value, "low": float(low), "high": float(high)}
     return result
 
@@ -129,79 +137,88 @@ def _share_within(limit_px: float, radial_px: Floats, _aop_error_deg: Floats) ->
     return np.asarray((radial_px <= limit_px).mean(axis=(-2, -1)))
 
 
-def certainty(
+def summarise_certainty(
     cases: Sequence[Case], predictions: "Sequence[CasePrediction]", aop_error_deg: Floats
 ) -> Summary:
-    """Is a model's stated uncertainty true and useful? Empty for a model that is not calibrated.
+    """Metrics that tell whether a model's stated uncertainty is true and useful.
 
-    Values are in deg or shares. Coverage and width are of the cases that have an interval. The area
-    in random order is the mean AoP error. Areas and width have no interval of their own.
+    Values are in deg, or shares of the cases. Interval coverage and width use only the cases that
+    have an interval. A ranking in random order would have the mean AoP error as its area under the
+    risk-coverage curve. Areas and width have no confidence interval: "low" and "high" repeat the
+    value. Empty for a model without calibration.
     """
-    expected = [found.expected_aop_error_deg for found in predictions]
+    expected = [prediction.expected_aop_error_deg for prediction in predictions]
     pairs = zip(predictions, cases, strict=True)
     intervals = [
-        (*found.aop_interval_deg, case.aop_deg)
-        for found, case in pairs
-        if found.aop_interval_deg is not None
+        (*prediction.aop_interval_deg, case.aop_deg)
+        for prediction, case in pairs
+        if prediction.aop_interval_deg is not None
     ]
     if not intervals or None in expected:
         return {}
     low, high, label = np.array(intervals).T
     risk = np.array(expected, np.float64)
-    surest, less = error_when_answering(aop_error_deg, risk, SUREST)
+    surest, less = error_when_answering(aop_error_deg, risk, SUREST_SHARE)
     areas = area_under_risk_coverage(aop_error_deg, risk)
     width = float((high - low).mean())
-    found = {
-        "interval_holds": _share((low <= label) & (label <= high)),
+    metrics = {
+        "interval_holds": _share_with_interval((low <= label) & (label <= high)),
         "interval_width_deg": Estimate(width, width, width),
         "aop_error_surest_deg": surest,
         "aop_error_surest_less": less,
         "risk_coverage_deg": Estimate(areas.own, areas.own, areas.own),
         "risk_coverage_best_deg": Estimate(areas.best, areas.best, areas.best),
-        "doubtful": _share(np.array([bool(one.reasons) for one in predictions])),
+        "doubtful": _share_with_interval(
+            np.array([bool(prediction.reasons) for prediction in predictions])
+        ),
     }
-    return {name: value._asdict() for name, value in found.items()}
+    return {name: estimate._asdict() for name, estimate in metrics.items()}
 
 
-def _share(hits: "np.ndarray[tuple[int], np.dtype[np.bool_]]") -> Estimate:
+def _share_with_interval(hits: "np.ndarray[tuple[int], np.dtype[np.bool_]]") -> Estimate:
     return Estimate(float(hits.mean()), *coverage_interval(int(hits.sum()), len(hits)))
 
 
-def evaluate(cases: Sequence[Case], predictions: "Sequence[CasePrediction]") -> dict[str, Summary]:
-    """The figures of all cases, and of each device if there are several."""
+def summarise_by_device(
+    cases: Sequence[Case], predictions: "Sequence[CasePrediction]"
+) -> dict[str, Summary]:
+    """The metrics of "all" cases, and of each "device ..." if there are several."""
     radial, aop = case_errors(predictions, cases)
     groups = {"all": list(range(len(cases)))}
     devices = sorted({case.device for case in cases if case.device})
     for device in devices if len(devices) > 1 else []:
-        groups[f"device {device}"] = [k for k, one in enumerate(cases) if one.device == device]
+        groups[f"device {device}"] = [k for k, case in enumerate(cases) if case.device == device]
     return {
         name: summarise(radial[chosen], aop[chosen])
-        | certainty([cases[k] for k in chosen], [predictions[k] for k in chosen], aop[chosen])
+        | summarise_certainty(
+            [cases[k] for k in chosen], [predictions[k] for k in chosen], aop[chosen]
+        )
         for name, chosen in groups.items()
     }
 
 
-def as_text(groups: Mapping[str, Summary], missing: Sequence[str], fate: str) -> str:
-    """The figures of each group as a table for a terminal.
+def format_metrics(groups: Mapping[str, Summary], missing: Sequence[str], fate: str) -> str:
+    """A table for a terminal: a row for each metric, a column for each group.
 
     Args:
-        missing: cases without an answer. fate: what becomes of them, in words.
+        missing: names of the cases without an answer.
+        fate: what happens to these cases, to complete the sentence "3 cases ...".
     """
-    width = max(map(len, LABELS.values())) + 2
-    heads = [f"{name} (n={figures['cases']})" for name, figures in groups.items()]
+    width = max(map(len, METRIC_LABELS.values())) + 2
+    heads = [f"{name} (n={metrics['cases']})" for name, metrics in groups.items()]
     lines = [
         "errors at 512 px, with 95 % intervals",
-        " " * width + "".join(f"{h:>26}" for h in heads),
+        " " * width + "".join(f"{head:>26}" for head in heads),
     ]
-    for key, label in LABELS.items():
-        cells = []
-        if key not in groups["all"]:  # of a model that is not calibrated
+    for key, label in METRIC_LABELS.items():
+        if key not in groups["all"]:  # a model without calibration states no uncertainty
             continue
-        for figures in groups.values():
-            figure = figures[key]
-            cells.append(f"{figure['value']:.2f} ({figure['low']:.2f} to {figure['high']:.2f})")
+        cells = []
+        for metrics in groups.values():
+            metric = metrics[key]
+            cells.append(f"{metric['value']:.2f} ({metric['low']:.2f} to {metric['high']:.2f})")
         lines.append(f"{label:<{width}}" + "".join(f"{cell:>26}" for cell in cells))
     if missing:
-        shown = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
-        lines.append(f"{len(missing)} cases {fate}: {shown}")
+        names = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
+        lines.append(f"{len(missing)} cases {fate}: {names}")
     return "\n".join(lines)

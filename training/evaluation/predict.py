@@ -1,6 +1,6 @@
-"""Predictions for a case table, by any predictor: torch weights or an ONNX file.
+"""Predictions for the cases of a table, by torch weights or by an ONNX file.
 
-Those of a cross-validation (training.folds) are each of a network that has not seen the case.
+In a cross-validation (training.folds), each case is predicted by a network that has not seen it.
 """
 
 import math
@@ -16,23 +16,24 @@ from tqdm import tqdm
 from model.anatomy import Floats, angle_of_progression, implausibilities
 from model.frame import Pair
 from model.heatmap import Decode, Heatmaps
-from model.measure import doubts, interval_of
+from model.measure import aop_interval, reasons_for_doubt
 from model.predictor import Output, Prediction, Predictor
 from model.spec import ModelSpec
 from training.data.case_table import Case, CaseError, read_cases
-from training.data.dataset import read_grey
+from training.data.dataset import read_frame
 from training.learning.checkpoint import Checkpoint, load_weights
 
-KEPT_OUT = "test"  # the split of the cases that a fold keeps out: training.fit never reads it
+# In the table of a fold, the split of its held-out cases: training.fit never reads this split.
+HELD_OUT_SPLIT = "test"
 
 
 @dataclass(frozen=True)
 class CasePrediction:
-    """One case's answer.
+    """The answer for one case, by a model or by a human reader.
 
-    landmarks_px: (3, 2) in image px. longer_side_px: the image's. aop_deg: NaN where two landmarks
-    coincide. confidence: (3,), heatmaps: (3, rows, columns); both empty for a reader's answer. The
-    rest is as in `CaseEntry`: None or empty where the model is not calibrated, or a reader answers.
+    landmarks_px: (3, 2) in image px. longer_side_px: of the image. aop_deg: NaN if two landmarks
+    coincide. confidence: (3,) and heatmaps: (3, rows, columns) are empty for a reader. The other
+    fields are those of `CaseEntry`: None for a reader, or for a model without calibration.
     """
 
     landmarks_px: Floats
@@ -43,16 +44,16 @@ class CasePrediction:
     aop_interval_deg: Pair | None = None
     expected_error_px: Floats | None = None  # (3,) image px
     expected_aop_error_deg: float | None = None
-    reasons: tuple[str, ...] = ()  # of doubt; none: not doubtful
+    reasons: tuple[str, ...] = ()  # why the answer is doubtful; empty if it is not
 
 
 def torch_predictor(network: nn.Module, spec: ModelSpec, device: torch.device) -> Predictor:
-    """A predictor that runs a torch network, in float32."""
+    """A predictor that runs a torch network; its outputs are float32."""
 
     def run(network_input: Heatmaps) -> Output:
         with torch.inference_mode():
-            found = network(torch.from_numpy(network_input).to(device))
-        parts = found if isinstance(found, tuple) else (found,)
+            output = network(torch.from_numpy(network_input).to(device))
+        parts = output if isinstance(output, tuple) else (output,)
         return Output(*(part.float().cpu().numpy() for part in parts))
 
     network.eval()
@@ -62,61 +63,67 @@ def torch_predictor(network: nn.Module, spec: ModelSpec, device: torch.device) -
 def predict_cases(
     predictor: Predictor, cases: Sequence[Case], images: Path, decode: Decode | None = None
 ) -> list[CasePrediction]:
-    """Predictions in the order of the cases."""
-    answers = []
+    """Predictions in the order of the cases, whose files lie in the folder `images`."""
+    predictions = []
     for case in tqdm(cases, "predict", leave=False):
-        grey, pixel_shape = read_grey(images / case.file, case.frame)
-        found = predictor.predict(grey, pixel_shape, decode)
-        answers.append(answer_of(found, grey.shape, pixel_shape, predictor.spec))
-    return answers
+        grey, pixel_shape = read_frame(images / case.file, case.frame)
+        prediction = predictor.predict(grey, pixel_shape, decode)
+        predictions.append(case_prediction(prediction, grey.shape, pixel_shape, predictor.spec))
+    return predictions
 
 
-def answer_of(
-    found: Prediction, shape: tuple[int, int], pixel_shape: Pair, spec: ModelSpec
+def case_prediction(
+    prediction: Prediction, shape: tuple[int, int], pixel_shape: Pair, spec: ModelSpec
 ) -> CasePrediction:
-    """What a prediction for an image of (height, width) says, doubt included."""
-    reasons = implausibilities(found.landmarks_px, shape[::-1], pixel_shape)
+    """The answer that a prediction gives for an image of (height, width), with angle and doubt."""
+    reasons = implausibilities(prediction.landmarks_px, shape[::-1], pixel_shape)
     try:
-        angle = float(angle_of_progression(found.landmarks_px, pixel_shape))
+        angle = float(angle_of_progression(prediction.landmarks_px, pixel_shape))
     except ValueError:
         angle = math.nan
     answer = CasePrediction(
-        found.landmarks_px,
+        prediction.landmarks_px,
         max(shape),
         angle,
-        found.confidence,
-        found.heatmaps,
-        reasons=(*reasons, *doubts(found, spec)),
+        prediction.confidence,
+        prediction.heatmaps,
+        reasons=(*reasons, *reasons_for_doubt(prediction, spec)),
     )
-    if found.expected is None or spec.calibration is None:
+    if prediction.expected is None or spec.calibration is None:
         return answer
     return replace(
         answer,
-        aop_interval_deg=interval_of(found, angle, spec),
-        expected_error_px=found.expected.landmarks_px,
-        expected_aop_error_deg=found.expected.aop_deg,
+        aop_interval_deg=aop_interval(prediction, angle, spec),
+        expected_error_px=prediction.expected.landmarks_px,
+        expected_aop_error_deg=prediction.expected.aop_deg,
     )
 
 
 def finished_folds(folds: Path) -> list[Path]:
-    """The folders of a cross-validation's trainings.
+    """The folders of a cross-validation's trainings, one for each fold.
 
     Raises:
-        CaseError: no fold is there, or one is not done.
+        CaseError: there is no fold, or the training of one is not finished.
     """
     runs = sorted(folds.glob("fold-*"))
     if not runs or not all((run / "done").exists() for run in runs):
-        raise CaseError(f"{folds} holds no finished folds: run training.folds --output {folds}")
+        raise CaseError(
+            f"expected only finished folds in {folds}: run training.folds --output {folds}"
+        )
     return runs
 
 
 def splits_of_fold(run: Path) -> list[tuple[str, str | None]]:
-    """Each case's file and split in a fold's folder: two folds with equal ones fit together."""
+    """File and split of each case of a fold; two folds can be combined if these are equal."""
     return [(case.file, case.split) for case in read_cases(run / "cases.csv")]
 
 
-def kept_out(folds: Path) -> Iterator[tuple[nn.Module, Checkpoint, list[Case]]]:
-    """Each fold's network, and the cases that it has not seen; CaseError as `finished_folds`."""
+def load_folds(folds: Path) -> Iterator[tuple[nn.Module, Checkpoint, list[Case]]]:
+    """For each fold: its network, the network's description, and the cases it has not seen.
+
+    Raises:
+        CaseError: as `finished_folds`.
+    """
     for run in finished_folds(folds):
-        cases = [case for case in read_cases(run / "cases.csv") if case.split == KEPT_OUT]
+        cases = [case for case in read_cases(run / "cases.csv") if case.split == HELD_OUT_SPLIT]
         yield *load_weights(run / "best.safetensors"), cases

@@ -1,7 +1,7 @@
-"""Weights on disk: our own files, loaded strictly, and files made elsewhere, with an account.
+"""Files of weights: our own, loaded strictly, and those made elsewhere, with a report.
 
-Our own are STEM.safetensors, and STEM.json to rebuild the network: it holds the network's
-configuration, the number of auxiliary masks and the ModelSpec.
+Our own weights are STEM.safetensors. STEM.json beside it rebuilds the network: it holds the
+network's configuration, the number of auxiliary masks and the ModelSpec.
 """
 
 import json
@@ -10,10 +10,10 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -21,15 +21,21 @@ from torch import Tensor, nn
 from model.network import NetworkConfig, build_network
 from model.spec import ModelSpec
 
-WRAPPERS = ("model", "state_dict", "module")  # keys under which others nest their tensors
+WRAPPERS = ("model", "state_dict", "module")  # keys under which other programs nest tensors
+
+
+Description = TypeVar("Description", bound=BaseModel)
 
 
 class CheckpointError(ValueError):
-    """Weights that cannot be used, with what did not fit."""
+    """Weights cannot be used; the message says which file and what does not fit."""
 
 
 class Checkpoint(BaseModel):
-    """The JSON beside the weights."""
+    """The description of a network beside its weights, as JSON.
+
+    masks: number of auxiliary masks that the network gives.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -39,7 +45,10 @@ class Checkpoint(BaseModel):
 
 
 def save_weights(path: Path, state: Mapping[str, Tensor], described: BaseModel) -> None:
-    """Write `path` (.safetensors) and its description beside it, each whole or not at all."""
+    """Write weights to `path` (.safetensors) and the description beside it as JSON.
+
+    Each file is written whole or not at all.
+    """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     partial = path.with_suffix(".partial")
     save_file(tensors, partial)
@@ -55,26 +64,51 @@ def write_text(path: Path, text: str) -> None:
 
 
 def load_weights(path: Path) -> tuple[nn.Module, Checkpoint]:
-    """The network of a .safetensors file in evaluation mode, and its description.
+    """The network of a .safetensors file, in evaluation mode, and its description.
 
     Raises:
-        CheckpointError: a file missing or unreadable, or tensors that do not fit the description.
+        CheckpointError: a file is missing or unreadable, or the tensors do not fit the description.
     """
-    try:
-        described = Checkpoint.model_validate(json.loads(path.with_suffix(".json").read_text()))
-        tensors = load_file(path)
-    except (OSError, json.JSONDecodeError, ValidationError, SafetensorError) as error:
-        raise CheckpointError(
-            f"expected weights {path.name} and {path.with_suffix('.json').name} as training.fit "
-            f"writes them in {path.parent}: {error}"
-        ) from error
+    described, tensors = read_described(path, Checkpoint, "training.fit")
     network = build_network(described.network, described.masks)
     load_strictly(network, tensors, path.name)
     return network.eval(), described
 
 
+def read_described(
+    path: Path, description: type[Description], command: str
+) -> tuple[Description, dict[str, Tensor]]:
+    """Read the description and the tensors of our own weights.
+
+    Args:
+        path: the .safetensors file; the description is the .json file beside it.
+        description: pydantic model of the description.
+        command: the command that writes such weights, for the error message.
+
+    Raises:
+        CheckpointError: a file is missing, unreadable or not of this kind.
+    """
+    beside = path.with_suffix(".json")
+    expected = (
+        f"expected weights {path.name} and {beside.name} in {path.parent}, as {command} writes them"
+    )
+    missing = [file.name for file in (path, beside) if not file.is_file()]
+    if missing:
+        raise CheckpointError(f"{expected}; missing: {' and '.join(missing)}")
+    try:
+        return description.model_validate(json.loads(beside.read_text())), load_file(path)
+    except OSError as error:
+        raise CheckpointError(f"{expected}; cannot be read: {error.strerror}") from error
+    except (ValueError, SafetensorError) as error:
+        raise CheckpointError(f"{expected}: {error}") from error
+
+
 def load_strictly(network: nn.Module, tensors: Mapping[str, Tensor], name: str) -> None:
-    """Load every tensor into the network, or name what does not fit and change nothing."""
+    """Load every tensor into the network.
+
+    Raises:
+        CheckpointError: names the tensors that do not fit; the network is unchanged.
+    """
     own = network.state_dict()
     faults = [f"missing {key}" for key in own.keys() - tensors.keys()]
     faults += [f"unexpected {key}" for key in tensors.keys() - own.keys()]
@@ -92,7 +126,7 @@ def load_strictly(network: nn.Module, tensors: Mapping[str, Tensor], name: str) 
 
 @dataclass
 class LoadReport:
-    """What became of every tensor of a file, by its key there."""
+    """What became of each tensor of a file: lists of the file's keys, and sentences of faults."""
 
     file: str
     used: list[str] = field(default_factory=list)
@@ -101,22 +135,28 @@ class LoadReport:
     faults: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        names = dict.fromkeys(re.sub(r"\d+", "*", key) for key in self.left_out)
-        listed = f" ({', '.join(names)})" if names else ""
+        patterns = dict.fromkeys(re.sub(r"\d+", "*", key) for key in self.left_out)
+        keys = f" ({', '.join(patterns)})" if patterns else ""
         counts = f"{len(self.used)} tensors used, {len(self.resized)} resized"
-        return f"{self.file}: {counts}, {len(self.left_out)} left out{listed}"
+        return f"{self.file}: {counts}, {len(self.left_out)} left out{keys}"
 
-    def compare(self, found: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Note as faults what is missing from a file, or of another shape than it must have."""
-        self.faults += [f"missing {key}" for key in shapes if key not in found]
+    def compare_shapes(
+        self, tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]
+    ) -> None:
+        """Note as faults the tensors that are missing or have another shape than expected."""
+        self.faults += [f"missing {key}" for key in shapes if key not in tensors]
         self.faults += [
-            f"{key} is {tuple(found[key].shape)}, expected {shape}"
+            f"{key} is {tuple(tensors[key].shape)}, expected {shape}"
             for key, shape in shapes.items()
-            if key in found and tuple(found[key].shape) != shape
+            if key in tensors and tuple(tensors[key].shape) != shape
         ]
 
-    def check(self, expected: str) -> None:
-        """Raise CheckpointError with the list of what did not fit, where something did not."""
+    def raise_faults(self, expected: str) -> None:
+        """Raise CheckpointError with the list of faults, if there are any.
+
+        Args:
+            expected: what the file should hold, for the message.
+        """
         if self.faults:
             shown = "; ".join(self.faults[:8]) + ("; ..." if len(self.faults) > 8 else "")
             raise CheckpointError(
@@ -126,20 +166,22 @@ class LoadReport:
 
 
 def read_tensors(path: Path, report: LoadReport) -> dict[str, Tensor]:
-    """The tensors of a .safetensors or torch file, floating ones as float32, wrappers taken off.
+    """The tensors of a .safetensors or torch file, without wrappers; floating ones as float32.
 
-    What else lies in the file (an epoch, an optimiser) is noted as left out.
+    The report lists what else the file holds, such as an epoch or an optimiser, as left out.
 
     Raises:
-        CheckpointError: no such file, or more in it than torch reads without running its code.
+        CheckpointError: the file cannot be read, or torch would have to run code to read it.
     """
+    if not path.is_file():
+        raise CheckpointError(f"expected a file of weights, {path} is missing or not a file")
     try:
         if path.suffix == ".safetensors":
-            found: Any = load_file(path)
+            content: Any = load_file(path)
         else:
-            found = torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
-        raise CheckpointError(f"expected a file of weights: {error}") from error
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
     except (
         SafetensorError,
         pickle.UnpicklingError,
@@ -149,21 +191,22 @@ def read_tensors(path: Path, report: LoadReport) -> dict[str, Tensor]:
         KeyError,
     ) as error:
         raise CheckpointError(
-            f"{path.name} is not a file of plain tensors: save its state dict alone, with "
+            f"{path.name} is not a file of plain tensors: save only its state dict, with "
             f"torch.save or safetensors ({(str(error).splitlines() or ['it is empty'])[0]})"
         ) from error
-    while isinstance(found, Mapping) and (inner := [w for w in WRAPPERS if _wraps(found, w)]):
-        report.left_out += [str(key) for key in found if key != inner[0]]
-        found = found[inner[0]]
-    if not isinstance(found, Mapping):
-        raise CheckpointError(f"{path.name}: expected tensors by name, got {type(found).__name__}")
-    report.left_out += [str(key) for key, value in found.items() if not torch.is_tensor(value)]
+    while isinstance(content, Mapping):
+        wrappers = [key for key in WRAPPERS if isinstance(content.get(key), Mapping)]
+        if not wrappers:
+            break
+        report.left_out += [str(key) for key in content if key != wrappers[0]]
+        content = content[wrappers[0]]
+    if not isinstance(content, Mapping):
+        raise CheckpointError(
+            f"{path.name}: expected tensors by name, got {type(content).__name__}"
+        )
+    report.left_out += [str(key) for key, value in content.items() if not torch.is_tensor(value)]
     return {
         str(key): value.float().contiguous() if value.is_floating_point() else value
-        for key, value in found.items()
+        for key, value in content.items()
         if torch.is_tensor(value)
     }
-
-
-def _wraps(found: Mapping[Any, Any], key: str) -> bool:
-    return isinstance(found.get(key), Mapping)

@@ -1,50 +1,42 @@
 """Masked autoencoder on a small ViT (He et al. 2022): network, loss and weights.
 
-Images are (n, 1, size, size) grey values 0..1. `kept`, (n, k), holds the numbers of the patches
-that the encoder sees, counted row by row from 0, in any order.
+An image is (n, 1, size, size), grey 0..1. `kept`, (n, k), holds the numbers of the patches that the
+encoder sees, in any order; patches are counted row by row from 0.
 """
 
-import json
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    SerializeAsAny,
-    ValidationError,
-    model_validator,
-)
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, model_validator
 from torch import Tensor, nn
 
 from model.network.vit import Block, sincos_positions
-from training.learning.checkpoint import CheckpointError, load_strictly
+from training.learning.checkpoint import load_strictly, read_described
 
-GREY_MEAN, GREY_STD = 30 / 255, 46.4 / 255  # of ultrasound images; the encoder's input scale
-FILE = "mae.safetensors"  # in a run's folder
+GREY_MEAN, GREY_STD = 30 / 255, 46.4 / 255  # of ultrasound images, to scale the encoder's input
+MAE_FILE = "mae.safetensors"  # the weights in the folder of a pretraining run
 
 
 class AutoencoderConfig(BaseModel):
-    """Sizes of a masked autoencoder; the defaults are the paper's, and MAE's where it is silent."""
+    """Sizes of a masked autoencoder; defaults are the paper's, or MAE's if the paper gives none."""
 
     model_config = ConfigDict(frozen=True)
 
     image_size: int = Field(224, description="side of a crop, px")
     patch: int = Field(16, description="side of a patch, px")
-    width: int = Field(192, description="the encoder's width: the bottleneck's, to fit into it")
-    depth: int = Field(12, description="blocks of the encoder: the bottleneck's, to fit into it")
-    heads: int = Field(12, description="attention heads of the encoder, likewise")
-    decoder_width: int = Field(96, description="the decoder's width")
+    width: int = Field(192, description="width of the encoder; must equal the bottleneck's")
+    depth: int = Field(12, description="blocks of the encoder; must equal the bottleneck's")
+    heads: int = Field(
+        12, description="attention heads of the encoder; must equal the bottleneck's"
+    )
+    decoder_width: int = Field(96, description="width of the decoder")
     decoder_depth: int = Field(1, description="blocks of the decoder")
     decoder_heads: int = Field(3, description="attention heads of the decoder")
 
     @model_validator(mode="after")
-    def _fits(self) -> "AutoencoderConfig":
+    def _check_sizes(self) -> "AutoencoderConfig":
         if self.image_size % self.patch:
             raise ValueError(
                 f"image_size {self.image_size} is not a multiple of patch {self.patch}"
@@ -57,19 +49,19 @@ class AutoencoderConfig(BaseModel):
 
     @property
     def grid(self) -> int:
-        """Patches along a side."""
+        """Number of patches along a side."""
         return self.image_size // self.patch
 
 
 class Features(NamedTuple):
-    """What an encoder makes of tokens."""
+    """An encoder's output."""
 
-    tokens: Tensor  # (n, tokens, width) behind the final norm
+    tokens: Tensor  # (n, tokens, width) after the final norm
     attention: Tensor | None  # (n, heads, tokens, tokens) of the last block
 
 
 class Encoder(nn.Module):
-    """Patches to features; its blocks and norm are those of the network's bottleneck."""
+    """Encodes patches to features; its blocks and norm are built like the bottleneck's."""
 
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
@@ -83,11 +75,11 @@ class Encoder(nn.Module):
     def forward(
         self, image: Tensor, kept: Tensor | None = None, attention: bool = False
     ) -> Features:
-        """Features of all patches, or of those kept; attention maps where asked for."""
+        """Features of all patches, or of those kept, with attention maps on request."""
         tokens = self.patch_embed((image - GREY_MEAN) / GREY_STD).flatten(2).transpose(1, 2)
         tokens = tokens + self.position_embedding
         if kept is not None:
-            tokens = take(tokens, kept)
+            tokens = take_tokens(tokens, kept)
         maps = None
         for k, block in enumerate(self.blocks):
             assert isinstance(block, Block)
@@ -98,7 +90,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Features of the kept patches to the grey values of all."""
+    """Decodes features of the kept patches to the grey values of all patches."""
 
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
@@ -114,20 +106,20 @@ class Decoder(nn.Module):
         self.predict = nn.Linear(width, config.patch**2)
 
     def forward(self, features: Tensor, kept: Tensor) -> Tensor:
-        """(n, tokens kept, encoder's width) -> (n, tokens, patch * patch)."""
-        seen = self.embed(features)
-        shape = (len(seen), self.position_embedding.shape[1], seen.shape[2])
-        index = kept[..., None].expand_as(seen)
-        tokens = self.mask_token.to(seen.dtype).expand(shape).scatter(1, index, seen)
+        """(n, kept tokens, encoder's width) -> (n, tokens, patch * patch)."""
+        visible = self.embed(features)
+        shape = (len(visible), self.position_embedding.shape[1], visible.shape[2])
+        index = kept[..., None].expand_as(visible)
+        tokens = self.mask_token.to(visible.dtype).expand(shape).scatter(1, index, visible)
         tokens = tokens + self.position_embedding
         for block in self.blocks:
             tokens = block(tokens)
-        found: Tensor = self.predict(self.norm(tokens))
-        return found
+        patches: Tensor = self.predict(self.norm(tokens))
+        return patches
 
 
 class MaskedAutoencoder(nn.Module):
-    """Encoder and decoder of one configuration."""
+    """An encoder and a decoder of one configuration."""
 
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
@@ -138,13 +130,13 @@ class MaskedAutoencoder(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def forward(self, image: Tensor, kept: Tensor) -> Tensor:
-        """(n, tokens, patch * patch): every patch, in the scale that the loss compares."""
-        found: Tensor = self.decoder(self.encoder(image, kept).tokens, kept)
-        return found
+        """(n, tokens, patch * patch): every patch, normalised as in `mae_loss`."""
+        patches: Tensor = self.decoder(self.encoder(image, kept).tokens, kept)
+        return patches
 
 
-def take(tokens: Tensor, kept: Tensor) -> Tensor:
-    """(n, tokens, width), (n, k) -> (n, k, width)."""
+def take_tokens(tokens: Tensor, kept: Tensor) -> Tensor:
+    """The kept tokens: (n, tokens, width), (n, k) -> (n, k, width)."""
     return tokens.gather(1, kept[..., None].expand(-1, -1, tokens.shape[2]))
 
 
@@ -154,35 +146,39 @@ def patchify(image: Tensor, patch: int) -> Tensor:
 
 
 def unpatchify(patches: Tensor, rows: int) -> Tensor:
-    """The inverse of `patchify` for so many rows of patches."""
+    """The inverse of `patchify` for an image with this number of rows of patches."""
     patch, columns = round(patches.shape[2] ** 0.5), patches.shape[1] // rows
     size = (rows * patch, columns * patch)
     return F.fold(patches.transpose(1, 2), size, patch, stride=patch)
 
 
-def statistics(patches: Tensor, floor: float) -> tuple[Tensor, Tensor]:
-    """Each patch's mean and deviation, (n, tokens, 1); the variance is unbiased, as in MAE."""
+def patch_statistics(patches: Tensor, floor: float) -> tuple[Tensor, Tensor]:
+    """Each patch's mean and standard deviation, (n, tokens, 1); unbiased, as in MAE.
+
+    Args:
+        floor: added to the variance.
+    """
     variance = patches.var(dim=-1, keepdim=True)
     return patches.mean(dim=-1, keepdim=True), (variance + floor).sqrt()
 
 
 def mae_loss(prediction: Tensor, image: Tensor, kept: Tensor, floor: float) -> Tensor:
-    """Mean squared error on the masked patches alone, each normalised by its mean and deviation.
+    """Mean squared error on the masked patches, each normalised by its mean and deviation.
 
-    A prediction of zeros is each patch's mean: it scores 1, and less where patches are flat.
+    A prediction of zeros stands for each patch's mean. It scores 1, or less if patches are flat.
     """
     patches = patchify(image, round(prediction.shape[2] ** 0.5))
-    mean, deviation = statistics(patches, floor)
+    mean, deviation = patch_statistics(patches, floor)
     errors = ((prediction.float() - (patches - mean) / deviation) ** 2).mean(dim=-1)
     masked = torch.ones_like(errors).scatter(1, kept, 0.0)
     return (errors * masked).sum() / masked.sum()
 
 
 def resize_positions(embedding: Tensor, rows: int, columns: int) -> Tensor:
-    """A square grid's (1, g * g, width) position embedding on another grid, by bicubic resampling.
+    """Resample a square grid's (1, g * g, width) position embedding to another grid, bicubically.
 
-    The grids cover the same frame edge to edge, so that a position keeps its place in the image,
-    and none is asked for that the blocks never saw in pretraining. At equal size it is unchanged.
+    Both grids cover the same frame edge to edge, so a position keeps its place in the image, and
+    the blocks meet no position beyond those of pretraining. At equal size nothing changes.
     """
     side = round(embedding.shape[1] ** 0.5)
     if (rows, columns) == (side, side):
@@ -192,10 +188,11 @@ def resize_positions(embedding: Tensor, rows: int, columns: int) -> Tensor:
     return planes.flatten(2).transpose(1, 2)
 
 
-class Pretrained(BaseModel):
-    """The JSON beside a run's weights.
+class MaeDescription(BaseModel):
+    """The description of a pretraining run beside its weights, as JSON.
 
-    `recipe` is written whole, as training.pretrain has it. Only the sizes are read back.
+    recipe: written with all fields of training.pretrain's recipe; only the sizes are read back.
+    val_explained: share of the variance within masked val patches that the network predicts.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -205,20 +202,17 @@ class Pretrained(BaseModel):
     val_explained: float
 
 
-def load_mae(path: Path) -> tuple[MaskedAutoencoder, Pretrained]:
-    """The autoencoder of a run's folder, or of its .safetensors file, and its description.
+def load_mae(path: Path) -> tuple[MaskedAutoencoder, MaeDescription]:
+    """The autoencoder of a pretraining run, in evaluation mode, and its description.
+
+    Args:
+        path: the run's folder, or the .safetensors file in it.
 
     Raises:
-        CheckpointError: a file missing or unreadable, or tensors that do not fit the description.
+        CheckpointError: a file is missing or unreadable, or the tensors do not fit the description.
     """
-    path = path / FILE if path.is_dir() else path
-    try:
-        described = Pretrained.model_validate(json.loads(path.with_suffix(".json").read_text()))
-        tensors = load_file(path)
-    except (OSError, json.JSONDecodeError, ValidationError, SafetensorError) as error:
-        raise CheckpointError(
-            f"expected {FILE} and its .json as training.pretrain writes them, got {path}: {error}"
-        ) from error
+    path = path / MAE_FILE if path.is_dir() else path
+    described, tensors = read_described(path, MaeDescription, "training.pretrain")
     mae = MaskedAutoencoder(described.recipe)
     load_strictly(mae, tensors, path.name)
     return mae.eval(), described

@@ -1,4 +1,4 @@
-"""Optimisers by their recipe's name, Muon among them."""
+"""The recipes' optimisers: Adam, AdamW and Muon."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -8,74 +8,87 @@ from torch import Tensor, nn
 
 from training.recipes import TrainingRecipe
 
-BY_ADAMW = ("encoder.stem.", "encoder.conv1.", "head.", "view.")  # a TransUNet's ends
+BY_ADAMW = ("encoder.stem.", "encoder.conv1.", "head.", "view.")  # first and last layers, by name
 MOMENTUM = 0.95
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # coefficients of Jordan et al. 2024
+NEWTON_SCHULZ_STEPS = 5
 
 
 class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024) for the inner layers' matrices, AdamW for everything else.
 
-    Muon's step is the momentum with all its singular values set to about 1, scaled so that AdamW's
-    rate and decay fit it (Liu et al. 2025, Eq. 4). A convolution's kernel is a matrix with a row
-    for each of its first dimension. torch's own Muon works in bfloat16 alone, which many CPUs
-    are slow at.
+    Muon's step is the momentum with all its singular values set to about 1. It is scaled so that a
+    learning rate and weight decay for AdamW suit it too (Liu et al. 2025, Eq. 4). A convolution's
+    kernel counts as a matrix with a row for each output channel. torch's own Muon works in bfloat16
+    only, which many CPUs are slow at.
 
     Args:
-        named: name and parameter of each that is trained.
+        parameters: those to train, with their names.
     """
 
-    def __init__(self, named: Sequence[tuple[str, Tensor]], lr: float, weight_decay: float) -> None:
-        inner = [p for n, p in named if p.ndim in (2, 4) and not any(x in n for x in BY_ADAMW)]
-        chosen = {id(parameter) for parameter in inner}
-        rest = [p for _, p in named if id(p) not in chosen]
+    def __init__(
+        self, parameters: Sequence[tuple[str, Tensor]], lr: float, weight_decay: float
+    ) -> None:
+        inner = [
+            p for n, p in parameters if p.ndim in (2, 4) and not any(part in n for part in BY_ADAMW)
+        ]
+        by_muon = {id(parameter) for parameter in inner}
+        rest = [p for _, p in parameters if id(p) not in by_muon]
         super().__init__([{"params": inner}, {"params": rest}], {"lr": lr})
         self.weight_decay = weight_decay
         self._adamw = torch.optim.AdamW(rest, lr, weight_decay=weight_decay, fused=True)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Move every parameter that has a gradient."""
+        """Update every parameter that has a gradient."""
         inner, rest = self.param_groups
         for parameter in inner["params"]:
             if parameter.grad is not None:
-                self._move(parameter, parameter.grad, inner["lr"])
+                self._update(parameter, parameter.grad, inner["lr"])
         self._adamw.param_groups[0]["lr"] = rest["lr"]
         self._adamw.step()
 
-    def _move(self, kernel: Tensor, grad: Tensor, rate: float) -> None:
+    def _update(self, kernel: Tensor, grad: Tensor, rate: float) -> None:
         state = self.state[kernel]
         if not state:
             state["momentum"] = torch.zeros_like(kernel)
         momentum = state["momentum"].lerp_(grad, 1 - MOMENTUM)
-        ahead = grad.lerp(momentum, MOMENTUM).flatten(1)  # Nesterov's
+        ahead = grad.lerp(momentum, MOMENTUM).flatten(1)  # Nesterov's momentum
         factor = 0.2 * max(ahead.shape) ** 0.5
         kernel.mul_(1 - rate * self.weight_decay)
-        kernel.sub_(orthogonal(ahead).reshape_as(kernel), alpha=rate * factor)
+        kernel.sub_(orthogonalise(ahead).reshape_as(kernel), alpha=rate * factor)
 
     def state_dict(self) -> dict[str, Any]:
-        """The states of both."""
+        """The states of Muon and of the AdamW in it."""
         return super().state_dict() | {"adamw": self._adamw.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up what `state_dict` gave; ValueError for what torch's Muon gave."""
+        """Restore a state of `state_dict`.
+
+        Raises:
+            ValueError: the state is torch's own Muon's, which earlier versions used.
+        """
         if "adamw" not in state_dict:
-            raise ValueError("a checkpoint of an earlier Muon; start from its weights with --init")
+            raise ValueError(
+                "the checkpoint was written with torch's own Muon, which cannot be resumed; start "
+                "from its weights with --init"
+            )
         super().load_state_dict({k: v for k, v in state_dict.items() if k != "adamw"})
         self._adamw.load_state_dict(state_dict["adamw"])
 
 
-def orthogonal(matrix: Tensor) -> Tensor:
-    """(a, b) -> (a, b): its singular values set to about 1, by five steps of Newton-Schulz.
+def orthogonalise(matrix: Tensor) -> Tensor:
+    """(a, b) -> (a, b): set the singular values to about 1 by Newton-Schulz iteration.
 
-    Jordan et al. 2024 with their coefficients, but on the matrix times its transpose, which is
-    small: the steps are polynomials in it and commute.
+    This is the iteration of Jordan et al. 2024, computed on the small matrix times its transpose:
+    each step is a polynomial in it, so the steps commute.
     """
     if len(matrix) > matrix.shape[1]:
-        return orthogonal(matrix.T).T
+        return orthogonalise(matrix.T).T
     matrix = matrix / matrix.norm().clamp(min=1e-7)
     gram, product = matrix @ matrix.T, torch.eye(len(matrix), device=matrix.device)
-    a, b, c = 3.4445, -4.7750, 2.0315
-    for _ in range(5):
+    a, b, c = NEWTON_SCHULZ
+    for _ in range(NEWTON_SCHULZ_STEPS):
         factor = torch.addmm(gram, gram, gram, beta=b, alpha=c)
         factor.diagonal().add_(a)
         product = factor @ product
@@ -83,11 +96,11 @@ def orthogonal(matrix: Tensor) -> Tensor:
     return product @ matrix
 
 
-def optimiser(network: nn.Module, recipe: TrainingRecipe) -> torch.optim.Optimizer:
-    """The recipe's optimiser of all parameters that are trained."""
-    named = [(n, p) for n, p in network.named_parameters() if p.requires_grad]
+def make_optimiser(network: nn.Module, recipe: TrainingRecipe) -> torch.optim.Optimizer:
+    """The recipe's optimiser, for all parameters that require a gradient."""
+    parameters = [(n, p) for n, p in network.named_parameters() if p.requires_grad]
     if recipe.optimiser == "muon":
-        return Muon(named, recipe.learning_rate, recipe.weight_decay)
-    kind = torch.optim.AdamW if recipe.optimiser == "adamw" else torch.optim.Adam
+        return Muon(parameters, recipe.learning_rate, recipe.weight_decay)
+    adam = torch.optim.AdamW if recipe.optimiser == "adamw" else torch.optim.Adam
     settings: dict[str, Any] = {"weight_decay": recipe.weight_decay, "fused": True}
-    return kind([parameter for _, parameter in named], recipe.learning_rate, **settings)
+    return adam([parameter for _, parameter in parameters], recipe.learning_rate, **settings)

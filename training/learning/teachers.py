@@ -1,11 +1,11 @@
-"""Frozen teachers: of the pretraining one ViT, of the main training an ensemble of models.
+"""Frozen teachers: a ViT for the pretraining, and an ensemble of models for the main training.
 
-The ViT is USFM (BEiT-style weights) or a larger model of our own. Both take (n, 1, side, side) grey
-values 0..1, and `kept` as in training.learning.mae.
+The ViT is USFM (BEiT-style weights) or a larger autoencoder of our own. It takes (n, 1, side, side)
+grey values 0..1, and `kept` as in training.learning.mae.
 
-The ensemble's maps are part of the targets, for the very image that the network sees, with all its
-random changes (Hinton et al. 2015; Beyer et al. 2022, "function matching"). A label is one reader's
-judgement of one frame; the mean of several models is a steadier one.
+The ensemble's maps are mixed into the targets. They are computed for the very image that the
+network sees, with all its random changes (Hinton et al. 2015; Beyer et al. 2022, "function
+matching"). A label is one reader's judgement of one frame; the mean of several models is steadier.
 """
 
 import hashlib
@@ -20,16 +20,20 @@ from torch import Tensor, nn
 from model.network.vit import Block, relative_index
 from model.predictor import Provider, load_predictor
 from training.learning.checkpoint import load_strictly
-from training.learning.mae import Encoder, Features, load_mae, resize_positions, take
+from training.learning.mae import Encoder, Features, load_mae, resize_positions, take_tokens
 from training.learning.pretrained import BeitWeights, read_beit
 from training.recipes import Recipe
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # USFM's input scale
-ALIKE = ("input_size", "channels", "mean", "std", "stride", "sigma_cells", "masks")  # in ModelSpec
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # scale USFM's input
+# fields of ModelSpec in which a teacher must equal the network that it teaches
+SHARED_FIELDS = ("input_size", "channels", "mean", "std", "stride", "sigma_cells", "masks")
+
+
+# ---- teachers of the pretraining
 
 
 class Beit(nn.Module):
-    """A BEiT-style ViT for images of `grid` by `grid` patches; grey images become its RGB."""
+    """A BEiT-style ViT for images of `grid` by `grid` patches; it sees grey images as RGB."""
 
     index: Tensor
     mean: Tensor
@@ -37,7 +41,7 @@ class Beit(nn.Module):
 
     def __init__(self, weights: BeitWeights, grid: int) -> None:
         super().__init__()
-        tables = weights.on_grid(grid, grid)
+        tables = weights.tables_on_grid(grid, grid)
         state = weights.state
         self.width, _, self.patch, _ = state["patch_embed.weight"].shape
         self.grid, (depth, offsets, self.heads) = grid, tables.shape
@@ -59,12 +63,15 @@ class Beit(nn.Module):
     def forward(
         self, image: Tensor, kept: Tensor | None = None, attention: bool = False
     ) -> Features:
-        """Features of all patches, or of those kept; attention maps without the cls token."""
+        """Features of all patches, or of those kept, with attention maps on request.
+
+        The attention maps leave out the cls token; their rows still add up to 1.
+        """
         image = resize_squares(image, self.grid * self.patch)
         tokens = self.patch_embed((image - self.mean) / self.std).flatten(2).transpose(1, 2)
         index = self.index
         if kept is not None:
-            tokens = take(tokens, kept)
+            tokens = take_tokens(tokens, kept)
             with_cls = F.pad(kept + 1, (1, 0))
             index = index[with_cls[:, :, None], with_cls[:, None, :]]
         tokens = torch.cat([self.cls_token.expand(len(tokens), -1, -1).to(tokens.dtype), tokens], 1)
@@ -80,7 +87,7 @@ class Beit(nn.Module):
 
 
 class MaeTeacher(nn.Module):
-    """The encoder of one of our own runs, on a grid of `grid` by `grid` patches."""
+    """The encoder of a pretraining run, for images of `grid` by `grid` patches."""
 
     def __init__(self, encoder: Encoder, grid: int) -> None:
         super().__init__()
@@ -92,24 +99,28 @@ class MaeTeacher(nn.Module):
     def forward(
         self, image: Tensor, kept: Tensor | None = None, attention: bool = False
     ) -> Features:
-        """Features of all patches, or of those kept; attention maps where asked for."""
+        """Features of all patches, or of those kept, with attention maps on request."""
         size = self.grid * self.patch
         features: Features = self.encoder(resize_squares(image, size), kept, attention)
         return features
 
 
 def resize_squares(image: Tensor, side: int) -> Tensor:
-    """Square images at another size; unchanged where they have it."""
+    """Resize square images to `side` px; images of that size are unchanged."""
     if image.shape[-1] == side:
         return image
     return F.interpolate(image, (side, side), mode="bilinear", antialias=True)
 
 
 def load_teacher(text: str, grid: int) -> tuple[Beit | MaeTeacher | None, str]:
-    """The teacher that a recipe names, for so many patches a side, frozen; and a line about it.
+    """The frozen teacher that a recipe names, and a line about it for the log.
+
+    Args:
+        text: usfm:FILE, mae:RUN or none.
+        grid: patches along a side.
 
     Raises:
-        ValueError: (CheckpointError) a kind that is not known, or a file that does not fit.
+        ValueError: the text is none of these, or (CheckpointError) the file does not fit.
     """
     kind, _, name = text.partition(":")
     if text == "none":
@@ -128,18 +139,21 @@ def load_teacher(text: str, grid: int) -> tuple[Beit | MaeTeacher | None, str]:
     return teacher.eval().requires_grad_(False), line
 
 
+# ---- teachers of the main training
+
+
 class Ensemble:
-    """Trained models that teach.
+    """Trained models whose mean maps are mixed into the targets.
 
     Args:
-        files: ONNX files; each model counts alike.
-        recipe: the training's; its `teacher_share` is theirs in the targets.
-        masks: how many masks the network gives.
-        device: the training's; on CUDA the teachers run there too, where ONNX Runtime can.
+        files: ONNX files of the models.
+        recipe: the training's recipe; `teacher_share` is the models' share of the targets.
+        masks: number of masks that the network gives.
+        device: the training's device; on CUDA the models run there too if ONNX Runtime can.
 
     Raises:
-        ValueError: (ModelError) a file that cannot be used, or one whose input or maps are not
-            like the network's.
+        ValueError: (ModelError) a file cannot be used, or a model's input or maps differ from the
+            network's.
     """
 
     def __init__(
@@ -152,26 +166,34 @@ class Ensemble:
         self.digests = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
         own = recipe.spec(masks)
         for file, model in zip(files, self.models, strict=True):
-            for name in ALIKE:
+            for name in SHARED_FIELDS:
                 theirs, ours = getattr(model.spec, name), getattr(own, name)
                 if theirs != ours:
-                    raise ValueError(f"{file} cannot teach: its {name} is {theirs}, here {ours}")
+                    raise ValueError(
+                        f"{file} cannot teach: its {name} is {theirs}, the network's is {ours}"
+                    )
 
     def teach(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """A batch with the teachers' share in its `heatmaps` and `masks`."""
+        """A batch with the models' maps mixed into its `heatmaps` and `masks`."""
         images = batch["image"].float().cpu().numpy()
         maps = np.mean([model.run(images).maps for model in self.models], axis=0)
-        taught = torch.from_numpy(maps).to(batch["image"].device)
+        means = torch.from_numpy(maps).to(batch["image"].device)
         count = batch["heatmaps"].shape[1]
-        found = {"heatmaps": taught[:, :count], "masks": taught[:, count:]}
-        mixed = {k: torch.lerp(batch[k], v, self.share) for k, v in found.items() if k in batch}
+        targets = {"heatmaps": means[:, :count], "masks": means[:, count:]}
+        mixed = {k: torch.lerp(batch[k], v, self.share) for k, v in targets.items() if k in batch}
         return batch | mixed
 
 
-def teachers_of(
+def load_ensemble(
     files: Sequence[Path], recipe: Recipe, masks: int, device: torch.device
 ) -> Ensemble | None:
-    """The ensemble, or None where there are no files; ValueError as `Ensemble`, or by half."""
+    """The ensemble of these files, or None without files; arguments as in `Ensemble`.
+
+    Raises:
+        ValueError: a file cannot be used, or only one of files and `teacher_share` is given.
+    """
     if bool(files) != bool(recipe.teacher_share):
-        raise ValueError("--teachers and a --teacher_share above 0 are given together")
+        raise ValueError(
+            "--teachers and a --teacher_share above 0 must be given together: add or drop one"
+        )
     return Ensemble(files, recipe, masks, device) if files else None

@@ -1,6 +1,7 @@
-"""One training: processes, epochs, validation, checkpoints; resumes exactly where it stopped.
+"""The training loop: processes, epochs, checkpoints, and resuming exactly where a run stopped.
 
-`fit` is the main training, that of training.fit and of each part of training.folds.
+`Trainer` serves every training: the caller passes the loss to `train_epoch`. `fit` is the main
+training, which training.fit runs once and training.folds once for each fold.
 """
 
 import argparse
@@ -11,11 +12,10 @@ import json
 import math
 import os
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Generic, TypeVar
 
 import cv2
 import numpy as np
@@ -42,9 +42,9 @@ from training.data.dataset import (
     EpochSampler,
     LandmarkDataset,
     TrainLoader,
-    chances,
     further_cases,
-    read_grey,
+    read_frame,
+    sampling_probabilities,
     train_loader,
 )
 from training.data.near_duplicates import near_duplicate_groups, split_by_group
@@ -53,21 +53,31 @@ from training.evaluation.pictures import sample_sheet
 from training.evaluation.predict import predict_cases, torch_predictor
 from training.learning.checkpoint import Checkpoint, save_weights
 from training.learning.losses import total_loss
-from training.learning.optimisers import optimiser
-from training.learning.pretrained import start_from, start_pretrained, with_members
-from training.learning.teachers import Ensemble, teachers_of
+from training.learning.optimisers import make_optimiser
+from training.learning.pretrained import adopt_members, load_initial_weights, load_pretrained_parts
+from training.learning.teachers import Ensemble, load_ensemble
 from training.recipes import Recipe, TrainingRecipe, add_recipe_arguments, recipe_from_arguments
 
-FRACTIONS = (0.8, 0.2, 0.0)  # the paper's 4:1
-SAMPLES_EVERY = 8  # epochs between two sample sheets
+SPLIT_SHARES = (0.8, 0.2, 0.0)  # of train, val and test: the paper's 4:1
+SHEET_EPOCHS = 8  # epochs between two sample sheets
 
+Batch = dict[str, Tensor]
+Loss = Callable[[nn.Module, Batch], Tensor]
 Tensors = tuple[Tensor, ...] | list[Tensor]
-AnyRecipe = TypeVar("AnyRecipe", bound=TrainingRecipe)
+
+
+# ---- processes and number formats
 
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among those that torchrun started; alone without torchrun."""
+    """This process among those that torchrun started; the only one without torchrun.
+
+    Args:
+        rank: number of this process, from 0.
+        world: number of processes.
+        device: where this process trains.
+    """
 
     rank: int
     world: int
@@ -75,16 +85,16 @@ class Processes:
 
     @property
     def leads(self) -> bool:
-        """The one process that validates, writes and prints."""
+        """Whether this is the process that validates, writes and prints."""
         return self.rank == 0
 
     def barrier(self) -> None:
-        """Wait until every process is here."""
+        """Wait until every process has come here."""
         if self.world > 1:
             dist.barrier()
 
     def any(self, flag: bool) -> bool:
-        """True if it is true in some process, so that all take the same turn."""
+        """True in every process if the flag is true in any, so that all decide alike."""
         if self.world == 1:
             return flag
         shared = torch.tensor(float(flag), device=self.device)
@@ -93,94 +103,124 @@ class Processes:
 
 
 @contextlib.contextmanager
-def processes(device: str = "auto") -> Iterator[Processes]:
-    """Join torchrun's processes (nccl on CUDA, gloo on the CPU), or stand alone."""
+def join_processes(device: str = "auto") -> Iterator[Processes]:
+    """Join torchrun's processes, through nccl on CUDA and gloo on the CPU, until the block ends.
+
+    Args:
+        device: auto, cuda or cpu.
+
+    Raises:
+        ValueError: cuda is asked for, and torch finds no CUDA device.
+    """
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch finds no CUDA device; pass --device cpu or auto")
     cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     local = int(os.environ.get("LOCAL_RANK", "0"))
-    place = torch.device("cuda", local) if cuda else torch.device("cpu")
+    own = torch.device("cuda", local) if cuda else torch.device("cpu")
     if cuda:
-        torch.cuda.set_device(place)
-    else:  # on the CPU its backward pass in bfloat16 takes 3 times as long as plain products
+        torch.cuda.set_device(own)
+    else:  # flash attention's backward pass in bfloat16 takes 3 times as long as plain products
         torch.backends.cuda.enable_flash_sdp(False)
     if world > 1:
         dist.init_process_group("nccl" if cuda else "gloo")
     try:
-        yield Processes(rank, world, place)
+        yield Processes(rank, world, own)
     finally:
         if world > 1:
             dist.destroy_process_group()
 
 
-class Trainer(ABC, Generic[AnyRecipe]):
-    """Network, optimiser, schedule and averaged weights of one recipe; a subclass has the loss.
+def number_format(device: torch.device) -> torch.dtype:
+    """The number format of a training's matrix products: bfloat16 on a device that is quick at it.
+
+    Otherwise a GPU takes fp16, with a scaled loss, and a CPU float32. A CPU without AVX-512 takes
+    11 times as long in bfloat16 (one step of recipe compact on one core of an AMD EPYC of 2021).
+    """
+    if device.type == "cuda":
+        quick = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if quick else torch.float16
+    quick = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+    return torch.bfloat16 if quick else torch.float32
+
+
+def mixed_precision(device: torch.device) -> torch.autocast:
+    """A context in which products are computed in the device's `number_format`."""
+    number = number_format(device)
+    return torch.autocast(device.type, number, enabled=number is not torch.float32)
+
+
+# ---- one training
+
+
+class Trainer:
+    """A network in training, with its optimiser, schedule and averaged weights.
 
     Args:
-        steps: batches an epoch.
-        taught_by: digests of the teachers, which a resumed training must have again.
+        steps: batches an epoch, from which the learning rate's schedule follows.
+        teacher_digests: SHA-256 of the teachers' files; a resumed training must have the same.
     """
 
     def __init__(
         self,
         network: nn.Module,
-        recipe: AnyRecipe,
+        recipe: TrainingRecipe,
         steps: int,
-        place: Processes,
-        taught_by: Sequence[str] = (),
+        processes: Processes,
+        teacher_digests: Sequence[str] = (),
     ) -> None:
-        self.recipe, self.place, self.taught_by = recipe, place, list(taught_by)
-        self.network = network.to(place.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        if place.world > 1 and place.device.type == "cuda":
+        self.recipe, self.processes = recipe, processes
+        self.teacher_digests = list(teacher_digests)
+        device = processes.device
+        self.network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if processes.world > 1 and device.type == "cuda":
             self.network = nn.SyncBatchNorm.convert_sync_batchnorm(self.network)
         self.wrapped = self.network
-        if place.world > 1:
+        if processes.world > 1:
             self.wrapped = DistributedDataParallel(self.network)
         ema = running_average(recipe.ema_decay)
         self.average = AveragedModel(self.network, multi_avg_fn=ema, use_buffers=True)
-        self.optimiser = optimiser(self.network, recipe)
+        self.optimiser = make_optimiser(self.network, recipe)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(
             self.optimiser, lambda step: recipe.rate_factor(step, steps)
         )
-        kind, number = place.device.type, number_format(place.device)
-        self.autocast = torch.autocast(kind, number, enabled=number is not torch.float32)
-        self.scaler = torch.amp.GradScaler(kind, enabled=number is torch.float16)
+        scaled = number_format(device) is torch.float16
+        self.scaler = torch.amp.GradScaler(device.type, enabled=scaled)
         self.epoch = 0
         self.best_px = math.inf
 
-    @abstractmethod
-    def loss(self, batch: dict[str, Tensor]) -> Tensor:
-        """The loss of a batch that lies on the device."""
-
     @property
-    def evaluated(self) -> nn.Module:
-        """The weights that count: the averaged ones where the recipe averages."""
+    def evaluated_network(self) -> nn.Module:
+        """The network to validate and save: the averaged one if the recipe averages weights."""
         return self.average.module if self.recipe.ema_decay else self.network
 
-    def train_epoch(self, loader: TrainLoader) -> float:
-        """One pass over the training images; returns the mean loss."""
+    def train_epoch(self, loader: TrainLoader, loss: Loss) -> float:
+        """Make one pass over the training images; returns the mean loss.
+
+        Args:
+            loss: from the network and a batch on the device to a scalar.
+        """
         loader.sampler.epoch = self.epoch
         self.wrapped.train()
-        losses = []
+        values = []
         bar = tqdm(
             loader,
             f"epoch {self.epoch + 1}/{self.recipe.epochs}",
             leave=False,
-            disable=not self.place.leads,
+            disable=not self.processes.leads,
         )
         for batch in bar:
-            on_device = {name: value.to(self.place.device) for name, value in batch.items()}
-            losses.append(self._descend(self.loss(on_device)))
-            bar.set_postfix(loss=f"{np.mean(losses):.3f}")
+            on_device = {name: value.to(self.processes.device) for name, value in batch.items()}
+            values.append(self._take_step(loss(self.wrapped, on_device)))
+            bar.set_postfix(loss=f"{np.mean(values):.3f}")
         self.epoch += 1
-        return float(np.mean(losses))
+        return float(np.mean(values))
 
-    def _descend(self, loss: Tensor) -> float:
-        """One step down a loss; returns its value."""
+    def _take_step(self, loss: Tensor) -> float:
+        """Take one step of the optimiser down the loss; returns the loss's value."""
         if not torch.isfinite(loss):
             raise SystemExit(
-                f"the loss is {loss.item()} in epoch {self.epoch + 1}: expected a finite one; "
+                f"the loss is {loss.item()} in epoch {self.epoch + 1}, expected a finite number; "
                 "lower --learning_rate or set --clip_norm 1, then start again"
             )
         self.optimiser.zero_grad(set_to_none=True)
@@ -195,7 +235,11 @@ class Trainer(ABC, Generic[AnyRecipe]):
         return float(loss.item())
 
     def save(self, path: Path, seconds: float) -> None:
-        """Everything that resuming needs, whole or not at all."""
+        """Write all that resuming needs, whole or not at all.
+
+        Args:
+            seconds: how long the training has run.
+        """
         state = {
             "network": self.network.state_dict(),
             "average": self.average.state_dict(),
@@ -206,29 +250,31 @@ class Trainer(ABC, Generic[AnyRecipe]):
             "best_px": self.best_px,
             "seconds": seconds,
             "recipe": self.recipe.model_dump_json(),
-            "teachers": self.taught_by,
+            "teachers": self.teacher_digests,
         }
-        partial = path.with_suffix(".partial")
-        torch.save(state, partial)
-        partial.replace(path)
+        unfinished = path.with_suffix(".partial")
+        torch.save(state, unfinished)
+        unfinished.replace(path)
 
     def resume(self, path: Path) -> float:
-        """Take up a training that `save` wrote; returns the seconds it had run.
+        """Restore what `save` wrote; returns the seconds that the training had run.
 
         Raises:
-            ValueError: the file is of another recipe or other teachers.
+            ValueError: the file was written with another recipe or other teachers.
         """
-        state = torch.load(path, map_location=self.place.device, weights_only=True)
-        asked = self.recipe.model_dump(mode="json")
+        state = torch.load(path, map_location=self.processes.device, weights_only=True)
+        own = self.recipe.model_dump(mode="json")
         earlier = type(self.recipe)().model_dump(mode="json") | json.loads(state["recipe"])
-        changed = [name for name in asked if asked[name] != earlier.get(name)]
-        if changed:
+        differing = [name for name in own if own[name] != earlier.get(name)]
+        if differing:
             raise ValueError(
-                f"{path} was written by another recipe (differs in {', '.join(changed)}); resume "
+                f"{path} was written by another recipe (differs in {', '.join(differing)}); resume "
                 "with the same settings, or start anew from its weights with --init"
             )
-        if state.get("teachers", []) != self.taught_by:
-            raise ValueError(f"{path} is of other --teachers; resume with the same files")
+        if state.get("teachers", []) != self.teacher_digests:
+            raise ValueError(
+                f"{path} was written with other --teachers; resume with the same files"
+            )
         self.network.load_state_dict(state["network"])
         self.average.load_state_dict(state["average"])
         self.optimiser.load_state_dict(state["optimiser"])
@@ -236,31 +282,6 @@ class Trainer(ABC, Generic[AnyRecipe]):
         self.scaler.load_state_dict(state["scaler"])
         self.epoch, self.best_px = state["epoch"], state["best_px"]
         return float(state["seconds"])
-
-
-class LandmarkTrainer(Trainer[Recipe]):
-    """The trainer of the main training."""
-
-    def __init__(
-        self,
-        network: nn.Module,
-        recipe: Recipe,
-        steps: int,
-        place: Processes,
-        teachers: Ensemble | None = None,
-    ) -> None:
-        super().__init__(network, recipe, steps, place, teachers.digests if teachers else ())
-        self.teachers = teachers
-
-    def loss(self, batch: dict[str, Tensor]) -> Tensor:
-        """The loss of a batch of training.data.dataset, with the teachers' share in its targets."""
-        batch = self.teachers.teach(batch) if self.teachers else batch
-        image = batch["image"].contiguous(memory_format=torch.channels_last)
-        with self.autocast:
-            raw = self.wrapped(image)
-        recipe = self.recipe
-        weights = recipe.heatmap_weight, recipe.mask_weight
-        return total_loss(raw.heatmaps, raw.masks, batch, recipe.loss, *weights)
 
 
 def running_average(decay: float) -> Callable[[Tensors, Tensors, Tensor | int], None]:
@@ -276,17 +297,32 @@ def running_average(decay: float) -> Callable[[Tensors, Tensors, Tensor | int], 
     return update
 
 
-def number_format(device: torch.device) -> torch.dtype:
-    """What a training's products are in: bfloat16 where the device is quick at it.
+def log_epoch(folder: Path, row: Mapping[str, float], title: str, sheet: np.ndarray | None) -> None:
+    """Add an epoch to log.csv and TensorBoard, and its sheet to TensorBoard and samples/.
 
-    Else a GPU takes fp16, with a scaled loss, and a CPU float32: one without AVX-512 takes 11 times
-    as long in bfloat16 (a step of recipe compact, one core of an AMD EPYC of 2021).
+    Args:
+        row: name -> figure, `epoch` among them.
+        title: name of the sheets in TensorBoard.
+        sheet: (H, W) grey or (H, W, 3) BGR, uint8, or None for an epoch without a sheet.
     """
-    if device.type == "cuda":
-        quick = torch.cuda.is_bf16_supported(including_emulation=False)
-        return torch.bfloat16 if quick else torch.float16
-    quick = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
-    return torch.bfloat16 if quick else torch.float32
+    epoch, path = int(row["epoch"]), folder / "log.csv"
+    new = epoch == 1 or not path.exists()
+    with path.open("w" if new else "a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, row.keys())
+        if new:
+            writer.writeheader()
+        writer.writerow(row)
+    with SummaryWriter(str(folder / "tensorboard")) as board:
+        for name, value in row.items():
+            board.add_scalar(name, value, epoch)
+        if sheet is not None:
+            image, axes = (sheet, "HW") if sheet.ndim == 2 else (sheet[..., ::-1].copy(), "HWC")
+            board.add_image(title, image, epoch, dataformats=axes)
+            (folder / "samples").mkdir(exist_ok=True)
+            cv2.imwrite(str(folder / "samples" / f"epoch-{epoch:03d}.png"), sheet)
+
+
+# ---- the main training
 
 
 @dataclass(frozen=True)
@@ -294,18 +330,21 @@ class FitSettings:
     """What a main training reads and where it writes; its recipe says how it trains.
 
     Args:
-        data: case table; without splits one is drawn and written to `output`.
-        masks: folder of masks with the images' stems, an auxiliary target.
+        data: case table. If it has no splits, one is drawn and written to `output`.
+        images: folder of the table's images.
+        output: the run's folder.
+        masks: folder of masks with the images' stems, for an auxiliary target.
         more: further case tables, each with the folder of its images.
-        init: weights (.safetensors) to start from.
-        teachers: ONNX files whose maps have the recipe's `teacher_share` in the targets.
-        pretrained: for the bottleneck: a run of training.pretrain, or usfm:FILE.
-        encoder_weights: for the encoder: ResNet-50's, under torchvision's keys.
+        init: weights (.safetensors) of a whole network to start from.
+        teachers: ONNX files whose maps make up the recipe's `teacher_share` of the targets.
+        pretrained: weights for the bottleneck: a run of training.pretrain, or usfm:FILE.
+        encoder_weights: weights for the encoder: ResNet-50's, under torchvision's keys.
         styles: folder of unlabelled images whose look the augmentation mixes in.
-        steps: in place of the recipe's epochs: as many as make about so many steps.
-        all: split val trains too, and the last weights are kept.
-        max_minutes: stop after the epoch in which these end.
-        device: auto, cuda or cpu, for `processes`.
+        steps: number of steps to train, to the nearest epoch, instead of the recipe's epochs.
+        all: train on split val too, and keep the last weights.
+        resume: continue from the checkpoint in `output`.
+        max_minutes: minutes of training after which the current epoch is the last.
+        device: auto, cuda or cpu.
     """
 
     data: Path
@@ -325,151 +364,98 @@ class FitSettings:
     device: str = "auto"
 
 
-def parse_fit(
-    arguments: Sequence[str] | None, description: str | None = None
-) -> tuple[FitSettings, Recipe]:
-    """The settings and the recipe that a command line of training.fit asks for.
-
-    Raises:
-        ValueError: (pydantic's ValidationError) a value that its field of the recipe does not take.
-        SystemExit: argparse's, after it has said what is wrong.
-    """
-    parser = argparse.ArgumentParser(
-        "training.fit",
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--data", type=Path, required=True, help="case table (CSV), see prepare")
-    parser.add_argument("--images", type=Path, required=True, help="folder of its images")
-    parser.add_argument("--masks", type=Path, help="folder of masks: an auxiliary target")
-    parser.add_argument(
-        "--more", type=Path, nargs=2, action="append", default=[], metavar=("TABLE", "IMAGES"),
-        help="further training cases with their own images and no masks, such as the pseudo.csv "
-        "of pseudo_label; may be given several times",
-    )  # fmt: skip
-    parser.add_argument("--init", type=Path, help="start from these weights (.safetensors)")
-    parser.add_argument(
-        "--teachers", type=Path, nargs="+", default=[], metavar="ONNX",
-        help="trained models whose maps are part of the targets: see --teacher_share",
-    )  # fmt: skip
-    parser.add_argument(
-        "--pretrained", metavar="RUN", help="bottleneck from a run of training.pretrain, or "
-        "usfm:FILE; its width, depth and heads must be the network's",
-    )  # fmt: skip
-    parser.add_argument(
-        "--encoder-weights", type=Path, metavar="FILE",
-        help="encoder from ImageNet: ResNet-50 under torchvision's keys",
-    )  # fmt: skip
-    parser.add_argument(
-        "--styles", type=Path, metavar="DIR", help="unlabelled images, of other machines too, "
-        "whose look is mixed in: see --augmentation.style",
-    )  # fmt: skip
-    parser.add_argument(
-        "--steps", type=int, metavar="N", help="in place of epochs: as many as make N steps"
-    )
-    parser.add_argument("--output", type=Path, required=True, help="the run's folder")
-    parser.add_argument("--all", action="store_true", help="train on split val too, choose nothing")
-    parser.add_argument("--resume", action="store_true", help="go on from RUN/checkpoint.pt")
-    parser.add_argument("--max-minutes", type=float, help="stop after the epoch in which they end")
-    parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
-    add_recipe_arguments(parser)
-    args = parser.parse_args(arguments)
-    values = {field.name: getattr(args, field.name) for field in dataclasses.fields(FitSettings)}
-    values["more"] = tuple((table, folder) for table, folder in args.more)
-    values["teachers"] = tuple(args.teachers)
-    return FitSettings(**values), recipe_from_arguments(args)
-
-
-def fit(settings: FitSettings, recipe: Recipe, place: Processes) -> None:
+def fit(settings: FitSettings, recipe: Recipe, processes: Processes) -> None:
     """Train until the recipe's epochs or `max_minutes` are over.
 
     Raises:
-        ValueError: (CaseError, CheckpointError, ImageError, ModelError) settings, cases, images,
-            weights or teachers that cannot be used.
+        ValueError: settings, cases, images, weights or teachers that cannot be used (among them
+            CaseError, CheckpointError, ImageError and ModelError).
     """
-    checkpoint = _checkpoint(settings)
+    checkpoint = _checkpoint_path(settings)
     start = settings.output / "best.safetensors" if settings.resume else settings.init
-    recipe = with_members(start, recipe)
+    recipe = adopt_members(start, recipe)
     settings.output.mkdir(parents=True, exist_ok=True)
     more = further_cases(settings.more, settings.data, settings.images)
-    cases = split_cases(settings, recipe, place)
-    styles = style_images(settings.styles)
+    cases = split_cases(settings, recipe, processes)
+    styles = find_style_images(settings.styles)
     dataset = LandmarkDataset(
         cases["train"], settings.images, settings.masks, recipe, True, more, styles
     )
-    order = EpochSampler(len(dataset), recipe.seed, place.rank, place.world, chances(dataset))
-    loader = train_loader(dataset, order, recipe.batch, recipe.workers)
+    probabilities = sampling_probabilities(dataset)
+    sampler = EpochSampler(
+        len(dataset), recipe.seed, processes.rank, processes.world, probabilities
+    )
+    loader = train_loader(dataset, sampler, recipe.batch, recipe.workers)
     if settings.steps:
         recipe = recipe.model_copy(update={"epochs": max(1, round(settings.steps / len(loader)))})
     torch.manual_seed(recipe.seed)
     masks = len(CLASSES) if settings.masks else 0
     network = build_network(recipe.network, masks)
     if settings.init and not settings.resume:
-        left_out = start_from(settings.init, network, bool(masks))
-        if left_out and place.leads:
-            print(f"of {settings.init.name} these are left out: {', '.join(left_out)}")
+        left_out = load_initial_weights(settings.init, network, bool(masks))
+        if left_out and processes.leads:
+            print(f"{settings.init.name}: these parts are left out: {', '.join(left_out)}")
     if not settings.resume:
-        for report in start_pretrained(network, settings.pretrained, settings.encoder_weights):
-            if place.leads:
+        for report in load_pretrained_parts(network, settings.pretrained, settings.encoder_weights):
+            if processes.leads:
                 print(report)
-    teachers = teachers_of(settings.teachers, recipe, masks, place.device)
-    trainer = LandmarkTrainer(network, recipe, len(loader), place, teachers)
-    spent = trainer.resume(checkpoint) if settings.resume else 0.0
-    if place.leads:
+    teachers = load_ensemble(settings.teachers, recipe, masks, processes.device)
+    loss = partial(landmark_loss, recipe=recipe, teachers=teachers)
+    digests = teachers.digests if teachers else ()
+    trainer = Trainer(network, recipe, len(loader), processes, digests)
+    seconds = trainer.resume(checkpoint) if settings.resume else 0.0
+    if processes.leads:
         count = sum(parameter.numel() for parameter in network.parameters()) / 1e6
         print(
             f"{len(dataset)} images train, {len(cases['val']) or 'none'} choose; {count:.1f} M "
-            f"parameters, {place.world} x {place.device}, epoch {trainer.epoch} of {recipe.epochs}"
+            f"parameters, {processes.world} x {processes.device}, "
+            f"epoch {trainer.epoch} of {recipe.epochs}"
         )
-    began = time.monotonic() - spent
+    began = time.monotonic() - seconds
     while trainer.epoch < recipe.epochs:
-        loss = trainer.train_epoch(loader)
+        mean_loss = trainer.train_epoch(loader, loss)
         seconds = time.monotonic() - began
-        if place.leads:
-            keep(trainer, settings, masks, cases["val"], loss, seconds)
-        place.barrier()
-        if place.any(settings.max_minutes is not None and seconds > 60 * settings.max_minutes):
-            if place.leads:
-                print(f"--max-minutes reached after epoch {trainer.epoch}; --resume goes on")
+        if processes.leads:
+            finish_epoch(trainer, settings, recipe, masks, cases["val"], mean_loss, seconds)
+        processes.barrier()
+        if processes.any(settings.max_minutes is not None and seconds > 60 * settings.max_minutes):
+            if processes.leads:
+                print(f"--max-minutes reached after epoch {trainer.epoch}; --resume continues")
             return
 
 
-def _checkpoint(settings: FitSettings) -> Path:
-    """RUN/checkpoint.pt, which is there if and only if it is to be resumed."""
-    path = settings.output / "checkpoint.pt"
-    if path.exists() and not settings.resume:
-        raise CaseError(f"{settings.output} holds a training: pass --resume, or another --output")
-    if settings.resume and not path.exists():
-        raise CaseError(f"there is no {path} to resume")
-    if settings.init and (settings.pretrained or settings.encoder_weights):
-        raise ValueError("--init fills the whole network: give no --pretrained, --encoder-weights")
-    return path
+def landmark_loss(
+    network: nn.Module, batch: Batch, recipe: Recipe, teachers: Ensemble | None = None
+) -> Tensor:
+    """The recipe's loss of a batch of `LandmarkDataset`; its targets may be part the teachers'."""
+    if teachers:
+        batch = teachers.teach(batch)
+    image = batch["image"].contiguous(memory_format=torch.channels_last)
+    with mixed_precision(image.device):
+        raw = network(image)
+    weights = recipe.heatmap_weight, recipe.mask_weight
+    return total_loss(raw.heatmaps, raw.masks, batch, recipe.loss, *weights)
 
 
-def style_images(folder: Path | None) -> list[Path]:
-    """Every image below a folder."""
-    if folder is None:
-        return []
-    found = sorted(path for path in folder.rglob("*") if is_supported_name(path))
-    if not found:
-        raise CaseError(f"--styles: no image below {folder}")
-    return found
-
-
-def keep(
-    trainer: LandmarkTrainer,
+def finish_epoch(
+    trainer: Trainer,
     settings: FitSettings,
+    recipe: Recipe,
     masks: int,
     val: list[Case],
     loss: float,
     seconds: float,
 ) -> None:
-    """Validate the weights that count, log, keep them if they are the best so far, checkpoint.
+    """Validate the network, log the epoch, save the best weights, and write the checkpoint.
 
-    Without cases of val the last are the best.
+    Args:
+        masks: number of masks that the network gives.
+        val: cases of split val; without any, the last weights count as the best.
+        loss: the epoch's mean.
+        seconds: how long the training has run.
     """
-    recipe, epoch = trainer.recipe, trainer.epoch
-    predictor = torch_predictor(trainer.evaluated, recipe.spec(masks), trainer.place.device)
+    epoch, network = trainer.epoch, trainer.evaluated_network
+    predictor = torch_predictor(network, recipe.spec(masks), trainer.processes.device)
     predictions = predict_cases(predictor, val, settings.images)
     metrics: dict[str, float] = {}
     if val:
@@ -484,7 +470,7 @@ def keep(
     }
     print("  ".join(f"{name} {value:g}" for name, value in row.items()), flush=True)
     sheet = None
-    if val and (epoch % SAMPLES_EVERY == 0 or epoch == recipe.epochs):
+    if val and (epoch % SHEET_EPOCHS == 0 or epoch == recipe.epochs):
         sheet = sample_sheet(predictions, val, settings.images)
     log_epoch(settings.output, row, "val", sheet)
     if not val or mre_px < trainer.best_px:
@@ -492,59 +478,40 @@ def keep(
         spec = recipe.spec(masks).model_copy(update={"metrics": metrics, "val_trained": not val})
         checkpoint = Checkpoint(network=recipe.network, masks=masks, spec=spec)
         path = settings.output / "best.safetensors"
-        save_weights(path, trainer.evaluated.state_dict(), checkpoint)
+        save_weights(path, network.state_dict(), checkpoint)
     trainer.save(settings.output / "checkpoint.pt", seconds)
 
 
-def log_epoch(folder: Path, row: Mapping[str, float], title: str, sheet: np.ndarray | None) -> None:
-    """Add an epoch to log.csv and TensorBoard, and its pictures to TensorBoard and samples/.
+def split_cases(
+    settings: FitSettings, recipe: Recipe, processes: Processes
+) -> dict[str, list[Case]]:
+    """The cases of train and val. A table without splits gets one, drawn by group and written down.
 
-    Args:
-        row: name -> figure, `epoch` among them.
-        title: of the pictures in TensorBoard.
-        sheet: (H, W) grey or (H, W, 3) BGR, uint8.
+    Raises:
+        CaseError: the table, its images or masks cannot be used, or train or val has no case.
     """
-    epoch, path = int(row["epoch"]), folder / "log.csv"
-    new = epoch == 1 or not path.exists()
-    with path.open("w" if new else "a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, row.keys())
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
-    with SummaryWriter(str(folder / "tensorboard")) as board:
-        for name, value in row.items():
-            board.add_scalar(name, value, epoch)
-        if sheet is not None:
-            shown, axes = (sheet, "HW") if sheet.ndim == 2 else (sheet[..., ::-1].copy(), "HWC")
-            board.add_image(title, shown, epoch, dataformats=axes)
-            (folder / "samples").mkdir(exist_ok=True)
-            cv2.imwrite(str(folder / "samples" / f"epoch-{epoch:03d}.png"), sheet)
-
-
-def split_cases(settings: FitSettings, recipe: Recipe, place: Processes) -> dict[str, list[Case]]:
-    """The cases by split; where the table has none it is drawn by group and written down."""
     cases = read_cases(settings.data)
     require_images(cases, settings.images, settings.data)
     if not any(case.split for case in cases):
         groups = [case.group for case in cases]
         if not all(groups):
-            if place.leads:
-                print("no group column: comparing the images to find near-duplicates")
-            images = (read_grey(settings.images / case.file, case.frame)[0] for case in cases)
+            if processes.leads:
+                print("the table has no groups: comparing the images to find near-duplicates")
+            images = (read_frame(settings.images / case.file, case.frame)[0] for case in cases)
             groups = [f"g{group:04d}" for group in near_duplicate_groups(images)]
-        splits = split_by_group(groups, FRACTIONS, recipe.seed)
+        splits = split_by_group(groups, SPLIT_SHARES, recipe.seed)
         cases = [
             dataclasses.replace(case, split=split, group=group)
             for case, split, group in zip(cases, splits, groups, strict=True)
         ]
-        if place.leads:
+        if processes.leads:
             write_cases(settings.output / "cases.csv", cases)
             print(f"a split by group was drawn and written to {settings.output / 'cases.csv'}")
     chosen = {name: [case for case in cases if case.split == name] for name in ("train", "val")}
     if settings.all:
         chosen = {"train": chosen["train"] + chosen["val"], "val": []}
-    for name, found in chosen.items():
-        if not found and not (settings.all and name == "val"):
+    for name, of_split in chosen.items():
+        if not of_split and not (settings.all and name == "val"):
             raise CaseError(
                 f"{settings.data}: expected cases of split train and val, the table has "
                 f"{count_splits(cases)}"
@@ -553,9 +520,116 @@ def split_cases(settings: FitSettings, recipe: Recipe, place: Processes) -> dict
         if not settings.masks.is_dir():
             raise CaseError(f"{settings.masks} is not a folder; expected the folder of the masks")
         stems = {path.stem for path in settings.masks.iterdir()}
-        bare = [case.file for case in chosen["train"] if Path(case.file).stem not in stems]
-        if bare:
+        unmasked = [case.file for case in chosen["train"] if Path(case.file).stem not in stems]
+        if unmasked:
             raise CaseError(
-                f"{len(bare)} images without a mask in {settings.masks}, first {bare[0]}"
+                f"{len(unmasked)} images without a mask in {settings.masks}, the first is "
+                f"{unmasked[0]}; expected a mask of the same name for each training image"
             )
     return chosen
+
+
+def find_style_images(folder: Path | None) -> list[Path]:
+    """Every image below a folder; none for None.
+
+    Raises:
+        CaseError: the folder has no image.
+    """
+    if folder is None:
+        return []
+    paths = sorted(path for path in folder.rglob("*") if is_supported_name(path))
+    if not paths:
+        raise CaseError(f"--styles: expected a folder of images, {folder} has none")
+    return paths
+
+
+def _checkpoint_path(settings: FitSettings) -> Path:
+    """RUN/checkpoint.pt, which must exist if the training resumes, and only then.
+
+    Raises:
+        ValueError: it does or does not exist, or --init contradicts another setting.
+    """
+    path = settings.output / "checkpoint.pt"
+    if path.exists() and not settings.resume:
+        raise CaseError(f"{settings.output} holds a training: pass --resume, or another --output")
+    if settings.resume and not path.exists():
+        raise CaseError(f"there is no {path} to resume: check --output, or leave out --resume")
+    if settings.init and (settings.pretrained or settings.encoder_weights):
+        raise ValueError(
+            "--init fills the whole network: leave out --pretrained and --encoder-weights"
+        )
+    return path
+
+
+# ---- the command line of training.fit, which training.folds reads too
+
+
+def parse_fit(
+    arguments: Sequence[str] | None, description: str | None = None
+) -> tuple[FitSettings, Recipe]:
+    """The settings and the recipe that a command line of training.fit asks for.
+
+    Raises:
+        ValueError: (pydantic's ValidationError) a recipe field does not take its value.
+        SystemExit: argparse has printed what is wrong.
+    """
+    parser = argparse.ArgumentParser(
+        "training.fit",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--data", type=Path, required=True, help="case table (CSV); training.prepare makes one"
+    )
+    parser.add_argument("--images", type=Path, required=True, help="folder of the table's images")
+    parser.add_argument(
+        "--masks", type=Path, help="folder of masks, predicted as an auxiliary target"
+    )
+    parser.add_argument(
+        "--more", type=Path, nargs=2, action="append", default=[], metavar=("TABLE", "IMAGES"),
+        help="further case table to train on, and the folder of its images, such as pseudo.csv of "
+        "training.pseudo_label; has no masks; may be given several times",
+    )  # fmt: skip
+    parser.add_argument("--init", type=Path, help="weights (.safetensors) to start from")
+    parser.add_argument(
+        "--teachers", type=Path, nargs="+", default=[], metavar="ONNX",
+        help="trained models whose maps are mixed into the targets; see --teacher_share",
+    )  # fmt: skip
+    parser.add_argument(
+        "--pretrained", metavar="RUN", help="run of training.pretrain, or usfm:FILE, to fill the "
+        "bottleneck; its width, depth and heads must equal the network's",
+    )  # fmt: skip
+    parser.add_argument(
+        "--encoder-weights", type=Path, metavar="FILE",
+        help="ImageNet weights of a ResNet-50, under torchvision's keys, to fill the encoder",
+    )  # fmt: skip
+    parser.add_argument(
+        "--styles", type=Path, metavar="DIR", help="folder of unlabelled images, of other machines "
+        "too, whose look is mixed in; see --augmentation.style",
+    )  # fmt: skip
+    parser.add_argument(
+        "--steps",
+        type=int,
+        metavar="N",
+        help="number of steps to train, to the nearest epoch, instead of --epochs",
+    )
+    parser.add_argument("--output", type=Path, required=True, help="the run's folder")
+    parser.add_argument(
+        "--all", action="store_true", help="train on split val too, keep the last weights"
+    )
+    parser.add_argument("--resume", action="store_true", help="continue from RUN/checkpoint.pt")
+    parser.add_argument(
+        "--max-minutes", type=float, help="minutes after which the current epoch is the last"
+    )
+    parser.add_argument(
+        "--device",
+        choices=("auto", "cuda", "cpu"),
+        default="auto",
+        help="processor to train on; auto is cuda if torch finds it (default: %(default)s)",
+    )
+    add_recipe_arguments(parser)
+    args = parser.parse_args(arguments)
+    values = {field.name: getattr(args, field.name) for field in dataclasses.fields(FitSettings)}
+    values["more"] = tuple((table, folder) for table, folder in args.more)
+    values["teachers"] = tuple(args.teachers)
+    return FitSettings(**values), recipe_from_arguments(args)

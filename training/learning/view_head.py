@@ -1,10 +1,10 @@
-"""Training of the view head: does an image show the view that the landmarks are defined in?
+"""Training of the view head: does an image show the view in which the landmarks are defined?
 
-The network stays as it is. The right samples are the labelled images of split train, changed as in
-training, but never mirrored. The wrong ones are the same images spoiled (mirrored, turned,
-inverted, ...: `data.scenes`), images of other views from given folders, and drawn scenes. The head
-sees features of the frozen network, computed once, and learns by binary cross-entropy in which
-right and wrong weigh the same.
+The rest of the network stays as it is. Right samples are labelled images, changed as in training
+but never mirrored. Wrong samples are the same images distorted (mirrored, turned, inverted and so
+on, see training.data.scenes), images of other views, and drawn scenes. The head sees features of
+the frozen network, which are computed once. It learns by binary cross-entropy, in which right and
+wrong samples have the same total weight.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,14 +21,14 @@ from model.network import TransUNet
 from model.spec import ModelSpec
 from training.data.augment import augment
 from training.data.case_table import Case
-from training.data.dataset import read_grey
-from training.data.scenes import SCENES, SPOILED, Draw, Grey
+from training.data.dataset import read_frame
+from training.data.scenes import DISTORTIONS, SCENES, GreyImage
 from training.recipes import COMPACT
 
-RIGHT_DRAWS, OTHER_DRAWS = 5, 3  # of every image
+RIGHT_DRAWS, OTHER_DRAWS = 5, 3  # from each labelled image, and from each image of another view
 LEARNING_RATE, WEIGHT_DECAY, EPOCHS, BATCH = 1e-3, 0.05, 30, 64
-MARKS = 0.08  # share of the height at the top in which machines put their orientation mark
-CHANGES = COMPACT.augmentation.model_copy(
+MARK_HEIGHT = 0.08  # share of the height, at the top, where machines put their orientation mark
+AUGMENTATION = COMPACT.augmentation.model_copy(
     update={
         "rotation_deg": 25,
         "scale": (0.8, 1.25),
@@ -38,7 +38,7 @@ CHANGES = COMPACT.augmentation.model_copy(
         "erase": 0.2,
     }
 )
-Sample = tuple[Grey, bool]
+Sample = tuple[GreyImage, bool]  # (size, size), and whether it shows the right view
 
 
 def train_view_head(
@@ -49,16 +49,18 @@ def train_view_head(
     others: Sequence[Path],
     seed: int = 1,
 ) -> None:
-    """Fill `network.view`.
+    """Train `network.view` from random weights.
 
     Args:
-        cases: labelled images of the right view.
+        cases: labelled images, which show the right view.
+        images: folder of the cases' images.
         others: image files of other views.
     """
     rng = np.random.default_rng(seed)
     torch.manual_seed(seed)
-    x, right = features(network, spec, samples(cases, images, others, spec.input_size, rng), rng,
-                        RIGHT_DRAWS * len(cases) * 3 + OTHER_DRAWS * len(others))  # fmt: skip
+    samples = draw_samples(cases, images, others, spec.input_size, rng)
+    count = 3 * RIGHT_DRAWS * len(cases) + OTHER_DRAWS * len(others)
+    features, right = compute_features(network, spec, samples, rng, count)
     weight = torch.where(right, 0.5 / right.float().mean(), 0.5 / (~right).float().mean())
     head = network.view
     assert head is not None  # the caller has made it
@@ -66,30 +68,38 @@ def train_view_head(
         reset = getattr(module, "reset_parameters", None)
         if callable(reset):
             reset()
-    learn(head, x, right.float(), weight)
+    train_head(head, features, right.float(), weight)
 
 
-def samples(
-    cases: Sequence[Case], images: Path, others: Sequence[Path], size: int, rng: Draw
+def draw_samples(
+    cases: Sequence[Case], images: Path, others: Sequence[Path], size: int, rng: np.random.Generator
 ) -> Iterator[Sample]:
-    """(size, size) images and whether each is right: for each right one, a spoiled and a drawn."""
-    spoilers, scenes = list(SPOILED.values()), list(SCENES.values())
+    """Right samples, each followed by a distorted one and a scene; then images of other views."""
+    distortions, scenes = list(DISTORTIONS.values()), list(SCENES.values())
     for case in cases:
-        square = _square(images / case.file, size)
+        square = _read_square(images / case.file, size)
         for _ in range(RIGHT_DRAWS):
             yield square, True
-            yield spoilers[rng.integers(len(spoilers))](square, rng), False
+            yield distortions[rng.integers(len(distortions))](square, rng), False
             yield scenes[rng.integers(len(scenes))](size, rng), False
     for path in others:
-        square = _square(path, size)
+        square = _read_square(path, size)
         for k in range(OTHER_DRAWS):
             yield (square[:, ::-1].copy() if k % 2 else square), False
 
 
-def features(
-    network: TransUNet, spec: ModelSpec, seen: Iterator[Sample], rng: Draw, count: int
+def compute_features(
+    network: TransUNet,
+    spec: ModelSpec,
+    samples: Iterator[Sample],
+    rng: np.random.Generator,
+    count: int,
 ) -> tuple[Tensor, Tensor]:
-    """(n, channels, side, side) float16 features of changed samples, and (n,) which are right."""
+    """(n, channels, side, side) float16 features of the changed samples, and (n,) which are right.
+
+    Args:
+        count: number of samples, for the progress bar.
+    """
     device = next(network.parameters()).device
     network.eval()
     rows, right = [], []
@@ -98,11 +108,11 @@ def features(
     def flush() -> None:
         if batch:
             with torch.inference_mode():
-                found = network.view_features(torch.from_numpy(np.stack(batch)).to(device))
-            rows.append(found.half().cpu())
+                features = network.view_features(torch.from_numpy(np.stack(batch)).to(device))
+            rows.append(features.half().cpu())
             batch.clear()
 
-    for image, is_right in tqdm(seen, "features of the view", total=count, leave=False):
+    for image, is_right in tqdm(samples, "features of the view", total=count, leave=False):
         batch.append(spec.normalise(change_image(image, rng)))
         right.append(is_right)
         if len(batch) == BATCH:
@@ -111,29 +121,36 @@ def features(
     return torch.cat(rows), torch.tensor(right)
 
 
-def change_image(image: Grey, rng: Draw) -> np.ndarray:
-    """An image as another examination might have it; its sides and its top stay where they are.
+def change_image(image: GreyImage, rng: np.random.Generator) -> np.ndarray:
+    """Change an image at random, as another examination might show it; it stays the right way up.
 
-    In every second one the marks at the top are gone, so that the anatomy is looked at.
+    The top, with its orientation mark, is blackened half of the time, so that the head has to look
+    at the anatomy.
     """
-    nowhere = np.zeros((3, 2))
-    seen, _, _ = augment(image, None, nowhere, CHANGES, rng)
+    no_landmarks = np.zeros((3, 2))
+    changed, _, _ = augment(image, None, no_landmarks, AUGMENTATION, rng)
     if rng.random() < 0.5:
-        seen[: round(MARKS * len(seen))] = 0
-    return seen
+        changed[: round(MARK_HEIGHT * len(changed))] = 0
+    return changed
 
 
-def learn(head: nn.Module, x: Tensor, right: Tensor, weight: Tensor) -> None:
-    """Train a head on features; ends in evaluation mode."""
+def train_head(head: nn.Module, features: Tensor, right: Tensor, weight: Tensor) -> None:
+    """Train a head on features, and leave it in evaluation mode.
+
+    Args:
+        features: (n, channels, side, side).
+        right: (n,) 1 for a sample of the right view, else 0.
+        weight: (n,) of each sample in the loss.
+    """
     device = next(head.parameters()).device
     optimiser = torch.optim.AdamW(head.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY)
-    steps = EPOCHS * -(-len(x) // BATCH)
+    steps = EPOCHS * -(-len(features) // BATCH)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, LEARNING_RATE, total_steps=steps)
     head.train().requires_grad_(True)
     for _ in (progress := tqdm(range(EPOCHS), "view head", leave=False)):
         total = 0.0
-        for chosen in torch.randperm(len(x)).split(BATCH):
-            logits = head(x[chosen].to(device).float())
+        for chosen in torch.randperm(len(features)).split(BATCH):
+            logits = head(features[chosen].to(device).float())
             losses = F.binary_cross_entropy_with_logits(
                 logits, right[chosen].to(device), weight[chosen].to(device)
             )
@@ -142,11 +159,12 @@ def learn(head: nn.Module, x: Tensor, right: Tensor, weight: Tensor) -> None:
             optimiser.step()
             schedule.step()
             total += float(losses.detach()) * len(chosen)
-        progress.set_postfix(loss=f"{total / len(x):.4f}")
+        progress.set_postfix(loss=f"{total / len(features):.4f}")
     head.eval()
 
 
-def _square(path: Path, size: int) -> Grey:
-    grey, pixel_shape = read_grey(path)
+def _read_square(path: Path, size: int) -> GreyImage:
+    """(size, size): an image, letterboxed."""
+    grey, pixel_shape = read_frame(path)
     square = Letterbox(grey.shape[1], grey.shape[0], size, pixel_shape).apply(grey)
     return np.clip(np.rint(square), 0, 255).astype(np.uint8)

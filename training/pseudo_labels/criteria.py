@@ -1,11 +1,14 @@
-"""Which pseudo-labels to believe: sharp peaks, views that agree, a plausible anatomy.
+"""Criteria for accepting a pseudo-label: plausible anatomy, sharp peaks, variants that agree.
 
-Sharpness and agreement have a threshold each. Both come from one dial: at its step k stand the
-k-th sharpest peaks and the k-th smallest spread that were measured, so that no threshold lies
-beyond what cases reach. The dial is set by the accepted share, or by the precision on labelled
-cases. Both count as means over the three landmarks, as the error does that they speak of: on split
-val of PSFHS (140 cases, the shipped weights) the step at which a case is accepted ranks its mean
-radial error better (Spearman 0.38) than sharpness (0.33) or spread (0.33) alone.
+Sharpness and agreement have a threshold each, and one number, the step, sets both: at step k the
+thresholds are the k-th greatest sharpness and the k-th smallest spread among the measured cases.
+So every threshold is within what cases reach. The step follows from the share of cases to accept,
+or from the precision on labelled cases.
+
+A case's sharpness and spread are means over its three landmarks, as is the error that they
+predict. The step at which a case is accepted ranks its mean radial error better (Spearman 0.38)
+than sharpness (0.33) or spread (0.33) alone; measured with the shipped weights on split val of
+PSFHS (140 cases).
 """
 
 import math
@@ -18,24 +21,25 @@ from model.anatomy import LANDMARKS, Floats, angle_of_progression, implausibilit
 from model.frame import Pair
 from model.heatmap import HeatmapCodec, Heatmaps
 from training.evaluation.metrics import REFERENCE_PX
-from training.evaluation.test_time_augmentation import ViewPrediction
+from training.evaluation.test_time_augmentation import AugmentedPrediction
 
-PEAK_FLOOR = 0.1  # of the peak's height; lower cells are background
-FEWEST = 10  # cases; a precision over fewer says nothing
+BACKGROUND_SHARE = 0.1  # of the peak's height: lower cells are background
+MIN_PRECISION_CASES = 10  # accepted cases: a precision over fewer says nothing
 
 Objection = tuple[str, str]  # criterion, sentence
 
 
 class CriteriaError(ValueError):
-    """No thresholds do what was asked; the message says what could be had."""
+    """No thresholds meet the request; the message says what can be reached."""
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """What speaks for and against one case's predicted landmarks.
+    """The evidence for and against one case's predicted landmarks.
 
-    landmarks_px: (3, 2) in image px. aop_deg: NaN where two landmarks coincide. sharpness: (3,)
-    mean over the views. spread_px: (3,) of the views, px at 512. faults: why it cannot be right.
+    landmarks_px: (3, 2) in image px. aop_deg: NaN if two landmarks coincide. sharpness: (3,) mean
+    over the variants, 0 to 1. spread_px: (3,) spread of the variants' landmarks, px at 512.
+    faults: sentences that say why the landmarks cannot be right.
     """
 
     landmarks_px: Floats
@@ -47,41 +51,48 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Thresholds:
-    """The least mean sharpness and the largest mean spread (px at 512) to accept."""
+    """The smallest mean sharpness and the largest mean spread (px at 512) to accept."""
 
     sharpness: float
     spread_px: float
 
     def objections(self, case: Evidence) -> list[Objection]:
-        """Every reason not to accept a case; none: it is accepted."""
-        found = [("anatomy", fault) for fault in case.faults]
-        sharp, spread = case.sharpness.mean(), case.spread_px.mean()
-        if sharp < self.sharpness:
+        """Every reason not to accept a case; empty for an accepted case."""
+        objections = [("anatomy", fault) for fault in case.faults]
+        sharpness, spread_px = case.sharpness.mean(), case.spread_px.mean()
+        if sharpness < self.sharpness:
             least = int(case.sharpness.argmin())
-            words = f"the peaks are {sharp:.3f} as sharp as a target's, below {self.sharpness:.3f}"
-            words += f" ({LANDMARKS[least]} {case.sharpness[least]:.2f})"
-            found.append(("sharpness", words))
-        if spread > self.spread_px:
+            sentence = (
+                f"the peaks are {sharpness:.3f} as sharp as a target's, below "
+                f"{self.sharpness:.3f} ({LANDMARKS[least]} {case.sharpness[least]:.2f})"
+            )
+            objections.append(("sharpness", sentence))
+        if spread_px > self.spread_px:
             most = int(case.spread_px.argmax())
-            words = f"the views differ by {spread:.2f} px, above {self.spread_px:.2f}"
-            words += f" ({LANDMARKS[most]} {case.spread_px[most]:.1f})"
-            found.append(("agreement", words))
-        return found
+            sentence = (
+                f"the variants' landmarks differ by {spread_px:.2f} px, above "
+                f"{self.spread_px:.2f} ({LANDMARKS[most]} {case.spread_px[most]:.1f})"
+            )
+            objections.append(("agreement", sentence))
+        return objections
 
 
-def sharpness(heatmaps: Heatmaps, codec: HeatmapCodec) -> Floats:
-    """(..., rows, columns) heatmaps -> (...) radius of a target's peak over that of theirs, 0 to 1.
+def peak_sharpness(heatmaps: Heatmaps, codec: HeatmapCodec) -> Floats:
+    """Sharpness of (..., rows, columns) heatmaps, as (...) values from 0 to 1.
 
-    A perfect target peak has 1, wherever it lies and however high it is; one twice as wide, or two
-    peaks apart, less; what is no peak 0. (The published measure, 1 - (mean of the 11x11 cells
-    around the peak) / peak, is 0.425 for a perfect peak of sigma 4: out of reach of its 0.8.)
+    Sharpness is the radius of a target's peak, divided by the radius of the heatmap's peak. It is 1
+    for a perfect target peak, wherever the peak lies and however high it is. It is smaller for a
+    wider peak and for two peaks, and 0 for a heatmap without a peak.
 
-    On split val of PSFHS, with the shipped weights, its mean over the landmarks tells cases of more
-    than 10 px mean error from others (area under the curve 0.71) as well as the peak's height does
-    (0.70) and the published measure over a target's (0.70). But a network trained by MSE is free
-    in its peaks' height, and the latter sees no second peak far away. The radius of the whole
-    heatmap ranks errors hardly better (Spearman 0.37 instead of 0.34), and noise of 0.02 in its
-    background takes a perfect peak from 1 to 0.14.
+    The published measure, 1 - (mean of the 11x11 cells around the peak) / peak, is 0.425 for a
+    perfect peak of sigma 4, so that its threshold of 0.8 cannot be reached.
+
+    Alternatives on split val of PSFHS, with the shipped weights: the mean over the landmarks
+    separates cases of more than 10 px mean error from the others with an area under the ROC curve
+    of 0.71; the peak's height reaches 0.70, and the published measure divided by a target's 0.70.
+    But training by MSE does not fix the height of a peak, and the published measure does not see a
+    second peak far away. The radius of the whole heatmap ranks errors hardly better (Spearman 0.37
+    instead of 0.34), and background noise of 0.02 takes a perfect peak from 1 to 0.14.
     """
     flat = np.asarray(heatmaps, np.float64).reshape(-1, codec.rows, codec.columns)
     values = np.zeros(len(flat))
@@ -93,68 +104,84 @@ def sharpness(heatmaps: Heatmaps, codec: HeatmapCodec) -> Floats:
 
 
 def _radius(heatmap: Heatmaps | Floats) -> float:
-    """Root mean square distance, in cells, of what rises above the background from its centre."""
-    weight = np.where(heatmap > PEAK_FLOOR * heatmap.max(), heatmap, 0.0)
+    """Root mean square distance, in cells, of the mass above the background from its centre."""
+    weight = np.where(heatmap > BACKGROUND_SHARE * heatmap.max(), heatmap, 0.0)
     weight = weight / weight.sum()
     mean_square = 0.0
-    for along, share in enumerate((weight.sum(axis=1), weight.sum(axis=0))):
-        cells = np.arange(heatmap.shape[along])
+    for axis, share in enumerate((weight.sum(axis=1), weight.sum(axis=0))):
+        cells = np.arange(heatmap.shape[axis])
         mean_square += float(share @ (cells - share @ cells) ** 2)
     return math.sqrt(mean_square)
 
 
-def judge(
-    found: ViewPrediction, codec: HeatmapCodec, image_size: tuple[int, int], pixel_shape: Pair
+def gather_evidence(
+    prediction: AugmentedPrediction,
+    codec: HeatmapCodec,
+    image_size: tuple[int, int],
+    pixel_shape: Pair,
 ) -> Evidence:
     """The evidence about a prediction on an image of (width, height) px."""
-    landmarks = found.landmarks_px
+    landmarks = prediction.landmarks_px
     faults = (
         *implausibilities(landmarks, image_size, pixel_shape),
-        *(f"{doubt} in some view" for doubt in found.doubts),
+        *(f"{doubt} in some variant" for doubt in prediction.doubts),
     )
     try:
         angle = float(angle_of_progression(landmarks, pixel_shape))
     except ValueError:  # two landmarks coincide, which is a fault already
         angle = math.nan
-    spread = found.spread_px * REFERENCE_PX / max(image_size)
-    return Evidence(landmarks, angle, sharpness(found.heatmaps, codec).mean(axis=0), spread, faults)
+    sharpness = peak_sharpness(prediction.heatmaps, codec).mean(axis=0)
+    spread_px = prediction.spread_px * REFERENCE_PX / max(image_size)
+    return Evidence(landmarks, angle, sharpness, spread_px, faults)
 
 
-def by_share(cases: Sequence[Evidence], share: float) -> Thresholds:
+def thresholds_by_share(cases: Sequence[Evidence], share: float) -> Thresholds:
     """The strictest thresholds that accept at least this share of the cases.
 
-    Implausible cases are never accepted: where too few others are there, all of them are.
+    Implausible cases are never accepted. If the plausible ones are fewer than the share asks for,
+    the thresholds accept all of them.
+
+    Raises:
+        CriteriaError: no case is plausible.
     """
-    steps = np.sort(_steps(cases)[_plausible(cases)])
+    steps = np.sort(_accepting_steps(cases)[_plausible_mask(cases)])
     if not len(steps):
-        raise CriteriaError(f"none of the {len(cases)} images has plausible landmarks: no step")
+        raise CriteriaError(
+            f"none of the {len(cases)} images has plausible landmarks: check that the images show "
+            "the anatomy that the teacher was trained on"
+        )
     wanted = max(1, math.ceil(share * len(cases) - 1e-9))
-    return _at_step(cases, int(steps[min(wanted, len(steps)) - 1]))
+    return _thresholds_at_step(cases, int(steps[min(wanted, len(steps)) - 1]))
 
 
-def by_precision(
+def thresholds_by_precision(
     cases: Sequence[Evidence], errors_px: Floats, within_px: float, precision: float
 ) -> Thresholds:
-    """The loosest thresholds at which this share of the accepted cases has an error within a bound.
+    """The loosest thresholds at which this share of the accepted cases is within an error bound.
 
     Args:
-        errors_px: each case's mean radial error against its label.
+        errors_px: (n,) each case's mean radial error against its label, px at 512.
+        within_px: the bound, px at 512.
+        precision: the share, 0 to 1.
+
+    Raises:
+        CriteriaError: no thresholds reach the precision over enough accepted cases.
     """
-    plausible = _plausible(cases)
-    steps, good = _steps(cases)[plausible], (errors_px <= within_px)[plausible]
+    plausible = _plausible_mask(cases)
+    steps, good = _accepting_steps(cases)[plausible], (errors_px <= within_px)[plausible]
     best = (0.0, 0)
     for step in np.unique(steps)[::-1]:
         accepted = int((steps <= step).sum())
-        if accepted < FEWEST:
+        if accepted < MIN_PRECISION_CASES:
             break
         share = float(good[steps <= step].mean())
         if share >= precision:
-            return _at_step(cases, int(step))
+            return _thresholds_at_step(cases, int(step))
         best = max(best, (share, accepted))
     if not best[1]:
         raise CriteriaError(
-            f"a precision needs {FEWEST} val cases with plausible landmarks, there are "
-            f"{int(plausible.sum())}; give --accept instead"
+            f"a precision needs {MIN_PRECISION_CASES} val cases with plausible landmarks, got "
+            f"{int(plausible.sum())}; pass --accept instead"
         )
     raise CriteriaError(
         f"no thresholds reach a precision of {precision:g} within {within_px:g} px on val: the "
@@ -163,24 +190,26 @@ def by_precision(
     )
 
 
-def _plausible(cases: Sequence[Evidence]) -> np.ndarray:
+def _plausible_mask(cases: Sequence[Evidence]) -> np.ndarray:
     return np.array([not case.faults for case in cases], bool)
 
 
-def _measured(cases: Sequence[Evidence]) -> tuple[Floats, Floats]:
-    """(n,) mean sharpness and (n,) mean spread."""
-    sharp = np.array([case.sharpness.mean() for case in cases])
-    return sharp, np.array([case.spread_px.mean() for case in cases])
+def _mean_measures(cases: Sequence[Evidence]) -> tuple[Floats, Floats]:
+    """(n,) mean sharpness and (n,) mean spread over the landmarks."""
+    sharpness = np.array([case.sharpness.mean() for case in cases])
+    return sharpness, np.array([case.spread_px.mean() for case in cases])
 
 
-def _steps(cases: Sequence[Evidence]) -> np.ndarray:
-    """(n,) the first step of the dial, from 1, whose thresholds accept the case."""
-    sharp, spread = _measured(cases)
-    # how many do better, so that equal values come in at one step
-    ranks = [np.searchsorted(np.sort(values), values) for values in (-sharp, spread)]
+def _accepting_steps(cases: Sequence[Evidence]) -> np.ndarray:
+    """(n,) the first step, counted from 1, whose thresholds accept the case."""
+    sharpness, spread_px = _mean_measures(cases)
+    # A rank is the number of better values, so that equal values are accepted at the same step.
+    ranks = [np.searchsorted(np.sort(values), values) for values in (-sharpness, spread_px)]
     return np.maximum(*ranks) + 1
 
 
-def _at_step(cases: Sequence[Evidence], step: int) -> Thresholds:
-    sharp, spread = _measured(cases)
-    return Thresholds(float(np.sort(sharp)[::-1][step - 1]), float(np.sort(spread)[step - 1]))
+def _thresholds_at_step(cases: Sequence[Evidence], step: int) -> Thresholds:
+    sharpness, spread_px = _mean_measures(cases)
+    return Thresholds(
+        float(np.sort(sharpness)[::-1][step - 1]), float(np.sort(spread_px)[step - 1])
+    )
