@@ -186,7 +186,7 @@ def _measure_jobs(
 
 
 def _write_report(options: EvaluateOptions, path: Path, answers: AnsweredCases) -> None:
-    from training.evaluation.report import write_report  # noqa: PLC0415
+    from training.evaluation.report import write_evaluation_report  # noqa: PLC0415
 
     cases, predictions, missing = answers
     if not cases:
@@ -199,7 +199,9 @@ def _write_report(options: EvaluateOptions, path: Path, answers: AnsweredCases) 
     more = {"note": options.note} if options.note else {}
     cases = [replace(case, file=find_image_file(options.images, case)) for case in cases]
     figures = summarise_by_device(cases, predictions)
-    write_report(path, cases, predictions, options.images, figures, missing, title, **more)
+    write_evaluation_report(
+        path, cases, predictions, options.images, figures, missing, title, **more
+    )
 
 
 def write_json(path: Path, content: object) -> None:

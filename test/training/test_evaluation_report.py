@@ -16,9 +16,10 @@ from test.phantom import phantom
 from test.support.browser import DESKTOP, PHONE, complaints, overflowing, resize
 from training.data.case_table import Case, read_cases
 from training.evaluation.figures import (
-    STYLE,
-    VARIABLES,
+    CSS_VARIABLES,
+    FIGURES_STYLE,
     calibration_chart,
+    difference_chart,
     groups_chart,
     interval_text,
     picture_of_case,
@@ -26,8 +27,8 @@ from training.evaluation.figures import (
 from training.evaluation.metrics import case_errors, summarise_by_device
 from training.evaluation.pictures import PREDICTED, TRUTH
 from training.evaluation.predict import CasePrediction
-from training.evaluation.report import write_report
-from training.evaluation.statistics import Estimate, bland_altman
+from training.evaluation.report import write_evaluation_report
+from training.evaluation.statistics import BlandAltman, Estimate, bland_altman
 
 pytest_plugins = ["test.support.browser"]
 
@@ -86,7 +87,7 @@ def pages(tmp_path_factory, images, cases) -> dict[str, Path]:
     for name, found in made.items():
         figures = summarise_by_device(cases, found)
         missing = ["gone/<b>.png", "late.png"] if name == "calibrated" else []
-        write_report(folder / f"{name}.html", cases, found, images, figures, missing)
+        write_evaluation_report(folder / f"{name}.html", cases, found, images, figures, missing)
     return {name: folder / f"{name}.html" for name in made}
 
 
@@ -160,7 +161,7 @@ def test_what_is_not_calibrated_says_so(pages):
 @pytest.mark.slow
 def test_the_same_input_gives_the_same_page(pages, cases, images, tmp_path):
     found = answers(cases, calibrated=False)
-    write_report(
+    write_evaluation_report(
         tmp_path / "again.html", cases, found, images, summarise_by_device(cases, found), []
     )
     assert (tmp_path / "again.html").read_bytes() == pages["plain"].read_bytes()
@@ -171,11 +172,13 @@ def test_answers_without_an_angle_and_few_cases(cases, images, tmp_path):
     """One case; and three, one of which has no angle: in every mean, but in no agreement."""
     found = answers(cases, calibrated=True)
     path = tmp_path / "few.html"
-    write_report(path, cases[:1], found[:1], images, summarise_by_device(cases[:1], found[:1]), [])
+    write_evaluation_report(
+        path, cases[:1], found[:1], images, summarise_by_device(cases[:1], found[:1]), []
+    )
     assert "Agreement needs two cases" in words(path)
     lost = replace(found[0], aop_deg=math.nan, aop_interval_deg=None)
     some = [lost, *found[1:3]]
-    write_report(path, cases[:3], some, images, summarise_by_device(cases[:3], some), [])
+    write_evaluation_report(path, cases[:3], some, images, summarise_by_device(cases[:3], some), [])
     text = words(path)
     assert "out of agreement and coverage): 1. phantom-00.png" in text
     assert "Cases 3 " in text and "Cases 2 " in text  # all figures, agreement
@@ -186,7 +189,9 @@ def test_answers_without_an_angle_and_few_cases(cases, images, tmp_path):
 def test_cases_of_no_device_are_a_series_of_their_own(cases, images, tmp_path):
     some = [replace(case, device=None) if k < 2 else case for k, case in enumerate(cases)]
     found = answers(cases, calibrated=False)
-    write_report(tmp_path / "p.html", some, found, images, summarise_by_device(some, found), [])
+    write_evaluation_report(
+        tmp_path / "p.html", some, found, images, summarise_by_device(some, found), []
+    )
     plot = re.search(r"<svg class=.chart.*?</figure>", (tmp_path / "p.html").read_text(), re.DOTALL)
     symbols = re.findall(r'<title>.*?stroke="var\(--s(\d)\)"', plot[0])
     assert [symbols.count(f"{k}") for k in range(3)] == [
@@ -202,7 +207,7 @@ def test_an_image_that_cannot_be_read_is_an_error_and_leaves_no_page(cases, tmp_
     for case in cases:
         (tmp_path / case.file).write_bytes(b"no image")
     with pytest.raises(ImageError):
-        write_report(
+        write_evaluation_report(
             tmp_path / "p.html", cases, found, tmp_path, summarise_by_device(cases, found), []
         )
     assert not list(tmp_path.glob("p.html*"))
@@ -222,7 +227,7 @@ def test_readings_are_drawn_where_they_are():
 
 def test_readings_have_the_colours_of_the_training_pictures():
     for kind, colour in (("truth", TRUTH), ("answer", PREDICTED)):
-        assert f".{kind} {{ stroke: rgb{colour[::-1]}; }}" in STYLE
+        assert f".{kind} {{ stroke: rgb{colour[::-1]}; }}" in FIGURES_STYLE
 
 
 def test_pixels_that_are_not_square_are_shown_in_true_proportion():
@@ -260,11 +265,21 @@ def test_ticks_are_round_and_few(high):
     assert set("".join(ticks).replace(".", "").strip("0")[:1]) <= set("125")
 
 
+def test_ticks_below_zero_have_a_minus():
+    difference = np.array([-12.3, 2.0, 11.0])
+    bias, lower, upper = Estimate(0, -1, 1), Estimate(-5, -6, -4), Estimate(5, 4, 6)
+    lines = BlandAltman(3, bias, 2.5, lower, upper)
+    svg = difference_chart(np.array([80.0, 90.0, 100.0]), difference, [0] * 3, [""] * 3, lines)
+    ticks = re.findall(r"<text [^>]*>([^<]*)</text>", svg)
+    assert ticks[ticks.index("−10") :][:5] == ["−10", "−5", "0", "5", "10"]
+
+
+@pytest.mark.slow
 def test_charts_have_the_page_s_colours_and_no_style_of_their_own(pages):
     """What matplotlib draws with are the light page's colours; styles are against its policy."""
     text = pages["calibrated"].read_text()
-    light = text.partition("@media")[0] + STYLE
-    for colour, variable in VARIABLES.items():
+    light = text.partition("@media")[0] + FIGURES_STYLE
+    for colour, variable in CSS_VARIABLES.items():
         name = variable.removeprefix("var(").removesuffix(")")
         assert re.search(rf"{name}: ({colour}|{colour[:4]});", light), name
     charts = re.findall(r'<svg class="chart".*?</svg>', text, re.DOTALL)
@@ -408,5 +423,7 @@ def test_a_page_of_real_images_is_of_moderate_size(psfhs, tmp_path):
     some = [case for case in read_cases(psfhs / "cases.csv") if case.split == "val"]
     found = [answer(case, rng, 256, calibrated=True) for case in some]
     path = tmp_path / "report.html"
-    write_report(path, some, found, psfhs / "images", summarise_by_device(some, found), [])
+    write_evaluation_report(
+        path, some, found, psfhs / "images", summarise_by_device(some, found), []
+    )
     assert 100_000 < path.stat().st_size < 1_000_000

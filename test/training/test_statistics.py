@@ -75,7 +75,7 @@ def test_icc_interval_from_a_table_of_f(n, k, f, inverse_f):
         ([[1.0, 2.0]], "two or more cases"),
         ([1.0, 2.0], "two or more cases"),
         ([[1.0, math.nan], [2.0, 3.0]], "finite"),
-        ([[100.1, 101.1], [100.1, 101.1], [100.1, 101.1]], "one mean"),
+        ([[100.1, 101.1], [100.1, 101.1], [100.1, 101.1]], "the same mean for all"),
     ],
 )
 def test_icc_refuses_what_has_none(ratings, words):

@@ -1,7 +1,8 @@
 """The page that `training.evaluate --report` writes: one HTML file that needs nothing else.
 
-It shows tables, agreement, errors by landmark, device and angle, whether the stated uncertainty is
-true, the best and worst cases as pictures, and what was not answered. Errors in px are at 512 px.
+It shows all metrics, agreement, errors by landmark, device and angle, and how true the stated
+uncertainty is. It shows pictures of the best and worst cases, and lists those without an answer.
+Errors in px are at 512 px.
 """
 
 import math
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice, pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -20,9 +21,9 @@ from model.drawing.page import escape, page
 from model.images.source import GreyFrame, ImageError, open_image
 from model.results.files import write_bytes
 from training.data.case_table import Case
-from training.evaluation import figures as draw
-from training.evaluation.figures import captioned, interval_text, legend, signed_text
-from training.evaluation.metrics import REFERENCE_PX, SDR_PX, case_errors, summarise
+from training.evaluation import figures
+from training.evaluation.figures import figure_html, interval_text, legend, signed_text
+from training.evaluation.metrics import REFERENCE_PX, SDR_PX, Summary, case_errors, summarise
 from training.evaluation.statistics import (
     BlandAltman,
     Estimate,
@@ -34,24 +35,23 @@ from training.evaluation.statistics import (
     risk_coverage,
 )
 
-if TYPE_CHECKING:  # torch, which a report can do without
+if TYPE_CHECKING:  # imports torch, which an evaluation container does not have
     from training.evaluation.predict import CasePrediction
 
-Metrics = Mapping[str, object]  # as `training.evaluation.metrics.summarise` returns them
-Indices = npt.NDArray[np.int_]  # (k,) of cases
-Columns = Mapping[str, Mapping[str, str]]  # of a table: column -> row -> cell
+Indices = npt.NDArray[np.int_]  # (k,) places of cases in `EvaluatedCases.cases`
+Columns = Mapping[str, Mapping[str, str]]  # a table's: name of column -> name of row -> cell
 
-TITLE = "Landmarks and angle of progression against labels"
-NOTE = (
+DEFAULT_TITLE = "Landmarks and angle of progression against labels"
+DEFAULT_NOTE = (
     "The labels of such images may come from segmentation masks (an ellipse fitted to each "
     "structure) and not from an expert's clicks: see the description of the data. The errors are "
     "then distances to what the masks say."
 )
-EXAMPLES = 12  # best cases, and as many worst cases
-RANGES_DEG = (90, 110, 130, 150)  # where ranges of the label's angle meet
-ANSWERED = (1.0, 0.9, 0.8, 0.7, 0.5)  # shares of the cases
-LEAST_IN_A_BIN, MOST_BINS = 15, 10  # cases of similar expected error
-ROWS = {
+EXAMPLE_CASES = 12  # pictures of the best cases, and as many of the worst
+RANGES_DEG = (90, 110, 130, 150)  # bounds between ranges of the label's angle
+ANSWERED_SHARES = (1.0, 0.9, 0.8, 0.7, 0.5)  # rows of the table of risk and coverage
+LEAST_CASES_PER_BIN, MOST_BINS = 15, 10  # bins of similar expected error
+METRIC_ROWS = {  # metric -> its row in the table of all figures
     "mre_px": "Mean radial error, px",
     "median_re_px": "Median radial error, px",
     **{f"mre_{name}_px": f"Mean radial error of {name}, px" for name in LANDMARKS},
@@ -71,8 +71,8 @@ METHOD = (
     "The area under the risk-coverage curve is that of Geifman et al., ICLR 2019. Nothing is "
     "corrected for multiple comparisons.</p>"
 )
-STYLE = (
-    draw.STYLE
+EVALUATION_STYLE = (
+    figures.FIGURES_STYLE
     + """\
 tbody th { min-width: 6.5rem; position: sticky; left: 0; background: var(--card); }
 td { min-width: 3.6rem; } td span { white-space: nowrap; } .number { overflow-wrap: normal; }
@@ -94,7 +94,7 @@ figcaption b { color: var(--ink); } ul { columns: 16rem; } section { scroll-marg
 class EvaluatedCases:
     """Cases with their predictions, in the same order, and the errors.
 
-    radial_px: (n, 3) at 512 px. aop_error_deg: (n,); 180 if an answer has no angle.
+    radial_px: (n, 3) px at 512 px. aop_error_deg: (n,), 180 for an answer without an angle.
     """
 
     cases: Sequence[Case]
@@ -109,8 +109,8 @@ class EvaluatedCases:
 
     @cached_property
     def difference_deg(self) -> Floats:
-        """(n,) the answer's angle minus the label's; NaN if the answer has none."""
-        return np.array([found.aop_deg for found in self.predictions]) - self.label_deg
+        """(n,) the answer's angle minus the label's; NaN for an answer without an angle."""
+        return np.array([answer.aop_deg for answer in self.predictions]) - self.label_deg
 
     @property
     def all_indices(self) -> Indices:
@@ -132,23 +132,24 @@ class EvaluatedCases:
 
     def indices_with(self, field: str) -> Indices:
         """The cases whose answer has an angle and a value in this field of `CasePrediction`."""
-        has = [getattr(found, field) is not None for found in self.predictions]
-        return np.flatnonzero(np.array(has) & np.isfinite(self.difference_deg))
+        stated = [getattr(answer, field) is not None for answer in self.predictions]
+        return np.flatnonzero(np.array(stated) & np.isfinite(self.difference_deg))
 
     def label_in_interval(self, chosen: Indices) -> npt.NDArray[np.bool_]:
-        """For each chosen case that has an interval: whether the interval holds the label."""
+        """Whether the 90 % interval holds the label, for each chosen case that has an interval."""
         known = np.intersect1d(chosen, self.indices_with("aop_interval_deg"))
         ends = np.array([self.predictions[k].aop_interval_deg for k in known]).reshape(-1, 2)
         return (ends[:, 0] <= self.label_deg[known]) & (self.label_deg[known] <= ends[:, 1])
 
-    def metrics_of(self, chosen: Indices) -> Metrics:
+    def metrics_of(self, chosen: Indices) -> Summary:
         """`training.evaluation.metrics.summarise` of the chosen cases."""
         return summarise(self.radial_px[chosen], self.aop_error_deg[chosen])
 
     def agreement_of(self, chosen: Indices) -> tuple[BlandAltman | None, Estimate | None]:
         """Bland-Altman and ICC(2,1) of the chosen cases that have an angle.
 
-        Either is None if it is not defined for them.
+        Each is None if it is not defined: both for fewer than two such cases, ICC also for cases
+        that do not differ.
         """
         known = chosen[np.isfinite(self.difference_deg[chosen])]
         if len(known) < 2:
@@ -156,12 +157,12 @@ class EvaluatedCases:
         label, difference = self.label_deg[known], self.difference_deg[known]
         try:
             icc = icc_2_1(np.column_stack([label, label + difference]))
-        except ValueError:  # cases that do not differ
+        except ValueError:  # the cases do not differ
             icc = None
         return bland_altman(difference), icc
 
     def name_of(self, k: int) -> str:
-        """The file, with the frame of a stack."""
+        """The case's file, and the frame if it is one of a stack."""
         case = self.cases[k]
         return case.file if case.frame is None else f"{case.file}, frame {case.frame}"
 
@@ -173,25 +174,26 @@ class EvaluatedCases:
         return f"label {label:.1f}°, answer {label + difference:.1f}° ({signed_text(difference)}°)"
 
 
-def write_report(
+def write_evaluation_report(
     path: Path,
     cases: Sequence[Case],
     predictions: "Sequence[CasePrediction]",
     images: Path,
-    metrics: Mapping[str, Metrics],
+    metrics: Mapping[str, Summary],
     missing: Sequence[str],
-    title: str = TITLE,
-    note: str = NOTE,
+    title: str = DEFAULT_TITLE,
+    note: str = DEFAULT_NOTE,
 ) -> None:
     """Write the page, whole or not at all.
 
     Args:
+        path: HTML file to write.
         cases, predictions: the answered cases, one or more, in the same order.
         images: folder of the cases' images.
-        metrics: group of cases ("all", "device A", ...) -> its metrics, for these cases.
+        metrics: name of a group of these cases ("all", "device A", ...) -> its metrics.
         missing: names of cases without an answer.
-        title: the page's title.
-        note: what a reader must know about the labels.
+        title: the page's title, in plain text.
+        note: what a reader must know about the labels, in plain text.
 
     Raises:
         ImageError: an image that the page shows cannot be read.
@@ -215,7 +217,7 @@ def write_report(
         f'<section id="{ids[name]}"><h2>{name}</h2>{html}</section>'
         for name, html in sections.items()
     )
-    html = page(title, f'<nav class="keys">{links}</nav>\n{body}', style=STYLE)
+    html = page(title, f'<nav class="keys">{links}</nav>\n{body}', style=EVALUATION_STYLE)
     write_bytes(path, html.encode())
 
 
@@ -223,18 +225,18 @@ def write_report(
 
 
 def summary_section(
-    evaluated: EvaluatedCases, metrics: Metrics, missing: Sequence[str], note: str
+    evaluated: EvaluatedCases, metrics: Summary, missing: Sequence[str], note: str
 ) -> str:
-    """The key figures, and which cases they cover."""
+    """HTML of the key figures, and of the cases they cover."""
     boxes = {
         "Cases answered": (f"{len(evaluated.cases)}", f"{len(missing)} not answered"),
         "Mean radial error": split_interval(estimate_of(metrics, "mre_px"), 2, " px"),
         "Mean AoP error": split_interval(estimate_of(metrics, "aop_error_deg"), 2, "°"),
     }
-    found, icc = evaluated.agreement_of(evaluated.all_indices)
-    if found:
-        limits = f"limits {signed_text(found.lower.value)}° to {signed_text(found.upper.value)}°"
-        boxes["AoP bias"] = f"{signed_text(found.bias.value)}°", limits
+    agreement, icc = evaluated.agreement_of(evaluated.all_indices)
+    if agreement:
+        lower, upper = signed_text(agreement.lower.value), signed_text(agreement.upper.value)
+        boxes["AoP bias"] = f"{signed_text(agreement.bias.value)}°", f"limits {lower}° to {upper}°"
     if icc:
         boxes["AoP ICC(2,1)"] = split_interval(icc, 3)
     inside = evaluated.label_in_interval(evaluated.all_indices)
@@ -246,71 +248,75 @@ def summary_section(
     )
     groups = evaluated.groups.items()
     parts = ", ".join(f"{name}: {len(chosen)}" for name, chosen in groups if name != "all")
-    words = f"{len(evaluated.cases)} cases" + (f" ({parts})." if parts else ".")
-    alike = {case.group for case in evaluated.cases if case.group}
-    if alike:
-        words += (
-            f" They fall in {len(alike)} groups; a group holds near-duplicate images or the images "
-            "of one patient. The intervals take each case as independent, so they are too narrow."
+    scope = f"{len(evaluated.cases)} cases" + (f" ({parts})." if parts else ".")
+    case_groups = {case.group for case in evaluated.cases if case.group}
+    if case_groups:
+        scope += (
+            f" They fall in {len(case_groups)} groups; a group holds near-duplicate images or the "
+            "images of one patient. The intervals take each case as independent, so they are too "
+            "narrow."
         )
     return (
         f'<dl class="figures">{key_figures}</dl><p class="note">{escape(note)}</p><p>'
-        f"{escape(words)} Errors in px are at {REFERENCE_PX} px (px times {REFERENCE_PX} / the "
+        f"{escape(scope)} Errors in px are at {REFERENCE_PX} px (px times {REFERENCE_PX} / the "
         "image's longer side). Parentheses hold 95 % intervals.</p>"
     )
 
 
-def metrics_table(metrics: Mapping[str, Metrics]) -> str:
-    """All metrics, a column for each group of cases."""
+def metrics_table(metrics: Mapping[str, Summary]) -> str:
+    """HTML table of all metrics, a column for each group of cases."""
     columns = {}
     for name, group in metrics.items():
         cells = {"Cases": f"{group['cases']}"}
-        for key, words in ROWS.items():
+        for key, row in METRIC_ROWS.items():
             scale, places = (100, 0) if key.startswith("sdr") else (1, 2)
-            found = Estimate(*(scale * value for value in estimate_of(group, key)))
-            cells[words] = interval_text(found, places)
+            scaled = Estimate(*(scale * value for value in estimate_of(group, key)))
+            cells[row] = interval_text(scaled, places)
         columns[name] = cells
-    return table(columns)
+    return html_table(columns)
 
 
 # ---- Agreement
 
 
 def agreement_section(evaluated: EvaluatedCases) -> str:
-    """Bland-Altman plot and table, with ICC(2,1), of the angle."""
+    """HTML of the angle's Bland-Altman plot, and of a table with ICC(2,1) for each group."""
     whole, _ = evaluated.agreement_of(evaluated.all_indices)
     if whole is None:
         return "<p>Agreement needs two cases with an angle.</p>"
     columns = {}
     for name, chosen in evaluated.groups.items():
-        found, icc = evaluated.agreement_of(chosen)
-        if found:
+        agreement, icc = evaluated.agreement_of(chosen)
+        if agreement:
             columns[name] = {
-                "Cases": f"{found.cases}",
-                "Bias, deg": interval_text(found.bias),
-                "SD, deg": f"{found.deviation:.1f}",
-                "Lower limit, deg": interval_text(found.lower),
-                "Upper limit, deg": interval_text(found.upper),
+                "Cases": f"{agreement.cases}",
+                "Bias, deg": interval_text(agreement.bias),
+                "SD, deg": f"{agreement.deviation:.1f}",
+                "Lower limit, deg": interval_text(agreement.lower),
+                "Upper limit, deg": interval_text(agreement.upper),
                 "ICC(2,1)": interval_text(icc, 3) if icc else "not defined",
             }
     known = np.flatnonzero(np.isfinite(evaluated.difference_deg))
     label, difference = evaluated.label_deg[known], evaluated.difference_deg[known]
     series, keys = device_series(evaluated, known)
-    words = [f"{evaluated.name_of(k)}: {evaluated.angles_text(k)}" for k in known.tolist()]
-    chart = draw.difference_chart(label + difference / 2, difference, series, words, whole)
+    tooltips = [f"{evaluated.name_of(k)}: {evaluated.angles_text(k)}" for k in known.tolist()]
+    chart = figures.difference_chart(label + difference / 2, difference, series, tooltips, whole)
     caption = (
         "Bland-Altman plot, one symbol for each case. Full line: bias. Dashed lines: limits of "
         "agreement (bias ± 1.96 SD). Bands: their 95 % intervals. Dotted line: no difference."
     )
     return (
-        f'<div class="beside">{captioned(chart, keys, caption)}<div>{table(columns)}'
+        f'<div class="beside">{figure_html(chart, keys, caption)}<div>{html_table(columns)}'
         "<p>Differences are answer minus label: positive if the answer's angle is wider. "
         "ICC(2,1): two-way random effects, absolute agreement, single reading.</p></div></div>"
     )
 
 
 def device_series(evaluated: EvaluatedCases, chosen: Indices) -> tuple[list[int], str]:
-    """Series number of each chosen case by device, and the legend; no legend for one device."""
+    """Series number of each chosen case, one series for each device, and the legend as HTML.
+
+    With fewer than two known devices there is one series, and the legend is empty.
+    """
     if not evaluated.devices:
         return [0] * len(chosen), ""
     names = [evaluated.cases[k].device or "not known" for k in chosen]
@@ -321,19 +327,19 @@ def device_series(evaluated: EvaluatedCases, chosen: Indices) -> tuple[list[int]
 # ---- Errors by landmark, device and angle
 
 
-def errors_section(evaluated: EvaluatedCases, metrics: Mapping[str, Metrics]) -> str:
-    """Errors by landmark, by device, and by range of the label's angle."""
+def errors_section(evaluated: EvaluatedCases, metrics: Mapping[str, Summary]) -> str:
+    """HTML of the errors by landmark, by device, and by range of the label's angle."""
     angle_chart, angle_table = errors_by_angle(evaluated)
-    last = float(10 * np.ceil(np.percentile(evaluated.radial_px, 98) / 10 + 1e-9))
-    beyond = (evaluated.radial_px > last).sum()
-    landmark_chart = captioned(
-        draw.cumulative_chart(evaluated.radial_px, last),
+    last_px = float(10 * np.ceil(np.percentile(evaluated.radial_px, 98) / 10 + 1e-9))
+    beyond = (evaluated.radial_px > last_px).sum()
+    landmark_chart = figure_html(
+        figures.cumulative_chart(evaluated.radial_px, last_px),
         legend(LANDMARKS, line=True),
         f"By landmark: share of cases within an error. {beyond} of {evaluated.radial_px.size} "
-        f"landmarks are more than {last:.0f} px off.",
+        f"landmarks are more than {last_px:.0f} px off.",
     )
-    device_chart = captioned(
-        draw.groups_chart(
+    device_chart = figure_html(
+        figures.groups_chart(
             [f"{name}\nn = {group['cases']}" for name, group in metrics.items()],
             [
                 [estimate_of(group, f"mre_{name}_px") for group in metrics.values()]
@@ -355,14 +361,14 @@ def errors_section(evaluated: EvaluatedCases, metrics: Mapping[str, Metrics]) ->
     )
 
 
-def landmark_table(evaluated: EvaluatedCases, metrics: Metrics) -> str:
-    """Radial error and systematic shift of each landmark."""
-    found = np.array([one.landmarks_px for one in evaluated.predictions])
-    truth = np.array([case.landmarks_px for case in evaluated.cases])
+def landmark_table(evaluated: EvaluatedCases, metrics: Summary) -> str:
+    """HTML table of each landmark's radial error and systematic shift."""
+    answer = np.array([one.landmarks_px for one in evaluated.predictions])
+    label = np.array([case.landmarks_px for case in evaluated.cases])
     scale = REFERENCE_PX / np.array([one.longer_side_px for one in evaluated.predictions])
-    shift = ((found - truth) * scale[:, None, None]).mean(axis=0)
+    shift = ((answer - label) * scale[:, None, None]).mean(axis=0)
     median, most = np.percentile(evaluated.radial_px, [50, 95], axis=0)
-    return table(
+    return html_table(
         {
             name: {
                 "Mean, px": interval_text(estimate_of(metrics, f"mre_{name}_px")),
@@ -377,11 +383,12 @@ def landmark_table(evaluated: EvaluatedCases, metrics: Metrics) -> str:
 
 
 def errors_by_angle(evaluated: EvaluatedCases) -> tuple[str, str]:
-    """Chart and table of the errors by range of the label's angle."""
-    place = np.searchsorted(RANGES_DEG, evaluated.label_deg, side="right")
+    """Chart and table, as HTML, of the errors by range of the label's angle."""
+    range_of_case = np.searchsorted(RANGES_DEG, evaluated.label_deg, side="right")
     between = (f"{low}–{high}" for low, high in pairwise(RANGES_DEG))
     names = [f"< {RANGES_DEG[0]}", *between, f"≥ {RANGES_DEG[-1]}"]
-    ranges = {name: of for k, name in enumerate(names) if len(of := np.flatnonzero(place == k))}
+    ranges = {name: np.flatnonzero(range_of_case == k) for k, name in enumerate(names)}
+    ranges = {name: chosen for name, chosen in ranges.items() if len(chosen)}
     metrics = {name: evaluated.metrics_of(chosen) for name, chosen in ranges.items()}
     columns = {}
     for name, chosen in ranges.items():
@@ -396,21 +403,21 @@ def errors_by_angle(evaluated: EvaluatedCases) -> tuple[str, str]:
         }
         if len(inside):
             columns[f"{name}°"]["In the 90 % interval"] = f"{inside.sum()} of {len(inside)}"
-    chart = draw.groups_chart(
+    chart = figures.groups_chart(
         [f"{name}\nn = {len(chosen)}" for name, chosen in ranges.items()],
         [[estimate_of(group, "aop_error_deg") for group in metrics.values()]],
         "mean AoP error, deg",
         "Mean error of the angle by range of the label",
     )
     caption = "By AoP of the label, deg: mean absolute error of the angle, with its 95 % interval."
-    return captioned(chart, "", caption), table(columns)
+    return figure_html(chart, "", caption), html_table(columns)
 
 
 # ---- Whether the stated uncertainty is true and useful
 
 
 def calibration_section(evaluated: EvaluatedCases) -> str:
-    """Whether intervals hold the label as often as they say, and errors are as expected."""
+    """HTML that compares intervals and expected errors with the labels and the observed errors."""
     columns = {
         name: calibration_cells(evaluated, chosen) for name, chosen in evaluated.groups.items()
     }
@@ -424,25 +431,28 @@ def calibration_section(evaluated: EvaluatedCases) -> str:
     if len(known):
         expected = np.array([evaluated.predictions[k].expected_aop_error_deg for k in known])
         bins = [calibration_bins(evaluated, known, expected, "aop_error_deg")]
-        chart = draw.calibration_chart(bins, "deg", "Observed over expected error of the angle")
+        chart = figures.calibration_chart(bins, "deg", "Observed over expected error of the angle")
         caption = "AoP error of cases in bins of similar expected error. Dotted line: as expected."
-        charts.append(captioned(chart, "", caption))
+        charts.append(figure_html(chart, "", caption))
     known = evaluated.indices_with("expected_error_px")
     if len(known):
         scale = REFERENCE_PX / np.array([evaluated.predictions[k].longer_side_px for k in known])
         expected = np.array([evaluated.predictions[k].expected_error_px for k in known]).T * scale
         bins = [
-            calibration_bins(evaluated, known, of, f"mre_{name}_px")
-            for name, of in zip(LANDMARKS, expected, strict=True)
+            calibration_bins(evaluated, known, row, f"mre_{name}_px")
+            for name, row in zip(LANDMARKS, expected, strict=True)
         ]
-        chart = draw.calibration_chart(bins, "px", "Observed over expected radial error")
+        chart = figures.calibration_chart(bins, "px", "Observed over expected radial error")
         caption = "Radial error of each landmark, in the same way."
-        charts.append(captioned(chart, legend(LANDMARKS), caption))
-    return table(columns) + f'<div class="charts">{"".join(charts)}</div>'
+        charts.append(figure_html(chart, legend(LANDMARKS), caption))
+    return html_table(columns) + f'<div class="charts">{"".join(charts)}</div>'
 
 
 def calibration_cells(evaluated: EvaluatedCases, chosen: Indices) -> dict[str, str]:
-    """Coverage and width of the intervals of some cases, and their expected error, as cells."""
+    """Column of a table: the chosen cases' coverage, interval width, and expected error.
+
+    Rows that need what the answers lack are left out.
+    """
     cells = {}
     inside = evaluated.label_in_interval(chosen)
     if len(inside):
@@ -465,8 +475,11 @@ def calibration_cells(evaluated: EvaluatedCases, chosen: Indices) -> dict[str, s
 def calibration_bins(
     evaluated: EvaluatedCases, chosen: Indices, expected: Floats, key: str
 ) -> list[tuple[float, Estimate]]:
-    """Bins of similar expected error: the mean expected error, and the observed metric `key`."""
-    count = max(1, min(MOST_BINS, len(chosen) // LEAST_IN_A_BIN))
+    """Mean expected error and observed metric `key`, for each bin of similar expected error.
+
+    expected: (k,) the chosen cases' expected errors, in the metric's unit.
+    """
+    count = max(1, min(MOST_BINS, len(chosen) // LEAST_CASES_PER_BIN))
     parts = np.array_split(np.argsort(expected, kind="stable"), count)
     return [
         (float(expected[part].mean()), estimate_of(evaluated.metrics_of(chosen[part]), key))
@@ -475,12 +488,14 @@ def calibration_bins(
 
 
 def risk_section(evaluated: EvaluatedCases) -> str:
-    """Error of the answered cases if the least sure ones are left out."""
-    found, error = evaluated.predictions, evaluated.aop_error_deg
-    if all(one.expected_aop_error_deg is not None for one in found):
-        risk, words = np.array([one.expected_aop_error_deg for one in found]), "expected AoP error"
-    elif all(len(one.confidence) for one in found):
-        risk, words = -np.array([one.confidence.min() for one in found]), "lowest confidence"
+    """HTML of the answered cases' AoP error if the least sure cases are left out."""
+    answers, error = evaluated.predictions, evaluated.aop_error_deg
+    if all(one.expected_aop_error_deg is not None for one in answers):
+        criterion = "expected AoP error"
+        risk = np.array([one.expected_aop_error_deg for one in answers])
+    elif all(len(one.confidence) for one in answers):
+        criterion = "lowest confidence"
+        risk = -np.array([one.confidence.min() for one in answers])
     else:
         return (
             "<p>These answers carry neither expected errors nor confidences, so there is no order "
@@ -488,13 +503,13 @@ def risk_section(evaluated: EvaluatedCases) -> str:
         )
     areas = area_under_risk_coverage(error, risk)
     names = [
-        f"by {words}, area {areas.own:.2f}°",
+        f"by {criterion}, area {areas.own:.2f}°",
         f"best possible order, area {areas.best:.2f}°",
         f"random order, area {areas.random:.2f}°",
     ]
     caption = (
         "Mean AoP error of the answered cases if the least sure ones are left out. Area: the mean "
-        f"over all shares. The first {100 * draw.FIRST_SHARE:.0f} % are not drawn."
+        f"over all shares. The first {100 * figures.LEAST_SHARE:.0f} % are not drawn."
     )
     best = risk_coverage(error, error)[1]
     columns: dict[str, dict[str, str]] = {
@@ -502,9 +517,9 @@ def risk_section(evaluated: EvaluatedCases) -> str:
         "Reduction against all, %": {},
         "Best possible, deg": {},
     }
-    for share in ANSWERED:
-        mean, part = error_when_answering(error, risk, share)
-        reduction = Estimate(*(100 * value for value in part))
+    for share in ANSWERED_SHARES:
+        mean, reduced_share = error_when_answering(error, risk, share)
+        reduction = Estimate(*(100 * value for value in reduced_share))
         cells = (
             interval_text(mean, 2),
             interval_text(reduction, 0) if share < 1 else "–",
@@ -512,10 +527,11 @@ def risk_section(evaluated: EvaluatedCases) -> str:
         )
         for column, cell in zip(columns.values(), cells, strict=True):
             column[f"{100 * share:.0f} % answered"] = cell
-    chart = captioned(draw.risk_chart(error, risk), legend(names, line=True), caption)
+    chart = figure_html(figures.risk_chart(error, risk), legend(names, line=True), caption)
     return (
-        f'<div class="beside">{chart}<div>{table(columns)}<p>Cases are left out by {words}. The '
-        "best possible order is that of the errors themselves, which nobody knows in advance.</p>"
+        f'<div class="beside">{chart}<div>{html_table(columns)}'
+        f"<p>Cases are left out by {criterion}. The best possible order is that of the errors "
+        "themselves, which nobody knows in advance.</p>"
         "</div></div>"
     )
 
@@ -524,50 +540,55 @@ def risk_section(evaluated: EvaluatedCases) -> str:
 
 
 def cases_section(evaluated: EvaluatedCases, images: Path) -> str:
-    """Pictures of the worst and the best cases by AoP error."""
+    """HTML with pictures of the worst and the best cases by AoP error."""
     order = np.argsort(evaluated.aop_error_deg, kind="stable")
-    best = order[: min(EXAMPLES, len(order) // 2)]
-    worst = order[len(best) :][::-1][:EXAMPLES]
-    label = draw.reading_switch("truth", "label (truth): squares, full lines")
-    answer = draw.reading_switch("answer", "answer (prediction): circles, dashed lines")
+    best = order[: min(EXAMPLE_CASES, len(order) // 2)]
+    worst = order[len(best) :][::-1][:EXAMPLE_CASES]
+    label = figures.reading_switch("truth", "label (truth): squares, full lines")
+    answer = figures.reading_switch("answer", "answer (prediction): circles, dashed lines")
     parts = [
         f'<div class="controls">{label}{answer}</div>'
         '<p class="dim">The angle opens at PS1, between PS2 and the tangent through FH1. The '
         "tangent is drawn a little past FH1. The switches hide a drawing.</p>"
     ]
-    for words, chosen in (("worst", worst), ("best", best)):
+    for which, chosen in (("worst", worst), ("best", best)):
         cards = "".join(case_card(evaluated, k, images) for k in chosen.tolist())
-        heading = f"<h3>The {len(chosen)} {words} by AoP error</h3>"
+        heading = f"<h3>The {len(chosen)} {which} by AoP error</h3>"
         parts += [f'{heading}<div class="cards">{cards}</div>'] if len(chosen) else []
     return "".join(parts)
 
 
 def case_card(evaluated: EvaluatedCases, k: int, images: Path) -> str:
-    """Picture and description of case number k."""
-    case, found = evaluated.cases[k], evaluated.predictions[k]
+    """HTML of a case's picture and description.
+
+    Raises:
+        ImageError: the image cannot be read, or lacks the case's frame.
+    """
+    case, answer = evaluated.cases[k], evaluated.predictions[k]
     name, angles = evaluated.name_of(k), evaluated.angles_text(k)
-    read = next(islice(open_image(images / case.file).frames(), case.frame or 0, None), None)
-    if not isinstance(read, GreyFrame):
-        raise ImageError(f"{images / case.file}: {name} cannot be shown")
-    picture = draw.picture_of_case(
-        read.pixels,
-        read.geometry.pixel_shape,
+    frame = next(islice(open_image(images / case.file).frames(), case.frame or 0, None), None)
+    if not isinstance(frame, GreyFrame):
+        reason = frame.reason if frame else "the file has fewer frames"
+        raise ImageError(f"{images / case.file}: {name} cannot be shown: {reason}")
+    picture = figures.picture_of_case(
+        frame.pixels,
+        frame.geometry.pixel_shape,
         case.landmarks_px,
-        found.landmarks_px,
+        answer.landmarks_px,
         f"{name}: {angles}",
     )
     device = f" · device {case.device}" if case.device else ""
     lines = [f"<b>{escape(name)}</b>{escape(device)}", angles]
-    if found.aop_interval_deg is not None:
-        low, high = found.aop_interval_deg
+    if answer.aop_interval_deg is not None:
+        low, high = answer.aop_interval_deg
         outside = "" if low <= case.aop_deg <= high else ", label outside"
         lines.append(f"90 % interval {low:.1f}° to {high:.1f}°{outside}")
-    if found.expected_aop_error_deg is not None:
-        lines.append(f"expected error {found.expected_aop_error_deg:.1f}°")
+    if answer.expected_aop_error_deg is not None:
+        lines.append(f"expected error {answer.expected_aop_error_deg:.1f}°")
     radial = zip(LANDMARKS, evaluated.radial_px[k], strict=True)
     lines.append(", ".join(f"{name} {error:.1f}" for name, error in radial) + " px off")
-    if found.reasons:
-        lines.append(f'<span class="doubt">Not sure: {escape("; ".join(found.reasons))}</span>')
+    if answer.reasons:
+        lines.append(f'<span class="doubt">Not sure: {escape("; ".join(answer.reasons))}</span>')
     return f'<figure class="card">{picture}<figcaption>{"<br>".join(lines)}</figcaption></figure>'
 
 
@@ -575,7 +596,7 @@ def case_card(evaluated: EvaluatedCases, k: int, images: Path) -> str:
 
 
 def failures_section(evaluated: EvaluatedCases, missing: Sequence[str]) -> str:
-    """Cases without an answer or without an angle, and cases marked as doubtful."""
+    """HTML of the cases without an answer or an angle, and of the cases marked as doubtful."""
     undefined = np.flatnonzero(~np.isfinite(evaluated.difference_deg)).tolist()
     parts = [
         named_list("Without an answer, and part of no figure", missing),
@@ -585,43 +606,45 @@ def failures_section(evaluated: EvaluatedCases, missing: Sequence[str]) -> str:
             [evaluated.name_of(k) for k in undefined],
         ),
     ]
-    doubtful = [k for k, found in enumerate(evaluated.predictions) if found.reasons]
+    doubtful = [k for k, answer in enumerate(evaluated.predictions) if answer.reasons]
     if not doubtful:
         return "".join([*parts, "<p>Marked as doubtful: none.</p>"])
     sure = np.setdiff1d(evaluated.all_indices, doubtful)
     means = [
-        f"{len(chosen)} {words} with a mean AoP error of "
+        f"{len(chosen)} {which} with a mean AoP error of "
         f"{interval_text(estimate_of(evaluated.metrics_of(chosen), 'aop_error_deg'))} deg"
-        for words, chosen in (("doubtful", np.array(doubtful)), ("others", sure))
+        for which, chosen in (("doubtful", np.array(doubtful)), ("others", sure))
         if len(chosen)
     ]
     columns: dict[str, dict[str, str]] = {"Label": {}, "Answer": {}, "Reasons": {}}
     for k in doubtful:
-        name, found = evaluated.name_of(k), evaluated.predictions[k]
+        name, answer = evaluated.name_of(k), evaluated.predictions[k]
         columns["Label"][name] = f"{evaluated.label_deg[k]:.1f}°"
         columns["Answer"][name] = (
-            f"{found.aop_deg:.1f}°" if math.isfinite(found.aop_deg) else "none"
+            f"{answer.aop_deg:.1f}°" if math.isfinite(answer.aop_deg) else "none"
         )
-        columns["Reasons"][name] = "; ".join(found.reasons)
-    return "".join([*parts, f"<p>Marked as doubtful: {', '.join(means)}.</p>", table(columns, "")])
+        columns["Reasons"][name] = "; ".join(answer.reasons)
+    return "".join(
+        [*parts, f"<p>Marked as doubtful: {', '.join(means)}.</p>", html_table(columns, "")]
+    )
 
 
-def named_list(words: str, names: Sequence[str]) -> str:
-    """HTML of the words, the number of names, and the names."""
+def named_list(heading: str, names: Sequence[str]) -> str:
+    """HTML of the heading, the number of names, and the names."""
     items = "".join(f"<li>{escape(name)}</li>" for name in names)
-    return f"<p>{words}: {len(names) or 'none'}.</p>" + (f"<ul>{items}</ul>" if names else "")
+    return f"<p>{heading}: {len(names) or 'none'}.</p>" + (f"<ul>{items}</ul>" if names else "")
 
 
 # ---- Numbers and tables
 
 
-def estimate_of(metrics: Metrics, key: str) -> Estimate:
-    """One of the metrics with its interval."""
-    return Estimate(**cast("dict[str, float]", metrics[key]))
+def estimate_of(metrics: Summary, key: str) -> Estimate:
+    """A metric with its interval."""
+    return Estimate(**metrics[key])
 
 
 def percentage(hits: npt.NDArray[np.bool_]) -> Estimate:
-    """Percentage of hits, with its binomial interval."""
+    """Percentage of hits, with its 95 % binomial interval."""
     low, high = coverage_interval(int(hits.sum()), len(hits))
     return Estimate(100 * float(hits.mean()), 100 * low, 100 * high)
 
@@ -632,10 +655,10 @@ def split_interval(one: Estimate, places: int, unit: str = "") -> tuple[str, str
     return value, rest.rstrip(")")
 
 
-def table(columns: Columns, kind: str = "number") -> str:
-    """HTML table of plain texts; a cell that a column lacks is a dash.
+def html_table(columns: Columns, kind: str = "number") -> str:
+    """HTML table of plain texts, in which a dash stands for a cell that a column lacks.
 
-    kind: class of the cells. In cells of numbers no line breaks within an interval.
+    kind: CSS class of the cells. In cells of class "number" no line breaks within an interval.
     """
 
     def cell(text: str) -> str:
