@@ -1,8 +1,8 @@
-# Inference only, for Linux on x86-64.
-#   docker build -t aop .                                  CUDA 12 (driver 525 or newer), or the CPU
-#   docker build -t aop --build-arg RUNTIME=cpu .          several GB smaller, CPU only
+# The inference image, for Linux on x86-64.
+#   docker build -t aop .                                  CUDA 12 (driver 525 or newer) and CPU
+#   docker build -t aop --build-arg RUNTIME=cpu .          CPU only, several GB smaller
 #   docker build -t aop --build-arg API_METHOD=invoke .    a server for grand-challenge's invoke mode
-#   ... --build-arg LANDMARKS_FILE=my-points.json          answers under a challenge's own names
+#   ... --build-arg LANDMARKS_FILE=my-points.json          answers under the names of a challenge
 FROM python:3.11-slim-bookworm
 
 ARG RUNTIME=cuda

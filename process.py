@@ -160,10 +160,10 @@ def merge_parts(options: RunOptions) -> int:
     status, sentence = conclude_run(count_outcomes(merged.cases), options)
     if merged.missing:
         count, first = len(merged.missing), merged.missing[0]
-        again = (
-            "run that part again with --shard K/N (add --resume if it was stopped), then --merge"
+        sentence = (
+            f"{count} parts or files are missing, the first is {first!r}; run the parts concerned "
+            "again with --shard K/N (add --resume if they were stopped), then --merge"
         )
-        sentence = f"{count} parts or files are missing, the first is {first!r}; {again}"
     sentences = "; ".join(filter(None, (sentence, unknown)))
     return _print_outcome(1 if sentences else status, sentences)
 

@@ -1,1 +1,1 @@
-"""Trained weights -> ONNX, and what is measured on the result."""
+"""Trained weights -> ONNX files and a Codabench bundle, and measurements of them."""

@@ -1,8 +1,8 @@
-"""What one model takes of a process: `python -m export.footprint MODEL PROVIDER THREADS`.
+"""Measure the start and the memory of one model: python -m export.footprint MODEL PROVIDER THREADS
 
-THREADS 0 means as many as this process may use. It prints JSON: start_ms, peak_memory_mb and
-device_memory_mb, as the benchmark's Footprint has them. The process imports what process.py
-imports, and no torch, so that its peak memory is a user's. Nothing else runs beside it.
+THREADS 0 means all that this process may use. The command prints JSON: start_ms, peak_memory_mb and
+device_memory_mb, as in the benchmark's Footprint. Its process imports what process.py imports, and
+no torch, so that its peak memory is what a user sees.
 """
 
 import json
@@ -18,40 +18,44 @@ import numpy as np
 
 from model.predictor import Provider, load_predictor
 
-SIDE_PX = 512
+NOISE_SIDE_PX = 512  # side of the image of noise that the model answers
 IMAGES, STARTS = 2, 3
-ENOUGH_MS = 2000.0  # spent on starts: a slow model starts less often
+ENOUGH_MS = 2000.0  # after so long, a slow model is not started again
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Measure in this process and print."""
-    import onnxruntime  # noqa: F401, PLC0415  not part of a session's start
+    """Measure in this process and print the result; returns the exit status."""
+    import onnxruntime  # noqa: F401, PLC0415  so that its import is not part of the start
 
     path, threads = Path(arguments[0]), int(arguments[2]) or None
     provider: Provider = "cuda" if arguments[1] == "cuda" else "cpu"
     before = used_device_mb() if provider == "cuda" else None
-    grey = np.random.default_rng(0).integers(0, 256, (SIDE_PX, SIDE_PX), np.uint8)
+    grey = np.random.default_rng(0).integers(0, 256, (NOISE_SIDE_PX, NOISE_SIDE_PX), np.uint8)
     starts, peak, after = [], None, None
     for k in range(STARTS):
         start = time.perf_counter()
         predictor = load_predictor(path, provider, threads)
         starts.append(1000 * (time.perf_counter() - start))
-        if k == 0:  # later loads would stand beside the first in memory
+        if k == 0:  # a later predictor would add to the first one's memory
             for _ in range(IMAGES):
                 predictor.predict(grey)
             peak, after = peak_memory_mb(), used_device_mb() if before is not None else None
         if sum(starts) > ENOUGH_MS:
             break
     on_device = None if before is None or after is None else after - before
-    found = {"start_ms": statistics.median(starts), "peak_memory_mb": peak}
-    print(json.dumps({**found, "device_memory_mb": on_device}))
+    footprint = {
+        "start_ms": statistics.median(starts),
+        "peak_memory_mb": peak,
+        "device_memory_mb": on_device,
+    }
+    print(json.dumps(footprint))
     return 0
 
 
 def peak_memory_mb() -> float | None:
     """This process's largest resident size on Linux; None elsewhere.
 
-    ru_maxrss does not tell it: a process inherits there the peak of the one that starts it.
+    It is not ru_maxrss, which begins with the peak of the process that started this one.
     """
     try:
         status = Path("/proc/self/status").read_text(encoding="ascii")
@@ -61,7 +65,7 @@ def peak_memory_mb() -> float | None:
 
 
 def used_device_mb() -> float | None:
-    """Memory in use on the first GPU, by all processes, as nvidia-smi tells; else None."""
+    """Memory that all processes use on the first GPU; None without an answer from nvidia-smi."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return None

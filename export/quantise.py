@@ -1,18 +1,18 @@
-"""The model for the CPU: the same network with int8 weights and activations.
+"""Quantise a model for the CPU: the same network with int8 weights and activations.
 
     python -m export.quantise --model model/weights/aop.onnx --data PSFHS/cases.csv \\
         --images PSFHS/images --output model/weights/aop.int8.onnx
 
-The quantisation is static (QDQ, unsigned activations, signed weights, a scale per channel). Its
-ranges come from the images of split val. The weights use 7 bits of 8: on a processor without VNNI
-the engine adds two products in 16 bits, which larger weights would overflow, and the answers would
-depend on the processor. The heads' results, attention, the layer norms, the sums of tokens and the
-view head stay in floating point. export/rewrites.py first writes the network so that int8 kernels
-take the rest. The graph is stored as ONNX Runtime optimises it for any CPU, channels last. This
-more than halves the start of a session.
+The quantisation is static (QDQ, unsigned activations, signed weights, one scale per channel). Its
+ranges come from the images of split val. The weights use 7 of 8 bits. A processor without VNNI adds
+two products in 16 bits, and larger weights would overflow there: answers would depend on the
+processor. The heads' results, attention, the layer norms, the sums of tokens and the view head stay
+in floating point. export/rewrites.py first rewrites the network so that int8 kernels run the rest.
+The graph is stored as ONNX Runtime optimises it for any CPU, channels last, which more than halves
+the start of a session.
 
-Both models are measured on val first. If the error grows by more than --most-px or --most-deg,
-nothing is written.
+Both models are measured on val before the file is written. If the error grows by more than
+--most-px or --most-deg, nothing is written.
 """
 
 import argparse
@@ -33,8 +33,8 @@ from onnxruntime.quantization import (
     quantize_static,
 )
 
-from export.conversion import network_input, save
-from export.rewrites import Graph, rewritten, widened
+from export.conversion import network_input, save_onnx
+from export.rewrites import Graph, rewrite_for_int8, widen_weights
 from model.heatmap import Heatmaps
 from model.predictor import ModelError, load_predictor
 from model.spec import ModelSpec
@@ -48,7 +48,10 @@ INT8_OPS = ("Conv", "MatMul", "Gemm", "Add", "Concat", "Relu", "Transpose", "Res
 
 @dataclass(frozen=True)
 class QuantiseOptions:
-    """What the command line asks for; fields as its options, the limits in px at 512 and deg."""
+    """What the command line asks for; each field is the option of its name.
+
+    most_px, most_deg: largest growth of the MRE (px at 512) and of the AoP error (deg) on val.
+    """
 
     model: Path
     data: Path
@@ -59,115 +62,126 @@ class QuantiseOptions:
 
 
 class AccuracyError(ValueError):
-    """The int8 model errs more than is allowed."""
+    """The int8 model's error grows by more than the limits allow."""
 
 
-class _Inputs(CalibrationDataReader):  # type: ignore[misc]  # it has no types
-    """Hands out one network input after the other."""
+class _CalibrationInputs(CalibrationDataReader):  # type: ignore[misc]  # the base has no types
+    """Hands out one network input after the other to the quantiser."""
 
     def __init__(self, name: str, inputs: Sequence[Heatmaps]) -> None:
-        self.rest = iter([{name: image[None]} for image in inputs])
+        self.remaining = iter([{name: image[None]} for image in inputs])
 
     def get_next(self) -> dict[str, Heatmaps] | None:
-        return next(self.rest, None)
+        return next(self.remaining, None)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit status."""
+    """Run the command and return its exit status."""
     options = QuantiseOptions(**vars(_parser().parse_args(arguments)))
     try:
-        quantise(options)
+        quantise_model(options)
     except (ModelError, CaseError, AccuracyError, OSError) as error:
         print(f"export.quantise: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-def quantise(options: QuantiseOptions) -> None:
-    """Write the int8 model, once it has shown that it errs as little as the other."""
+def quantise_model(options: QuantiseOptions) -> None:
+    """Write the int8 model if its error on val grows by no more than the limits.
+
+    Raises:
+        AccuracyError: it grows by more; nothing is written.
+    """
     before = load_predictor(options.model, "cpu")
     cases = [case for case in read_cases(options.data) if case.split == "val"]
     if not cases:
-        raise CaseError(f"{options.data}: no case has split 'val', which gives the ranges")
+        raise CaseError(f"{options.data}: no case has split 'val', which the ranges come from")
     inputs = [network_input(before.spec, *read_frame(options.images / case.file)) for case in cases]
     spec = before.spec.model_copy(update={"name": f"{before.spec.name}-int8"})
     with tempfile.TemporaryDirectory(dir=options.output.parent) as folder:
         draft = Path(folder) / "draft.onnx"
         write_int8(options.model, draft, inputs, spec)
-        found = [
+        predictions = [
             predict_cases(predictor, cases, options.images)
             for predictor in (before, load_predictor(draft, "cpu"))
         ]
-        metrics = compare(found, cases, options)
+        metrics = check_accuracy(predictions, cases, options)
         spec = spec if spec.val_trained else spec.model_copy(update={"metrics": metrics})
-        save(onnx.load(draft), spec, draft)
+        save_onnx(onnx.load(draft), spec, draft)
         draft.replace(options.output)
     sizes = [path.stat().st_size / 1e6 for path in (options.model, options.output)]
     print(f"{options.model} {sizes[0]:.1f} MB -> {options.output} {sizes[1]:.1f} MB")
 
 
 def write_int8(model: Path, output: Path, inputs: Sequence[Heatmaps], spec: ModelSpec) -> None:
-    """Write the quantised model.
+    """Write the quantised model, with `spec` in its metadata.
 
     Args:
-        inputs: network inputs (channels, size, size) that the ranges are taken from.
+        inputs: network inputs (channels, size, size), which the ranges come from.
     """
-    original = rewritten(widened(onnx.load(model)))
+    original = rewrite_for_int8(widen_weights(onnx.load(model)))
     graph = Graph(original)
-    kept = [
+    in_floating_point = [
         node.name
         for node in original.graph.node
         if any(name.startswith("view.") for name in node.input)
         or (node.op_type == "MatMul" and not {*node.input} & {*graph.weights})
-        or (node.op_type == "Add" and not of_maps(node, graph))
+        or (node.op_type == "Add" and not takes_feature_maps(node, graph))
     ]
     logging.getLogger().setLevel(logging.ERROR)  # it advises a step that changes nothing here
     quantize_static(
         original,
         output,
-        _Inputs(original.graph.input[0].name, inputs),
+        _CalibrationInputs(original.graph.input[0].name, inputs),
         quant_format=QuantFormat.QDQ,
         op_types_to_quantize=list(INT8_OPS),
         per_channel=True,
         reduce_range=True,
         activation_type=QuantType.QUInt8,
         weight_type=QuantType.QInt8,
-        nodes_to_exclude=kept,
+        nodes_to_exclude=in_floating_point,
         extra_options={"OpTypesToExcludeOutputQuantization": ["MatMul"]},
     )
     options = ort.SessionOptions()
     options.optimized_model_filepath = str(output)
-    of_one_cpu = ["NchwcTransformer"]  # its blocks are as wide as the registers here
-    ort.InferenceSession(output, options, ["CPUExecutionProvider"], disabled_optimizers=of_one_cpu)
-    save(onnx.load(output), spec, output)
+    cpu_specific = ["NchwcTransformer"]  # its blocks are as wide as this processor's registers
+    providers = ["CPUExecutionProvider"]
+    ort.InferenceSession(output, options, providers, disabled_optimizers=cpu_specific)
+    save_onnx(onnx.load(output), spec, output)
 
 
-def of_maps(node: onnx.NodeProto, graph: Graph) -> bool:
+def takes_feature_maps(node: onnx.NodeProto, graph: Graph) -> bool:
     """Whether all inputs of a node are feature maps (n, channels, rows, columns)."""
     return all(len(graph.shapes.get(name, ())) == 4 for name in node.input)
 
 
-def compare(
-    found: Sequence[Sequence[CasePrediction]], cases: Sequence[Case], options: QuantiseOptions
+def check_accuracy(
+    predictions: Sequence[Sequence[CasePrediction]], cases: Sequence[Case], options: QuantiseOptions
 ) -> dict[str, float]:
-    """The figures of val for the int8 model; AccuracyError if it errs too much more.
+    """Print both models' errors and return the int8 model's, as metrics of its spec.
 
     Args:
-        found: predictions of float32, then of int8, a list a model.
+        predictions: the float32 model's for all cases, then the int8 model's.
+
+    Raises:
+        AccuracyError: the error grows by more than the options allow.
     """
-    errors = [mean_errors(predictions, cases) for predictions in found]
-    moved = [
+    errors = [mean_errors(of_model, cases) for of_model in predictions]
+    moved_px = [
         np.linalg.norm(one.landmarks_px - other.landmarks_px, axis=1).max()
-        for one, other in zip(*found, strict=True)
+        for one, other in zip(*predictions, strict=True)
     ]
     for name, (mre_px, aop_deg) in zip(("float32", "int8"), errors, strict=True):
         print(f"{name:8} val MRE {mre_px:.3f} px, AoP error {aop_deg:.3f} deg")
-    print(f"moved by at most {max(moved):.2f} image px a case, on average {np.mean(moved):.2f}")
+    print(
+        f"largest move of a case's landmarks: {np.mean(moved_px):.2f} image px on average, "
+        f"{max(moved_px):.2f} at most"
+    )
     grown_px, grown_deg = np.subtract(errors[1], errors[0])
     if grown_px > options.most_px or grown_deg > options.most_deg:
         raise AccuracyError(
-            f"int8 errs {grown_px:.2f} px and {grown_deg:.2f} deg more on val, allowed are "
-            f"{options.most_px:g} and {options.most_deg:g}; not written"
+            f"the int8 model errs by {grown_px:.2f} px and {grown_deg:.2f} deg more on val, "
+            f"allowed are {options.most_px:g} and {options.most_deg:g}; nothing is written"
         )
     return {
         "val_mre_px": round(float(errors[1][0]), 3),

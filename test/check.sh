@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The check before a commit: lint, types and the fast tests, in the environment of run_tests.sh.
+# Check a change before a commit: lint, types and the fast tests, in the environment of run_tests.sh.
 # Arguments go to pytest.
 set -euo pipefail
 export OMP_NUM_THREADS=1  # the tests' networks are small: a second thread costs more than it gives

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Write model/locks/cpu.txt and cuda.txt from requirements.txt: every package of the image, with the
-# version and the digest of its wheel for Linux on x86-64 and Python 3.11, which is what to run this on.
+# Write model/locks/cpu.txt and cuda.txt from requirements.txt: every package of the image with its
+# version and the digest of its wheel. Run it on Linux on x86-64 with Python 3.11, as in the image.
 #   ./test/lock.sh       after a change of requirements.txt
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Runs the tutorial's commands of training/README.md as they stand there, in a copy of the repository;
-# the lines from `docker` on only if a Docker engine runs.
+# Run the commands of the tutorial in training/README.md as they stand there, in a copy of the
+# repository. Without a Docker engine the lines from `docker build` on are left out.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 copy=$(mktemp -d)
@@ -9,7 +9,7 @@ git ls-files -z | xargs -0 cp --parents -t "$copy"
 # the fenced block after the line that names this script
 lines=$(sed -n '/run_example.sh/,/^```$/p' training/README.md | sed '1,/^```sh$/d;$d')
 docker info >/dev/null 2>&1 || lines=${lines%%$'\n'docker build*}
-[ "$(wc -l <<<"$lines")" -ge 15 ] || { echo "training/README.md's example was not found" >&2; exit 1; }
+[ "$(wc -l <<<"$lines")" -ge 15 ] || { echo "no example in training/README.md below run_example.sh" >&2; exit 1; }
 cd "$copy"
 bash -euxc "$lines"
 if [ -d demo/out ]; then

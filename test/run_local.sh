@@ -2,10 +2,10 @@
 # Run the shipped model as a challenge platform would, and check the answers.
 #   ./test/run_local.sh              drawn images in every layout and mode; prints a table of checks
 #   ./test/run_local.sh INPUT_DIR    your images (or a grand-challenge job)
-# The answers lie in test/output, which is emptied first. What a failed check printed follows the
-# table. With a Docker engine it builds the image `aop` and runs it under the flags of a challenge
-# platform. Without one it runs in a virtual environment (.venv). RUNTIME=cpu|cuda chooses the
-# variant; the default is cuda on a machine with a GPU, else cpu.
+# The answers lie in test/output, which is emptied first. The output of failed checks follows the
+# table. With a Docker engine the script builds the image `aop` and runs it under the flags of a
+# challenge platform. Without one it runs process.py in a virtual environment (.venv). RUNTIME=cpu|cuda
+# chooses the variant; the default is cuda on a machine with a GPU, else cpu.
 set -euo pipefail
 top=$(cd "$(dirname "$0")/.." && pwd)
 input=${1:-$top/test/cases/input}
@@ -18,8 +18,8 @@ if command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; then
 fi
 runtime=${RUNTIME:-$runtime}
 [ "$runtime" = cuda ] || gpu=()
-expected=test/cases/expected.int8.csv  # by aop.int8.onnx, which the CPU runs
-[ ${#gpu[@]} = 0 ] || expected=test/cases/expected.csv  # by aop.onnx
+expected=test/cases/expected.int8.csv  # answers of aop.int8.onnx, which the CPU runs
+[ ${#gpu[@]} = 0 ] || expected=test/cases/expected.csv  # answers of aop.onnx
 image=aop
 output=$PWD/test/output
 rm -rf "$output"; mkdir -p "$output"; chmod 777 "$output"
@@ -27,10 +27,10 @@ work=$(mktemp -d); chmod 755 "$work"
 server=aop-server-$$; docker=
 trap 'rm -rf "$work"; [ -z "$docker" ] || docker rm -f "$server" >/dev/null 2>&1 || true' EXIT
 
-as=()  # the image's own user, or whoever calls, so that the answers can be deleted again
+as=()  # run as the caller, who can then delete the answers; root leaves the image's own user
 [ "$(id -u)" = 0 ] || as=(--user "$(id -u):$(id -g)")
 
-quietly() {  # COMMAND...: what it prints is shown only if it fails
+quietly() {  # COMMAND...: run it, and show its output only if it fails
   "$@" >"$work/log" 2>&1 || { local status=$?; cat "$work/log" >&2; return "$status"; }
 }
 
@@ -59,7 +59,7 @@ run() {  # INPUT OUTPUT [option ...]
     .venv/bin/python process.py --input "$in" --output "$out" "$@"
   fi
 }
-run_linked() {  # INPUT OUTPUT: the input folder is a symbolic link
+run_linked() {  # INPUT OUTPUT: run with a symbolic link as input folder
   if [ "$docker" ]; then
     docker run --rm "${strict[@]}" -v "$1":/mnt:ro -v "$2":/output --entrypoint sh "$image" \
       -c 'ln -s /mnt /tmp/input && exec python /opt/app/process.py --input /tmp/input'
@@ -67,7 +67,7 @@ run_linked() {  # INPUT OUTPUT: the input folder is a symbolic link
     ln -sfn "$1" "$work/link"; run "$work/link" "$2"
   fi
 }
-python() {  # with test/ at hand
+python() {  # [argument ...]: Python in the image, with test/ mounted, or in .venv
   if [ "$docker" ]; then
     docker run --rm "${strict[@]}" -v "$PWD/test":/test:ro -v "$output":/output --entrypoint python \
       -w / "$image" "$@"
@@ -75,7 +75,7 @@ python() {  # with test/ at hand
     .venv/bin/python "$@"
   fi
 }
-check() {  # NAME [option ...]: the answers in $output/NAME
+check() {  # NAME [option ...]: check the answers in $output/NAME
   local name=$1; shift
   if [ "$docker" ]; then python test/container/check_answers.py "/output/$name" "$@"
   else python test/container/check_answers.py "$output/$name" "$@"; fi
@@ -91,18 +91,18 @@ fi
 
 # ---- Every layout and mode, on the synthetic images
 
-make_job() {  # FOLDER KEY IMAGE: a grand-challenge job
+make_job() {  # FOLDER KEY IMAGE: write a grand-challenge job whose entries have this key
   mkdir -p "$1/images/ultrasound"
   cp "$3" "$1/images/ultrasound/"
   printf '[{"%s": {"slug": "site", "super_kind": "Value"}, "value": 3},
     {"%s": {"slug": "ultrasound", "relative_path": "images/ultrasound", "super_kind": "Image"}}]' \
     "$2" "$2" >"$1/inputs.json"
 }
-ask() {  # METHOD PATH STATUS
+ask() {  # METHOD PATH STATUS: send a request to the server; fail unless it answers with STATUS
   if [ "$docker" ]; then docker exec -i "$server" python - "$@" <test/container/ask.py
   else .venv/bin/python test/container/ask.py "$@"; fi
 }
-serve_jobs() {
+serve_jobs() {  # start a server, ask for its health, run good and bad jobs, stop it
   mkdir -p "$work/serve"; mkdir -m 777 -p "$output/invoke"
   if [ "$docker" ]; then
     docker run -d --name "$server" "${strict[@]}" -v "$work/serve":/input:ro \
@@ -126,7 +126,7 @@ serve_jobs() {
     kill -TERM "$server"; wait "$server"
   fi
 }
-exec_and_check() {  # NAME INPUT [option ...]
+exec_and_check() {  # NAME INPUT [option of check ...]: run once and check the answers
   local name=$1 in=$2; shift 2
   mkdir -m 777 "$output/$name"
   "${how:-run}" "$in" "$output/$name"
@@ -134,7 +134,7 @@ exec_and_check() {  # NAME INPUT [option ...]
 }
 
 status=0
-row() {  # WORDS COMMAND...: run it, and print how it went
+row() {  # WORDS COMMAND...: run the command and print a row of the table
   local words=$1 result=ok log=$work/row.log; shift
   set +e  # with "||" bash would not stop at the first command that fails
   ( set -e; "$@" ) >"$log" 2>&1

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# The figures of MODEL_CARD.md, measured again through the container's own path: process.py on the
-# images of split `test` (in Docker where there is an engine), training.evaluate on its landmarks.csv.
+# Measure the figures of MODEL_CARD.md again as a user would: run_local.sh answers the images of split
+# `test`, and training.evaluate measures its landmarks.csv.
 #   ./test/run_real.sh [PSFHS_DIR]     default $AOP_DATA/psfhs or ../shared/data/psfhs
-# Fails where a figure is more than a tenth worse than the card's. Needs test/run_tests.sh's venv.
+# Fails if a figure is more than a tenth worse than the card's. Needs the environment of run_tests.sh.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 data=${1:-${AOP_DATA:-../shared/data}/psfhs}
-[ -f "$data/cases.csv" ] || { echo "no cases.csv in $data; pass the PSFHS folder" >&2; exit 2; }
+[ -f "$data/cases.csv" ] || { echo "no cases.csv in $data; pass the folder of PSFHS" >&2; exit 2; }
 python=${AOP_VENV:-$PWD/.venv-test}/bin/python
-[ -x "$python" ] || { echo "no $python; run ./test/run_tests.sh first, which makes it" >&2; exit 2; }
+[ -x "$python" ] || { echo "no $python; run ./test/run_tests.sh first: it makes the environment" >&2; exit 2; }
 images=$(mktemp -d)
 trap 'rm -rf "$images"' EXIT
 chmod 755 "$images"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# The whole test suite from nothing: virtual environment, lint, types, tests.
-# AOP_DATA names the folder that holds psfhs/ (default ../shared/data); without it, tests on real
-# images are skipped. Arguments go to pytest.
+# Make the virtual environment and run lint, types and all tests. Arguments go to pytest.
+# AOP_DATA names the folder that holds psfhs/ (default ../shared/data). Tests on real images are
+# skipped without it.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 venv=${AOP_VENV:-$PWD/.venv-test}  # an absolute path

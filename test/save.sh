@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# Save the two files that grand-challenge takes: the image, and the weights, which it unpacks to
-# /opt/ml/model (they are in the image too: model.tar.gz is for weights that change without it). Then
-# check them: the saved image is loaded and answers the sample images with the weights mounted.
+# Save the two files for grand-challenge: the image, and model.tar.gz, which the platform unpacks to
+# /opt/ml/model. The image holds the weights too; model.tar.gz is for weights that change without it.
+# Then check both: load the saved image, mount the weights and answer a sample image.
 #   ./test/save.sh [FOLDER] [MODEL.onnx]      default: dist and the shipped model for CUDA or the CPU
-# RUNTIME=cuda|cpu and API_METHOD=exec|invoke choose the image (default: cuda, exec); LANDMARKS_FILE,
-# ANGLE_FILE, THREE_POINTS_FILE and FRAME_OF_ANSWERS are what a challenge asks for. Needs Docker.
+# RUNTIME=cuda|cpu and API_METHOD=exec|invoke choose the image (default: cuda, exec). LANDMARKS_FILE,
+# ANGLE_FILE, THREE_POINTS_FILE and FRAME_OF_ANSWERS set names and frame of the answers. Needs Docker.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 folder=${1:-dist}
 shipped=aop.onnx; [ "${RUNTIME:-cuda}" = cuda ] || shipped=aop.int8.onnx
 model=${2:-model/weights/$shipped}
-[ -f "$model" ] || { echo "no model $model; expected an .onnx file" >&2; exit 2; }
-docker info >/dev/null 2>&1 || { echo "needs a running Docker engine" >&2; exit 2; }
+[ -f "$model" ] || { echo "no file $model; expected an ONNX model" >&2; exit 2; }
+docker info >/dev/null 2>&1 || { echo "no Docker engine runs; start one first" >&2; exit 2; }
 mkdir -p "$folder"
 api=${API_METHOD:-exec}
 image=$folder/aop-${RUNTIME:-cuda}-$api.tar.gz
@@ -37,7 +37,7 @@ cp test/cases/input/phantom-61.png "$work/in/images/ultrasound"
 echo '[{"socket": {"slug": "ultrasound", "relative_path": "images/ultrasound",
   "super_kind": "Image"}}]' >"$work/in/inputs.json"
 chmod -R a+rX "$work"
-as=()  # the image's own user, or whoever calls, so that the answers can be deleted again
+as=()  # run as the caller, who can then delete the answers; root leaves the image's own user
 [ "$(id -u)" = 0 ] || as=(--user "$(id -u):$(id -g)")
 docker run -d --name "$server" "${as[@]}" --network none --cap-drop ALL --read-only --tmpfs /tmp \
   --security-opt no-new-privileges --pids-limit 256 --memory 4g --shm-size 128m \

@@ -1,18 +1,21 @@
-"""Teach a trained model how far it may be off, and what it is not made for.
+"""Calibrate a trained model: how far it may be off, and which images it is not made for.
 
     python -m training.calibrate --weights RUN/best.safetensors --data cases.csv --images DIR \\
         --others DIR 'training_*' --output OUT/aop.safetensors
 
-On split val it fits the error to expect of each landmark and of the angle (`model.uncertainty`) and
-the angle's 90 % interval; with --others it first trains a view head on split train, spoiled images
-of it, and images of other views. The thresholds of doubt are set so that at most --doubted of val
-is doubtful. The landmarks change with --mask-share alone. Then export: python -m export.to_onnx.
+On split val it fits the expected error of each landmark and of the angle (`model.uncertainty`), and
+the 90 % interval of the angle. With --others it first trains a view head: on images of split train,
+on spoiled copies of them, and on the images of other views in DIR. The thresholds of doubt are set
+so that at most the share --doubted of val is doubtful.
 
-Val should not have trained the model, nor chosen between many: the errors would come out too small.
-It needs 20 cases or more. For weights that val trained too (training.fit --all), or with a smaller
-val, pass --folds FOLDS. Errors and interval are then fitted on the answers of the cross-validation
-of the same recipe (training.folds). Each is of a network that had not seen the case, and that saw
-fewer images, so that the errors come out somewhat too large.
+It writes OUT/aop.safetensors with aop.json. Landmarks stay as they are, unless --mask-share changes
+them. Next, export the model: python -m export.to_onnx --weights OUT/aop.safetensors ...
+
+Val needs 20 cases or more. It must not have trained the model, and the model should not be the best
+of many on it: the errors would come out too small. For weights that val trained too (training.fit
+--all), or for a smaller val, pass --folds FOLDS, a run of training.folds with the same recipe.
+Errors and interval are then fitted on its answers, each from a network that had not seen the case.
+These networks saw fewer images, so the errors come out somewhat too large.
 """
 
 import argparse
@@ -36,23 +39,29 @@ from training.data.case_table import Case, CaseError, count_splits, read_cases, 
 from training.data.dataset import read_frame
 from training.data.sources import images_matching
 from training.evaluation.metrics import case_errors, mean_errors
-from training.evaluation.predict import CasePrediction, case_prediction, load_folds, torch_predictor
-from training.learning.checkpoint import Checkpoint, CheckpointError, load_weights, save_weights
+from training.evaluation.predict import CasePrediction, case_prediction, torch_predictor
+from training.learning.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    load_folds,
+    load_weights,
+    save_weights,
+)
 from training.learning.view_head import train_view_head
-from training.recipes import mask_shares
+from training.recipes import parse_mask_shares
 
-LEVEL = 0.9
+INTERVAL_LEVEL = 0.9  # probability with which the interval is to hold the angle
 VIEW_CHANNELS = 16
-PARTS = 10  # of the cases, in `crossed`
-RIDGE = 5.0  # cases' worth of pull towards 'the terms say nothing', for standardised terms
+PARTS = 10  # parts of the cases in `cross_fit_errors`
+RIDGE = 5.0  # pull of the slopes (of standardised terms) towards 0, as a number of cases
 
 
 @dataclass(frozen=True)
 class CalibrateOptions:
     """The command line.
 
-    others: a folder and perhaps a pattern of file names. mask_share: None keeps the weights' own.
-    doubted: the share of val that may be doubtful, 0 to below 1.
+    others: a folder, and a pattern of file names if one follows it. mask_share: None keeps that of
+    the weights. doubted: share of val that may be doubtful, 0 to below 1.
     """
 
     weights: Path
@@ -67,10 +76,10 @@ class CalibrateOptions:
 
 
 class CaseAnswer(NamedTuple):
-    """A labelled case, what a network found in its image, and the answer that this gives."""
+    """A labelled case, a network's prediction for its image, and the answer made of it."""
 
     case: Case
-    found: Prediction
+    prediction: Prediction
     answer: CasePrediction
 
 
@@ -96,13 +105,15 @@ def calibrate(options: CalibrateOptions) -> None:
     plain = {"calibration": None, "doubt_below": 0.0, "mask_share": share}
     spec = checkpoint.spec.model_copy(update=plain)
     if spec.val_trained and not options.folds:
-        raise CheckpointError(f"split val trained {options.weights}: give the answers of --folds")
+        raise CheckpointError(
+            f"split val trained {options.weights}: pass --folds with a run of training.folds"
+        )
     cases = read_cases(options.data)
-    require_enough(cases, options)
+    require_enough_cases(cases, options)
     val = [case for case in cases if case.split == "val"]
     train = [case for case in cases if case.split == "train"]
-    seen = [*val, *train] if options.others or options.folds else val
-    require_images(seen, options.images, options.data)
+    needed = [*val, *train] if options.others or options.folds else val
+    require_images(needed, options.images, options.data)
     options.output.parent.mkdir(parents=True, exist_ok=True)
     config = checkpoint.network
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -110,25 +121,30 @@ def calibrate(options: CalibrateOptions) -> None:
         if not (
             isinstance(network, TransUNet) and isinstance(config, TransUNetConfig) and train and val
         ):
-            raise CaseError("--others needs a transunet, and cases of split train and val")
+            raise CaseError(
+                "--others needs weights of a transunet, and cases of split train and val; "
+                f"{options.weights} is a {config.kind}, {options.data} has {count_splits(cases)}"
+            )
         config = replace(config, view_channels=VIEW_CHANNELS)
         network = with_view_head(network, build_network(config, checkpoint.masks)).to(device)
         others = images_matching(options.others)
         train_view_head(network, spec, train, options.images, others, options.seed)
     predictor = torch_predictor(network.to(device), spec, device)
-    of_val = answer_cases(predictor, val, options.images)
-    answers = of_val
+    val_answers = predict_labelled(predictor, val, options.images)
+    answers = val_answers
     if options.folds:
-        answers = answer_folds(options.folds, options, checkpoint, spec, device)
-    views = np.sort([one.found.view_score for one in of_val if one.found.view_score is not None])
-    found = calibration_of(answers, shares_of_doubt(answers, options.doubted, len(views) > 0)[0])
-    if len(views) and isinstance(network, TransUNet):
-        below = shares_of_doubt(of_val, options.doubted, True)[1]
-        score = centre_view_score(network, _between(views, below))
-        found = found.model_copy(update={"view_below": score})
-    spec = spec.model_copy(update={"calibration": found})
+        answers = predict_folds(options.folds, options, checkpoint, spec, device)
+    scores = [each.prediction.view_score for each in val_answers]
+    view_scores = np.sort([score for score in scores if score is not None])
+    has_view = len(view_scores) > 0
+    calibration = fit_calibration(answers, doubt_budget(answers, options.doubted, has_view)[0])
+    if has_view and isinstance(network, TransUNet):
+        below = doubt_budget(val_answers, options.doubted, has_view)[1]
+        score = centre_view_score(network, view_threshold(view_scores, below))
+        calibration = calibration.model_copy(update={"view_below": score})
+    spec = spec.model_copy(update={"calibration": calibration})
     if options.folds:
-        errors = mean_errors([one.answer for one in answers], [one.case for one in answers])
+        errors = mean_errors([each.answer for each in answers], [each.case for each in answers])
         names = ("folds_mre_px", "folds_aop_error_deg")
         metrics = {name: round(value, 3) for name, value in zip(names, errors, strict=True)}
         spec = spec.model_copy(update={"metrics": metrics})
@@ -137,10 +153,10 @@ def calibrate(options: CalibrateOptions) -> None:
     print(f"{options.weights} -> {options.output}: {spec.calibration}")
 
 
-def require_enough(cases: Sequence[Case], options: CalibrateOptions) -> None:
-    """Refuse a table whose cases to calibrate on are too few, or all of one group.
+def require_enough_cases(cases: Sequence[Case], options: CalibrateOptions) -> None:
+    """Refuse a table with too few cases to calibrate on, or with all of them in one group.
 
-    These are the cases of val, with --folds those of train too.
+    The cases are those of val, and with --folds those of train too.
 
     Raises:
         CaseError: says what to do instead.
@@ -161,109 +177,132 @@ def require_enough(cases: Sequence[Case], options: CalibrateOptions) -> None:
         )
 
 
+# ---- The view head
+
+
 def with_view_head(network: TransUNet, other: torch.nn.Module) -> TransUNet:
-    """The second network, with a view head still random, and all else of the first."""
+    """Copy a network's weights into another one, which has a view head and keeps that head's own.
+
+    Returns:
+        The other network.
+    """
     assert isinstance(other, TransUNet)
-    own = {key: value for key, value in other.state_dict().items() if key.startswith("view.")}
-    known = {k: v for k, v in network.state_dict().items() if not k.startswith("view.")}
-    other.load_state_dict(own | known)  # strict: every key is there
+    head = {key: value for key, value in other.state_dict().items() if key.startswith("view.")}
+    states = network.state_dict().items()
+    rest = {key: value for key, value in states if not key.startswith("view.")}
+    other.load_state_dict(head | rest)  # strict: every key is there
     return other
 
 
 def centre_view_score(network: TransUNet, threshold: float) -> float:
-    """Shift the view head's logits so that its threshold is the score of 0.5, and return that."""
+    """Shift the view head's logits so that the threshold becomes a score of 0.5; returns 0.5."""
     assert network.view is not None
-    last = next(one for one in reversed(network.view.judge) if isinstance(one, torch.nn.Linear))
+    layers = reversed(network.view.judge)
+    last = next(layer for layer in layers if isinstance(layer, torch.nn.Linear))
     with torch.no_grad():
         last.bias.sub_(float(np.log(threshold / (1 - threshold))))
     return 0.5
 
 
-def answer_cases(predictor: Predictor, cases: Sequence[Case], images: Path) -> list[CaseAnswer]:
-    """What a network says of labelled cases."""
+# ---- Answers to labelled cases
+
+
+def predict_labelled(predictor: Predictor, cases: Sequence[Case], images: Path) -> list[CaseAnswer]:
+    """What a network answers for labelled cases, in their order."""
     answers = []
     for case in tqdm(cases, "answers", leave=False):
         grey, pixel_shape = read_frame(images / case.file, case.frame)
-        found = predictor.predict(grey, pixel_shape)
-        answer = case_prediction(found, grey.shape, pixel_shape, predictor.spec)
-        answers.append(CaseAnswer(case, found, answer))
+        prediction = predictor.predict(grey, pixel_shape)
+        answer = case_prediction(prediction, grey.shape, pixel_shape, predictor.spec)
+        answers.append(CaseAnswer(case, prediction, answer))
     return answers
 
 
-def answer_folds(
+def predict_folds(
     folds: Path,
     options: CalibrateOptions,
     checkpoint: Checkpoint,
     spec: ModelSpec,
     device: torch.device,
 ) -> list[CaseAnswer]:
-    """What the networks of a cross-validation say of the cases that each has not seen.
+    """What the networks of a cross-validation answer for the cases that each has not seen.
 
     Raises:
-        CheckpointError: their network is not that of the weights.
+        CheckpointError: the networks differ from that of the weights.
     """
     answers = []
     for network, other, cases in load_folds(folds):
         if without_view_head(checkpoint.network) != without_view_head(other.network):
-            raise CheckpointError(f"{folds} holds another network than {options.weights}")
+            raise CheckpointError(
+                f"{folds} holds another network than {options.weights}: pass a run of "
+                "training.folds with the recipe of the weights"
+            )
         predictor = torch_predictor(network.to(device), spec, device)
-        answers += answer_cases(predictor, cases, options.images)
+        answers += predict_labelled(predictor, cases, options.images)
     return answers
 
 
-def calibration_of(answers: Sequence[CaseAnswer], above: int) -> Calibration:
-    """The calibration that these cases give, which must not have trained the network.
+# ---- Expected errors, interval and thresholds
+
+
+def fit_calibration(answers: Sequence[CaseAnswer], above: int) -> Calibration:
+    """The calibration that fits these answers, whose cases must not have trained the network.
 
     Args:
-        above: so many of them are to be doubtful for their expected error.
+        above: number of answers that are to be doubtful for their expected error.
     """
-    cases = [one.case for one in answers]
-    radial, aop = case_errors([one.answer for one in answers], cases)
+    cases = [each.case for each in answers]
+    radial, aop = case_errors([each.answer for each in answers], cases)
     errors = np.column_stack([radial, aop])
-    terms = np.array([one.found.terms for one in answers])
+    terms = np.array([each.prediction.terms for each in answers])
     models = {name: fit_error_model(terms[:, k], errors[:, k]) for k, name in enumerate(QUANTITIES)}
-    ratios = aop / crossed(terms[:, 3], aop, [case.group or case.file for case in cases])
+    groups = [case.group or case.file for case in cases]
+    ratios = aop / cross_fit_errors(terms[:, 3], aop, groups)
     expected = models["AoP"].expected(terms[:, 3])
     return Calibration(
         errors=models,
-        interval=conformal_quantile(ratios, LEVEL),
-        error_above_deg=_above(np.sort(expected)[::-1], above),
+        interval=conformal_quantile(ratios, INTERVAL_LEVEL),
+        error_above_deg=error_threshold(np.sort(expected)[::-1], above),
         cases=len(cases),
     )
 
 
-def shares_of_doubt(answers: Sequence[CaseAnswer], doubted: float, view: bool) -> tuple[int, int]:
+def doubt_budget(answers: Sequence[CaseAnswer], doubted: float, has_view: bool) -> tuple[int, int]:
     """How many cases may be doubted for their expected error, and how many for their view.
 
-    Together they are what the implausible ones, doubted anyway, leave of the share.
+    Implausible answers are doubted anyway. The two numbers share what these leave of `doubted`.
     """
-    odd = sum(bool(one.answer.reasons) for one in answers)
-    allowed = max(0, int(doubted * len(answers)) - odd)
-    of_view = (allowed + 1) // 2 if view else 0
-    return allowed - of_view, of_view
+    implausible = sum(bool(each.answer.reasons) for each in answers)
+    allowed = max(0, int(doubted * len(answers)) - implausible)
+    for_view = (allowed + 1) // 2 if has_view else 0
+    return allowed - for_view, for_view
 
 
-def _between(scores: Floats, below: int) -> float:
-    """A threshold with so many of the sorted scores below it, halfway (of logits) to the next."""
+def view_threshold(scores: Floats, below: int) -> float:
+    """A threshold with `below` of the ascending scores below it.
+
+    It lies halfway to the next score, measured in logits.
+    """
     inside = np.clip(scores, 1e-7, 1 - 1e-7)
     logits = np.log(inside / (1 - inside))
     middle = (logits[below - 1] + logits[below]) / 2 if below else logits[0] - 1
     return float(1 / (1 + np.exp(-middle)))
 
 
-def _above(errors: Floats, above: int) -> float:
-    """A threshold with so many of the errors, sorted from the largest, above it."""
+def error_threshold(errors: Floats, above: int) -> float:
+    """A threshold with `above` of the descending errors above it."""
     return float(errors[: above + 1][-2:].mean()) if above else float(errors[0] * 1.01)
 
 
 def fit_error_model(terms: Floats, errors: Floats) -> ErrorModel:
-    """The model of the expected error: a gamma regression with logarithmic link, and a ridge.
+    """Fit the expected error: a gamma regression with logarithmic link, and a ridge.
 
-    Fitted by reweighted least squares (McCullagh and Nelder 1989, 2.5), whose weights are all 1
-    here. A term by which the error would fall is left out: doubt never makes an answer better.
+    The fit is by reweighted least squares (McCullagh and Nelder 1989, 2.5), whose weights are all 1
+    here. A term with which the error would fall is left out: doubt never makes an answer better.
 
     Args:
-        terms: (n, 2) as of `model.uncertainty.error_terms`. errors: (n,), not negative.
+        terms: (n, 2), disagreement and spread as from `model.uncertainty.error_terms`.
+        errors: (n,), not negative.
     """
     errors = np.maximum(errors, 1e-3)
     known = [column[np.isfinite(column)] for column in terms.T]
@@ -295,8 +334,12 @@ def fit_error_model(terms: Floats, errors: Floats) -> ErrorModel:
     )
 
 
-def crossed(terms: Floats, errors: Floats, groups: Sequence[str]) -> Floats:
-    """(n,) expected errors, each from a model that its own group of cases was kept out of."""
+def cross_fit_errors(terms: Floats, errors: Floats, groups: Sequence[str]) -> Floats:
+    """(n,) expected errors, each from a model that was fitted without the case's own group.
+
+    Args:
+        terms, errors: as in `fit_error_model`.
+    """
     names = sorted(set(groups))
     fold_of = dict(
         zip(names, np.random.default_rng(0).permutation(len(names)) % PARTS, strict=True)
@@ -310,9 +353,12 @@ def crossed(terms: Floats, errors: Floats, groups: Sequence[str]) -> Floats:
 
 
 def conformal_quantile(scores: Floats, level: float) -> float:
-    """The score that a new one stays below with this probability (Vovk et al. 2005).
+    """The bound that a new score stays within with this probability (Vovk et al. 2005).
 
-    The ceil(level (n + 1))-th smallest of n.
+    It is the ceil(level (n + 1))-th smallest of n scores.
+
+    Raises:
+        ValueError: there are too few scores for this probability.
     """
     rank = int(np.ceil(level * (len(scores) + 1)))
     if rank > len(scores):
@@ -320,11 +366,11 @@ def conformal_quantile(scores: Floats, level: float) -> float:
     return float(np.sort(scores)[rank - 1])
 
 
-def _share(text: str) -> float:
+def _parse_doubted(text: str) -> float:
     with contextlib.suppress(ValueError):
         if 0 <= (share := float(text)) < 1:
             return share
-    raise argparse.ArgumentTypeError(f"expected a share, 0 to below 1, got {text!r}")
+    raise argparse.ArgumentTypeError(f"expected a share from 0 to below 1, got {text!r}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -334,23 +380,25 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--weights", type=Path, required=True, help=".safetensors with its .json beside it")
-    add("--data", type=Path, required=True, help="case table with the labels (CSV)")
-    add("--images", type=Path, required=True, help="folder of its images")
-    add("--output", type=Path, required=True, help="the .safetensors to write")
-    others_help = "images of other views: a folder, and a pattern of names if not all of it"
-    add("--others", nargs="+", metavar="DIR [PATTERN]", help=others_help)
-    share = "masks' share in the answer: one number, or three as 0.3,0.1,0.6 (the weights' own)"
-    add("--mask-share", type=mask_shares, metavar="SHARE", help=share)
-    add("--folds", type=Path, help="run of training.folds whose answers replace those of val")
-    add(
-        "--doubted",
-        type=_share,
-        default=0.02,
-        metavar="SHARE",
-        help="share of val to doubt (%(default)s)",
+    weights = "weights to calibrate (.safetensors with .json beside it)"
+    add("--weights", type=Path, required=True, metavar="FILE", help=weights)
+    add("--data", type=Path, required=True, metavar="CSV", help="case table with labels and splits")
+    add("--images", type=Path, required=True, metavar="DIR", help="folder of the table's images")
+    output = "calibrated weights to write (.safetensors)"
+    add("--output", type=Path, required=True, metavar="FILE", help=output)
+    others = "folder of images of other views, and a pattern if only some of their names count"
+    add("--others", nargs="+", metavar=("DIR", "PATTERN"), help=others)
+    share = (
+        "share of the masks' landmarks in the answer: one number, or three as 0.3,0.1,0.6 for PS1, "
+        "PS2 and FH1 (default: that of the weights)"
     )
-    add("--seed", type=int, default=1, help="seed of the view head (%(default)s)")
+    add("--mask-share", type=parse_mask_shares, metavar="SHARE", help=share)
+    folds = "run of training.folds whose answers take the place of those on val"
+    add("--folds", type=Path, metavar="FOLDS", help=folds)
+    doubted = "largest share of val that may be doubtful (%(default)s)"
+    add("--doubted", type=_parse_doubted, default=0.02, metavar="SHARE", help=doubted)
+    seed = "random seed for training the view head (%(default)s)"
+    add("--seed", type=int, default=1, metavar="SEED", help=seed)
     return parser
 
 

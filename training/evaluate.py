@@ -1,26 +1,32 @@
-"""Measure landmarks and angle of progression (AoP) against labels.
+"""Measure landmarks and the angle of progression (AoP) against labels.
 
-A model, or what it trained in (RUN):
+A model, or the folder RUN of its training:
     python -m training.evaluate --data cases.csv --split val --model aop.onnx
     python -m training.evaluate --data cases.csv --split val --model RUN --images DIR
-What process.py wrote, or another reader's table; results.json tells more to a report:
+What process.py wrote, or another reader's table (results.json adds uncertainty to a report):
     python -m training.evaluate --data cases.csv --predictions out/landmarks.csv
     python -m training.evaluate --data cases.csv --predictions out/results.json --report report.html
-The jobs of a challenge, as an evaluation container does (training/evaluation.Dockerfile):
+The jobs of a challenge, as in an evaluation container (training/evaluation.Dockerfile):
     python -m training.evaluate --truth DIR --predictions /input/predictions.json
     python -m training.evaluate --truth DIR --predictions predictions.json --output metrics.json \\
         --frame-of-answers pixel --size 512x512 --landmarks-slug my-points --angle-slug my-angle
 
-Which of these --predictions holds is seen by its content: a JSON list of jobs, a JSON object
-(results.json), else a CSV table. All errors are at 512 px (px times 512 / the image's longer side),
-with 95 % bootstrap intervals over cases; by device where the table has that column. Labels and
-answers are matched by path and frame, file name, or the name's stem.
+The content of the file tells what --predictions is: a JSON list of jobs, a JSON object
+(results.json), or else a CSV table. Labels and answers are matched by path and frame, by file name,
+or by file name without suffix.
 
-A case that a model or reader did not answer is named and counted, and is part of no mean. Of jobs,
-it counts as the worst, as does whatever is malformed; metrics.json says by which rules, and why, in
-its `results` (an entry a case) and `aggregates` (the figures; the leaderboard takes, for example,
-aggregates.mre_px.value). A job's answers are read from PK/output/ beside predictions.json. Exit
-status: 0 measured, 2 nothing could be measured; the last line of stderr then says why.
+It prints errors at 512 px (px times 512 / the image's longer side) with 95 % bootstrap intervals
+over cases, also by device if the table has that column. --output writes them as JSON. --report
+writes a page of figures and pictures, to look at next. A case that a model or reader did not answer
+is named and counted, and is part of no mean.
+
+The figures of jobs are always written, by default to /output/metrics.json: `results` (an entry for
+each case) and `aggregates` (the figures and the rules they follow; a leaderboard takes for example
+aggregates.mre_px.value). A missing or malformed answer counts as the worst, and the entry says why.
+The answers of job PK are read from PK/output/ beside predictions.json.
+
+Exit status: 0 measured, 1 measured but the report failed, 2 nothing could be measured. On failure
+the last line of stderr says why.
 """
 
 import argparse
@@ -56,9 +62,15 @@ METRICS = Path("/output/metrics.json")
 
 @dataclass(frozen=True)
 class EvaluateOptions:
-    """The command line; either `predictions` or `model` is given.
+    """The command line; of `predictions` and `model` one is None.
 
-    split: None for all cases. size: width and height of all images, px. slugs: of a job's sockets.
+    Args:
+        split: None takes all cases.
+        model: an ONNX file, weights, or the folder of a training.
+        decode: None takes the model's own.
+        note: sentence for the report about the labels; None takes the report's own.
+        size: width and height of all images, px; None reads it from each image.
+        landmarks_slug, angle_slug, image_slug: of the jobs' sockets.
     """
 
     data: Path
@@ -79,66 +91,69 @@ class EvaluateOptions:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status."""
-    options = read_options(arguments)
+    options = evaluate_options(arguments)
     try:
         cases = cases_of_split(options.data, options.split)
-        figures, answers, fate = measure(options, cases)
+        figures, answers, fate = evaluate(options, cases)
         print(format_metrics(figures, answers.missing, fate))
     except (CaseError, ScoresError, ImageError, OSError) as error:
-        print(f"training.evaluate: {sentence_of(error)}", file=sys.stderr)
+        print(f"training.evaluate: {error_sentence(error)}", file=sys.stderr)
         return 2
     try:
         if options.report:
-            _write_report(options, options.report, answers)
+            write_page(options, options.report, answers)
     except (ScoresError, ImageError, OSError) as error:
         print(
-            f"training.evaluate: measured, but without a report: {sentence_of(error)}",
+            f"training.evaluate: measured, but without a report: {error_sentence(error)}",
             file=sys.stderr,
         )
         return 1
     return 0
 
 
-def read_options(arguments: Sequence[str] | None) -> EvaluateOptions:
-    """The command line, with the folder of images filled in where it is left out."""
-    given = _parser().parse_args(arguments)
-    folder = given.data if given.data.is_dir() else given.data.parent
+def evaluate_options(arguments: Sequence[str] | None) -> EvaluateOptions:
+    """The options that a command line asks for, with --images filled in if it is left out."""
+    args = _parser().parse_args(arguments)
+    folder = args.data if args.data.is_dir() else args.data.parent
     beside = folder / "images"
-    given.images = given.images or (beside if beside.is_dir() else folder)
-    return EvaluateOptions(**vars(given))
+    args.images = args.images or (beside if beside.is_dir() else folder)
+    return EvaluateOptions(**vars(args))
 
 
-def measure(
+def evaluate(
     options: EvaluateOptions, cases: list[Case]
 ) -> tuple[dict[str, Summary], AnsweredCases, str]:
-    """The figures of each group, the answers, and what becomes of cases without one.
+    """Measure a model, a table of answers or jobs, and write the figures if asked for.
 
-    The figures are written as JSON too, if that is asked for; those of jobs always.
+    Returns:
+        The figures of each group, the answers, and what becomes of cases without one (to complete
+        the sentence "3 cases ...").
+
+    Raises:
+        CaseError, ScoresError, ImageError, OSError: labels, images, answers or model are unusable.
     """
     if options.model:
-        answers = _predict(options, options.model, cases)
+        answers = predict_with_model(options, options.model, cases)
     else:
         assert options.predictions is not None  # the command line demands one of the two
         kind = detect_kind(options.predictions)
         if kind == "jobs":
-            return *_measure_jobs(options, options.predictions, cases), "counted as the worst"
+            return *measure_jobs(options, options.predictions, cases), "counted as the worst"
         answers = read_answers(options.predictions, kind, cases, options.images)
     figures = summarise_by_device(answers.cases, answers.predictions)
     figures["all"]["missing"] = answers.missing
     if options.output:
-        write_json(options.output, figures)
+        write_figures(options.output, figures)
     return figures, answers, "without a prediction, in no mean"
 
 
-def sentence_of(error: Exception) -> str:
-    """An error in words, with the name of the file that it is about."""
-    if isinstance(error, OSError):
-        return f"{error.filename} cannot be used: {error.strerror}"
-    return str(error)
+def predict_with_model(options: EvaluateOptions, model: Path, cases: list[Case]) -> AnsweredCases:
+    """The answers of an ONNX file, of weights, or of the best weights in the folder of a training.
 
-
-def _predict(options: EvaluateOptions, model: Path, cases: list[Case]) -> AnsweredCases:
-    """Answers of an ONNX file, of weights, or of the best weights in the folder of a training."""
+    Raises:
+        ScoresError: the model cannot be used. CaseError: images are missing.
+    """
+    # imported late: an evaluation container has no torch, and measures no model
     import torch  # noqa: PLC0415
 
     from model.predictor import ModelError, load_predictor  # noqa: PLC0415
@@ -161,31 +176,32 @@ def _predict(options: EvaluateOptions, model: Path, cases: list[Case]) -> Answer
         raise ScoresError(str(error)) from error
 
 
-def _measure_jobs(
+def measure_jobs(
     options: EvaluateOptions, predictions: Path, cases: list[Case]
 ) -> tuple[dict[str, Summary], AnsweredCases]:
-    """Scores of grand-challenge's jobs, written to metrics.json."""
+    """Score grand-challenge's jobs and write metrics.json; returns figures and answers."""
     in_world = options.frame_of_answers == "world"
     if options.size and in_world:
-        raise ScoresError("--size is for answers in px: add --frame-of-answers pixel")
-    of_all = PixelGrid(*options.size) if options.size else None
+        raise ScoresError("--size needs answers in px: pass --frame-of-answers pixel too")
+    common_grid = PixelGrid(*options.size) if options.size else None
 
     def grid_of(case: Case) -> PixelGrid:
-        return of_all or read_pixel_grid(options.images, case)
+        return common_grid or read_pixel_grid(options.images, case)
 
     sockets = Sockets(options.landmarks_slug, options.angle_slug, options.image_slug)
     scores, unmatched = score_jobs(predictions, cases, grid_of, sockets, in_world)
     figures = aggregate_scores(scores, unmatched)
     results = [score.result for score in scores]
-    write_json(options.output or METRICS, {"results": results, "aggregates": figures})
+    write_figures(options.output or METRICS, {"results": results, "aggregates": figures})
     if unmatched:
         print(f"{len(unmatched)} jobs belong to no case, the first: {unmatched[0]}")
-    bad = [f"{r['case']}: {'; '.join(r['problems'])}" for r in results if r["problems"]]
-    found = answers_from_scores(scores) if options.report else AnsweredCases([], [], [])
-    return {"all": figures}, found._replace(missing=bad)
+    worst = [f"{r['case']}: {'; '.join(r['problems'])}" for r in results if r["problems"]]
+    answers = answers_from_scores(scores) if options.report else AnsweredCases([], [], [])
+    return {"all": figures}, answers._replace(missing=worst)
 
 
-def _write_report(options: EvaluateOptions, path: Path, answers: AnsweredCases) -> None:
+def write_page(options: EvaluateOptions, path: Path, answers: AnsweredCases) -> None:
+    """Write the HTML report; without any answer, only say that there is none."""
     from training.evaluation.report import write_evaluation_report  # noqa: PLC0415
 
     cases, predictions, missing = answers
@@ -204,12 +220,19 @@ def _write_report(options: EvaluateOptions, path: Path, answers: AnsweredCases) 
     )
 
 
-def write_json(path: Path, content: object) -> None:
-    """Write a JSON file whole or not at all."""
+def write_figures(path: Path, content: object) -> None:
+    """Write a JSON file, whole or not at all; numbers must be finite."""
     write_bytes(path, json.dumps(content, indent=1, allow_nan=False).encode() + b"\n")
 
 
-def _size(text: str) -> tuple[int, int]:
+def error_sentence(error: Exception) -> str:
+    """An error in words, with the name of the file that it is about."""
+    if isinstance(error, OSError):
+        return f"{error.filename} cannot be used: {error.strerror}"
+    return str(error)
+
+
+def _parse_size(text: str) -> tuple[int, int]:
     if size := re.fullmatch(r"([1-9]\d{0,4})x([1-9]\d{0,4})", text):
         return int(size[1]), int(size[2])
     raise argparse.ArgumentTypeError(f"expected WIDTHxHEIGHT in px, as 512x512, got {text!r}")
@@ -224,28 +247,34 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     table = "case table with the labels in px (CSV), or the folder that holds it"
     add("--data", "--truth", type=Path, required=True, metavar="TABLE", help=table)
-    images = "folder of its images, of any format (images/ beside the table, else the table's)"
+    images = (
+        "folder of the table's images, in any format (default: images/ beside the table, else the "
+        "table's folder)"
+    )
     add("--images", type=Path, metavar="DIR", help=images)
-    add("--split", help="train, val or test (default: all cases)")
+    add("--split", help="split to measure: train, val or test (default: all cases)")
     source = parser.add_mutually_exclusive_group(required=True)
-    answers = "predictions.json, results.json, landmarks.csv or another reader's table"
+    answers = "answers: predictions.json, results.json, landmarks.csv or another reader's table"
     source.add_argument("--predictions", type=Path, metavar="FILE", help=answers)
-    source.add_argument("--model", type=Path, help=".onnx, .safetensors with its .json, or RUN")
-    add("--decode", choices=get_args(Decode), help="decoder (default: the model's own)")
+    model = "model: .onnx, .safetensors with .json beside it, or the folder of a training"
+    source.add_argument("--model", type=Path, metavar="FILE|RUN", help=model)
+    decode = "decoder of --model (default: the model's own)"
+    add("--decode", choices=get_args(Decode), help=decode)
     output = f"JSON file for the figures (default: none; for jobs {METRICS})"
     add("--output", type=Path, metavar="FILE", help=output)
-    add("--report", type=Path, metavar="FILE", help="HTML page to write, to look at")
-    add("--note", help="sentence for the page that says where the labels come from")
+    add("--report", type=Path, metavar="FILE", help="HTML page of figures and pictures to write")
+    note = "sentence for the page that says where the labels come from"
+    add("--note", metavar="SENTENCE", help=note)
     add = parser.add_argument_group("jobs").add_argument
     frame = "frame of the jobs' points: the image's world frame in mm, or px (%(default)s)"
     add("--frame-of-answers", choices=("world", "pixel"), default="world", help=frame)
-    size = "size of all images in px, if they are not at hand"
-    add("--size", type=_size, metavar="WIDTHxHEIGHT", help=size)
-    slug = "slug of the output with the points (%(default)s)"
+    size = "size of all images in px, for when the images are not at hand"
+    add("--size", type=_parse_size, metavar="WIDTHxHEIGHT", help=size)
+    slug = "slug of the output that holds the points (%(default)s)"
     add("--landmarks-slug", default=Sockets().landmarks, metavar="SLUG", help=slug)
-    slug = "slug of the output with the angle (%(default)s)"
+    slug = "slug of the output that holds the angle (%(default)s)"
     add("--angle-slug", default=Sockets().angle, metavar="SLUG", help=slug)
-    slug = "slug of the input that names the case (default: the one that is an image)"
+    slug = "slug of the input that names the case (default: the only input that is an image)"
     add("--image-slug", metavar="SLUG", help=slug)
     return parser
 

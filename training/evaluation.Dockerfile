@@ -1,11 +1,12 @@
-# The evaluation container of a challenge: scores the jobs in /input/predictions.json against the
-# ground truth that the organizer uploads (a .tar.gz of cases.csv, with images/ for points in the
-# world's frame), into /output/metrics.json. No model, no torch, no GPU. From the repository's root:
+# The evaluation container of a challenge. It scores the jobs in /input/predictions.json against the
+# ground truth and writes /output/metrics.json. The organizer uploads the ground truth as a .tar.gz of
+# cases.csv, together with images/ if points are in the world's frame. The image has no model and no
+# torch, and needs no GPU. Build it from the repository's root:
 #   git archive HEAD model training ':!model/weights' | \
 #     docker build -t aop-evaluation -f training/evaluation.Dockerfile -
 #   ... --build-arg OPTIONS="--frame-of-answers pixel --size 512x512 --angle-slug my-angle" -
 #   docker save aop-evaluation | gzip > aop-evaluation.tar.gz
-# Tried as grand-challenge runs it:
+# Try it as grand-challenge runs it:
 #   docker run --rm --network none -v "$PWD/in":/input:ro -v "$PWD/out":/output \
 #     -v "$PWD/truth":/opt/ml/input/data/ground_truth:ro aop-evaluation
 FROM python:3.11-slim-bookworm

@@ -1,17 +1,24 @@
 """Train a landmark network on labelled images.
 
     python -m training.fit --recipe compact --data cases.csv --images DIR --masks DIR --output RUN
-    python -m training.fit ... --output RUN --resume           # goes on exactly where it stopped
-    python -m training.fit ... --output RUN --all              # val trains too, nothing chooses
-    torchrun --nproc-per-node 4 -m training.fit ...            # several processes
+    python -m training.fit --recipe finish --init RUN/best.safetensors ... --output FINISHED
+    python -m training.fit ... --output RUN --resume      # goes on exactly where it stopped
+    python -m training.fit ... --output RUN --all         # trains on val too
+    torchrun --nproc-per-node 4 -m training.fit ...       # trains in several processes
 
-The case table's `split` column says what trains and what chooses (train, val; test is never read);
-without it a split by its `group` column, else by near-duplicate images, is drawn and written to
-RUN/cases.csv. RUN then holds best.safetensors and best.json (the weights of the lowest val error),
-checkpoint.pt (to resume), log.csv, TensorBoard scalars and samples/.
+In the case table the column `split` says which cases train and which choose the best epoch (train,
+val). Cases of split test are never read. If the table has no splits, a split of 4:1 is drawn and
+written to RUN/cases.csv. It keeps together cases of one group, or images that look alike if there
+are no groups.
 
-With --all the weights of the last epoch are kept. That is for a last training, whose settings are
-chosen already. training.folds measures how such a training does on images that it has not seen.
+RUN then holds best.safetensors with best.json (the weights of the lowest error on val),
+checkpoint.pt (for --resume), log.csv, TensorBoard scalars, and samples/ with pictures of answers.
+
+With --all no epoch is chosen: the weights of the last one are kept. Use it for a last training
+whose settings are settled. training.folds measures how such a training does on unseen images.
+
+Next: training.evaluate --model RUN measures the weights, training.calibrate adds expected errors
+and intervals, and export.to_onnx writes the model that process.py runs.
 """
 
 import sys

@@ -1,39 +1,42 @@
-"""Make the case table that training reads, from masks or from the IUGC 2025 release.
+"""Make the case table that training reads, from masks, from clicks or from IUGC 2025.
 
-From images and their masks (.png or .mha; 0 background, 1 pubic symphysis, 2 fetal head), matched
-by file name without suffix, as FH-PS-AoP 2023 and PSFHS publish them:
+From images and masks (.png or .mha; 0 background, 1 pubic symphysis, 2 fetal head) of the same name
+without suffix, as FH-PS-AoP 2023 and PSFHS publish them:
 
-    python -m training.prepare --images DIR --masks DIR --output cases.csv
     python -m training.prepare --images DIR --masks DIR --output cases.csv --split 0.7 0.15 0.15
     python -m training.prepare --images DIR --masks DIR --output cases.csv \\
         --patients patients.csv --patient-column PatientID --split 0.8 0.2 0
 
-With the splits, machines and groups that this repository's figures for PSFHS are of:
+The first draws a split by groups of images that look alike, the second by patient. For PSFHS the
+splits, devices and groups behind this repository's figures are given:
 
     python -m training.prepare --images image_mha --masks label_mha --output cases.csv \\
         --splits training/psfhs_splits.csv
 
 From a folder of IUGC 2025 as released (a CSV with Filename, PS1, PS2, FH1, AoP, or
-landmarks_data.csv with aop_results.csv; the images anywhere below the folder):
+landmarks_data.csv with aop_results.csv; the images anywhere below the folder), or from a folder
+with an expert's clicks in such a table:
 
     python -m training.prepare --iugc DIR --output cases.csv
 
-A table of an expert's clicks is a case table already, and training.fit reads it as it is:
+A table of clicks is a case table already, and training.fit reads it as it is. --iugc checks its
+points and images first, and finds groups if it has none. Such a table looks like this:
 
     Filename,PS1,PS2,FH1,AoP,split,group
     site1/0001.png,"(131.5, 82)","(60, 95.25)","(190, 141)",,train,patient-7
 
-Filename is the path below the folder of images, suffix included. Points are in px: x to the right,
-y down, and the centre of the top left pixel is (0, 0). AoP (degrees), split (train, val or test)
-and group (a patient or examination, which a split keeps together) may be missing. Pass the table's
-folder to --iugc to have points and images checked and groups found; --split then draws a split.
+Filename is the path below the folder of images, with its suffix. Points are in px: x to the right,
+y down, (0, 0) at the centre of the top left pixel. AoP (degrees), split (train, val or test) and
+group (a patient or examination, which a split keeps together) may be missing.
 
-Landmarks from masks are no expert's clicks: the ends of the ellipse fitted to the symphysis, and
-the point where the tangent from PS1 touches the ellipse fitted to the head. What cannot be derived
-is named on stdout and in OUTPUT's .skipped.csv; the rest is written. Frames that look alike get one
-group, and a split never parts a group. Look at the contact sheet before you train.
+It writes the table, a contact sheet, and the names of unusable files with reasons in OUTPUT's
+.skipped.csv. Landmarks from masks are not an expert's clicks: PS1 and PS2 are the ends of the
+ellipse fitted to the symphysis, and FH1 is where the tangent from PS1 touches the ellipse fitted to
+the head. Images that look alike get one group, unless patients or the table give the groups.
 
-Exit status: 0 a table was written, 1 nothing could be derived, 2 a wrong option.
+Next, look at the contact sheet, then train: python -m training.fit --data cases.csv ...
+
+Exit status: 0 a table was written, 1 no case could be made, 2 an option is wrong.
 """
 
 import argparse
@@ -75,7 +78,12 @@ from training.evaluation.pictures import label_sheet
 class PrepareOptions:
     """The command line: either `iugc`, or `images` and `masks`.
 
-    split: shares of train, val and test. patients, splits: tables of Filename and more.
+    Args:
+        patients: table of Filename and the column that names the patient.
+        split: shares of train, val and test.
+        splits: table of Filename, split, device and group.
+        duplicate_correlation: of thumbnails, from which on images share a group.
+        contact_sheet: None: beside the output.
     """
 
     images: Path | None
@@ -97,11 +105,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = PrepareOptions(**vars(parser.parse_args(arguments)))
     from_masks = (options.images is not None, options.masks is not None)
     if from_masks not in ((True, True), (False, False)) or from_masks[0] == bool(options.iugc):
-        parser.error("give --images and --masks, or --iugc")
+        parser.error("expected --images and --masks, or --iugc")
     if (options.patients is None) != (options.patient_column is None):
         parser.error("--patients and --patient-column belong together")
     if options.splits and (options.split or options.patients):
-        parser.error("--splits tells split and group: leave out --split and --patients")
+        parser.error("--splits gives split and group: leave out --split and --patients")
     try:
         if options.split:
             split_by_group([], options.split)  # refuses wrong shares before the work, not after it
@@ -113,7 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def prepare(options: PrepareOptions) -> None:
-    """Write the table, the list of what was skipped, and the contact sheet.
+    """Write the case table, the list of skipped files and the contact sheet.
 
     Raises:
         ValueError: no case could be made, or a folder or table cannot be used.
@@ -128,7 +136,7 @@ def prepare(options: PrepareOptions) -> None:
     else:
         assert options.iugc is not None
         sources = list(iugc_sources(options.iugc, skipped))
-    derived = derive_all(sources, skipped)
+    derived = derive_cases(sources, skipped)
     cases = group_cases(derived, options, skipped)
     write_skipped(options.output.with_name(options.output.stem + ".skipped.csv"), skipped)
     if not cases:
@@ -138,29 +146,34 @@ def prepare(options: PrepareOptions) -> None:
         splits = split_by_group([case.group for case in cases], options.split, options.seed)
         cases = [replace(case, split=split) for case, split in zip(cases, splits, strict=True)]
     write_cases(options.output, cases)
-    report(cases, skipped, options.output)
+    print_summary(cases, skipped, options.output)
     sheet = options.contact_sheet or options.output.with_name(
         options.output.stem + ".contact-sheet.png"
     )
     sheet.parent.mkdir(parents=True, exist_ok=True)
-    if not cv2.imwrite(str(sheet), label_sheet(cases, {each.file: each for each in sources})):
+    sources_by_file = {source.file: source for source in sources}
+    if not cv2.imwrite(str(sheet), label_sheet(cases, sources_by_file)):
         raise UnusableInput(f"the contact sheet cannot be written to {sheet}")
     print(f"look at {sheet} before you train")
 
 
-def derive_all(sources: Sequence[CaseSource], skipped: Skipped) -> list[tuple[Case, Thumbnail]]:
-    """The cases that can be derived, each with the thumbnail by which it is grouped."""
+def derive_cases(sources: Sequence[CaseSource], skipped: Skipped) -> list[tuple[Case, Thumbnail]]:
+    """The cases that can be made, each with the thumbnail of its image.
+
+    Args:
+        skipped: gets the sources that give no case.
+    """
     derived = []
     for source in tqdm(sources, desc="reading", unit="image"):
         try:
-            derived.append(derive(source))
+            derived.append(derive_case(source))
         except (UnusableInput, ImageError, MaskError) as error:
             note_skipped(skipped, source.file, error)
     return derived
 
 
-def derive(source: CaseSource) -> tuple[Case, Thumbnail]:
-    """One case and its image's thumbnail.
+def derive_case(source: CaseSource) -> tuple[Case, Thumbnail]:
+    """The case of a source, and its image's thumbnail.
 
     Raises:
         UnusableInput, ImageError, MaskError: image, mask or landmarks are bad or do not fit.
@@ -190,59 +203,63 @@ def derive(source: CaseSource) -> tuple[Case, Thumbnail]:
 def group_cases(
     derived: Sequence[tuple[Case, Thumbnail]], options: PrepareOptions, skipped: Skipped
 ) -> list[Case]:
-    """The cases with their groups: a CSV's patients, a release's own groups, or near-duplicates."""
+    """The cases with groups: of --splits, --patients, the cases' own table, or look-alikes."""
     if options.splits:
-        return _as_split(derived, options.splits, skipped)
-    if options.patients is None or options.patient_column is None:
-        if all(case.group for case, _ in derived):
-            return [case for case, _ in derived]
-        groups = near_duplicate_groups(
-            (small for _, small in derived), options.duplicate_correlation
-        )
-        return [
-            replace(case, group=f"g{group:03d}")
-            for (case, _), group in zip(derived, groups, strict=True)
-        ]
-    table = read_table(options.patients)
-    file, column = table.find_column("Filename"), table.find_column(options.patient_column)
-    patients = {name_without_suffix(row[file]): row[column] for _, row in table.rows}
-    cases = []
-    for case, _ in derived:
-        patient = patients.get(name_without_suffix(case.file))
-        if patient:
-            cases.append(replace(case, group=patient))
-        else:
-            note_skipped(skipped, case.file, f"{options.patients} names no {column} for it")
-    return cases
+        return assign_splits([case for case, _ in derived], options.splits, skipped)
+    if options.patients is not None and options.patient_column is not None:
+        cases = [case for case, _ in derived]
+        return group_by_patient(cases, options.patients, options.patient_column, skipped)
+    if all(case.group for case, _ in derived):
+        return [case for case, _ in derived]
+    groups = near_duplicate_groups((small for _, small in derived), options.duplicate_correlation)
+    return [
+        replace(case, group=f"g{group:03d}")
+        for (case, _), group in zip(derived, groups, strict=True)
+    ]
 
 
-def _as_split(
-    derived: Sequence[tuple[Case, Thumbnail]], path: Path, skipped: Skipped
-) -> list[Case]:
+def assign_splits(cases: Sequence[Case], path: Path, skipped: Skipped) -> list[Case]:
     """The cases that a table names, with its split, device and group."""
     table = read_table(path)
     split, device, group = (table.find_column(name) for name in ("split", "device", "group"))
     file = table.find_column("Filename")
-    known = {name_without_suffix(row[file]): row for _, row in table.rows}
-    cases = []
-    for case, _ in derived:
-        row = known.get(name_without_suffix(case.file))
+    rows = {name_without_suffix(row[file]): row for _, row in table.rows}
+    assigned = []
+    for case in cases:
+        row = rows.get(name_without_suffix(case.file))
         if row:
-            cases.append(replace(case, split=row[split], device=row[device], group=row[group]))
+            assigned.append(replace(case, split=row[split], device=row[device], group=row[group]))
         else:
             note_skipped(skipped, case.file, f"{path} does not name it")
-    return cases
+    return assigned
+
+
+def group_by_patient(
+    cases: Sequence[Case], path: Path, patient_column: str, skipped: Skipped
+) -> list[Case]:
+    """The cases for which a table names a patient, who becomes their group."""
+    table = read_table(path)
+    file, column = table.find_column("Filename"), table.find_column(patient_column)
+    patients = {name_without_suffix(row[file]): row[column] for _, row in table.rows}
+    grouped = []
+    for case in cases:
+        patient = patients.get(name_without_suffix(case.file))
+        if patient:
+            grouped.append(replace(case, group=patient))
+        else:
+            note_skipped(skipped, case.file, f"{path} names no {column} for it")
+    return grouped
 
 
 def write_skipped(path: Path, skipped: Skipped) -> None:
-    """Write the list of what was skipped; if nothing was, remove that of an earlier run."""
+    """Write the list of skipped files; if there are none, remove the list of an earlier run."""
     if skipped:
         write_csv(path, ["file", "reason"], skipped)
     else:
         path.unlink(missing_ok=True)
 
 
-def report(cases: Sequence[Case], skipped: Skipped, output: Path) -> None:
+def print_summary(cases: Sequence[Case], skipped: Skipped, output: Path) -> None:
     """Print what was written, how large the groups are, and how the splits came out."""
     sizes = Counter(case.group for case in cases)
     print(f"{len(cases)} cases written to {output}, {len(skipped)} files skipped")
@@ -250,10 +267,12 @@ def report(cases: Sequence[Case], skipped: Skipped, output: Path) -> None:
     splits = Counter(case.split for case in cases if case.split)
     for name in SPLITS if splits else ():
         print(f"  {name:5} {splits[name]:6} images  {splits[name] / len(cases):6.1%}")
-    parted = {g for g in sizes if len({case.split for case in cases if case.group == g}) > 1}
-    if parted:
+    spread = [
+        group for group in sizes if len({case.split for case in cases if case.group == group}) > 1
+    ]
+    if spread:
         print(
-            f"{len(parted)} groups of look-alike images lie in several of the release's own splits;"
+            f"{len(spread)} groups of look-alike images lie in several of the release's own splits;"
             " --split draws new ones that keep groups together"
         )
 
@@ -266,35 +285,27 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--images", type=Path, metavar="DIR", help="folder of images, searched with its subfolders")
-    add("--masks", type=Path, metavar="DIR", help="folder of masks, .png or .mha")
-    add("--iugc", type=Path, metavar="DIR", help="folder of an IUGC 2025 release, instead of both")
-    add("--output", type=Path, metavar="CSV", required=True, help="the case table to write")
-    add(
-        "--patients", type=Path, metavar="CSV", help="table of Filename and patient, for the groups"
+    add("--masks", type=Path, metavar="DIR", help="folder of their masks, .png or .mha")
+    iugc = "folder of an IUGC 2025 release or of clicks, in place of --images and --masks"
+    add("--iugc", type=Path, metavar="DIR", help=iugc)
+    add("--output", type=Path, metavar="CSV", required=True, help="case table to write")
+    patients = "table of Filename and patient; images of one patient share a group"
+    add("--patients", type=Path, metavar="CSV", help=patients)
+    column = "column of --patients that names the patient"
+    add("--patient-column", metavar="NAME", help=column)
+    split = (
+        "shares of images, adding up to 1, for a split drawn by group; it replaces a release's own"
     )
-    add("--patient-column", metavar="NAME", help="that table's column with the patient")
-    add(
-        "--split",
-        type=float,
-        nargs=3,
-        metavar=("TRAIN", "VAL", "TEST"),
-        help="shares of images, adding up to 1, drawn by group; in place of a release's own splits",
-    )
-    add("--splits", type=Path, metavar="CSV", help="table of Filename, split, device and group")
-    add("--seed", type=int, default=0, help="random seed of the split (default: %(default)s)")
-    add(
-        "--duplicate-correlation",
-        type=float,
-        default=DUPLICATE_CORRELATION,
-        metavar="R",
-        help="images whose 32x32 thumbnails correlate so much share a group (default: %(default)s)",
-    )
-    add(
-        "--contact-sheet",
-        type=Path,
-        metavar="PNG",
-        help="picture of up to 48 cases to look at (default: beside the output)",
-    )
+    names = ("TRAIN", "VAL", "TEST")
+    add("--split", type=float, nargs=3, metavar=names, help=split)
+    splits = "table of Filename, split, device and group, which the cases take over"
+    add("--splits", type=Path, metavar="CSV", help=splits)
+    add("--seed", type=int, default=0, help="random seed for --split (%(default)s)")
+    correlation = "correlation of 32x32 thumbnails from which on images share a group (%(default)s)"
+    default = DUPLICATE_CORRELATION
+    add("--duplicate-correlation", type=float, default=default, metavar="R", help=correlation)
+    sheet = "picture of up to 48 cases to look at (default: beside the output)"
+    add("--contact-sheet", type=Path, metavar="PNG", help=sheet)
     return parser
 
 

@@ -1,7 +1,7 @@
 """The functions of OpenCV that prediction calls, in numpy: the Codabench bundle's `cv2`.
 
-An ingestion program's environment need not have OpenCV. Arguments and results are OpenCV's, for
-what model/ asks of them and no more; the tests hold them to the real ones.
+An ingestion program's environment may lack OpenCV. Arguments and results are OpenCV's, as far as
+model/ uses them; the tests compare them with the real ones.
 """
 
 from __future__ import annotations
@@ -28,42 +28,43 @@ def resize(image: Array, dsize: tuple[int, int], interpolation: int = INTER_LINE
 
     INTER_LINEAR enlarges uint8, INTER_AREA shrinks uint8, INTER_CUBIC enlarges float32.
     """
-    of_type = np.float32 if interpolation == INTER_CUBIC else np.uint8
-    if image.dtype != of_type:
+    expected = np.float32 if interpolation == INTER_CUBIC else np.uint8
+    if image.dtype != expected:
         raise NotImplementedError(f"resize of type {image.dtype} by method {interpolation}")
-    how = {INTER_LINEAR: _enlarged, INTER_AREA: _shrunk, INTER_CUBIC: _smoothly_enlarged}
-    return how[interpolation](image, *dsize)
+    resizers = {INTER_LINEAR: _enlarge, INTER_AREA: _shrink, INTER_CUBIC: _enlarge_smoothly}
+    return resizers[interpolation](image, *dsize)
 
 
-def _enlarged(image: Array, width: int, height: int) -> Array:
-    """Linear interpolation in OpenCV's fixed point: shares of 1/2048, cut off at 1/4 grey level."""
-    low, high, of_low, of_high = _linear_taps(image.shape[1], width)
-    rows = image[:, low] * of_low + image[:, high] * of_high
-    low, high, of_low, of_high = _linear_taps(image.shape[0], height)
-    parts = ((rows[k] >> 4) * of_k[:, None] >> 16 for k, of_k in ((low, of_low), (high, of_high)))
+def _enlarge(image: Array, width: int, height: int) -> Array:
+    """Linear interpolation in OpenCV's fixed point: weights in 1/2048, sums in 1/4 grey level."""
+    low, high, low_weight, high_weight = _linear_taps(image.shape[1], width)
+    rows = image[:, low] * low_weight + image[:, high] * high_weight
+    low, high, low_weight, high_weight = _linear_taps(image.shape[0], height)
+    taps = (low, low_weight), (high, high_weight)
+    parts = ((rows[k] >> 4) * weight[:, None] >> 16 for k, weight in taps)
     return np.asarray((sum(parts) + 2) >> 2, np.uint8)
 
 
 def _linear_taps(source: int, target: int) -> tuple[Array, Array, Array, Array]:
-    """For each new pixel the old ones before and after it, and the shares of both in 1/2048."""
-    centres = _centres(source, target).astype(np.float32)
+    """For each new pixel: the old pixels before and after it, and the weights of both in 1/2048."""
+    centres = _pixel_centres(source, target).astype(np.float32)
     low = np.floor(centres).astype(np.int32)
     share = centres - low
     before, after = (np.rint(part * 2048).astype(np.int32) for part in (1 - share, share))
     return np.clip(low, 0, source - 1), np.clip(low + 1, 0, source - 1), before, after
 
 
-def _centres(source: int, target: int) -> Array:
-    """Where the new pixels' centres lie, in old pixels."""
+def _pixel_centres(source: int, target: int) -> Array:
+    """(target,) the new pixels' centres, in old pixels."""
     return np.asarray((np.arange(target) + 0.5) * (source / target) - 0.5)
 
 
-def _shrunk(image: Array, width: int, height: int) -> Array:
-    """Mean of what each new pixel covers, summed and rounded in OpenCV's order."""
+def _shrink(image: Array, width: int, height: int) -> Array:
+    """Mean over the area of each new pixel, summed and rounded in OpenCV's order."""
     rows, columns = image.shape
     if rows % height or columns % width:
-        along_x = _means(image.astype(np.float32), width)
-        return np.asarray(np.rint(_means(along_x.T, height).T), np.uint8)
+        along_x = _area_means(image.astype(np.float32), width)
+        return np.asarray(np.rint(_area_means(along_x.T, height).T), np.uint8)
     down, across = rows // height, columns // width
     sums = image.reshape(height, down, width, across).sum(axis=(1, 3), dtype=np.int32)
     if (down, across) == (2, 2):
@@ -71,8 +72,8 @@ def _shrunk(image: Array, width: int, height: int) -> Array:
     return np.asarray(np.rint(sums.astype(np.float32) * np.float32(1 / (down * across))), np.uint8)
 
 
-def _means(values: Array, target: int) -> Array:
-    """(n, source) -> (n, target) float32 means of what each new value covers, summed in order."""
+def _area_means(values: Array, target: int) -> Array:
+    """(n, source) -> (n, target) float32 means over the span of each new value, summed in order."""
     source = values.shape[1]
     low = np.arange(target) * (source / target)
     high = low + source / target
@@ -85,14 +86,17 @@ def _means(values: Array, target: int) -> Array:
     return total
 
 
-def _smoothly_enlarged(image: Array, width: int, height: int) -> Array:
+def _enlarge_smoothly(image: Array, width: int, height: int) -> Array:
     along_x, along_y = _cubic_weights(image.shape[1], width), _cubic_weights(image.shape[0], height)
     return np.asarray(along_y @ image @ along_x.T)
 
 
 def _cubic_weights(source: int, target: int) -> Array:
-    """(target, source) shares by Keys's kernel with OpenCV's parameter; the border is repeated."""
-    a, centres = -0.75, _centres(source, target)
+    """(target, source) weights of Keys's cubic kernel with OpenCV's parameter.
+
+    Beyond the border its pixels are repeated.
+    """
+    a, centres = -0.75, _pixel_centres(source, target)
     weights = np.zeros((target, source))
     for offset in (-1, 0, 1, 2):
         old = np.floor(centres) + offset
@@ -104,13 +108,16 @@ def _cubic_weights(source: int, target: int) -> Array:
 
 
 def connectedComponentsWithStats(image: Array) -> tuple[int, Array, Array, None]:
-    """Number of labels, (H, W) 8-connected labels, (labels, 5) with the area alone, no centres."""
+    """Number of labels, (H, W) labels of 8-connected components, (labels, 5) statistics, None.
+
+    Of the statistics only the area is filled in. The centres are left out.
+    """
     steps = np.diff(np.pad(image > 0, ((0, 0), (1, 1))).astype(np.int8), axis=1)
     rows, starts = (values.tolist() for values in np.nonzero(steps == 1))
     ends = np.nonzero(steps == -1)[1].tolist()
-    group = list(range(len(rows)))  # of each run of pixels: an earlier run of its component
+    group = list(range(len(rows)))  # for each run of pixels an earlier run of its component
 
-    def first(k: int) -> int:
+    def first_run(k: int) -> int:
         while group[k] != k:
             k = group[k]
         return k
@@ -121,22 +128,22 @@ def connectedComponentsWithStats(image: Array) -> tuple[int, Array, Array, None]
             above += 1
         j = above
         while rows[j] < row and starts[j] <= ends[k]:
-            low, high = sorted((first(j), first(k)))
+            low, high = sorted((first_run(j), first_run(k)))
             group[high] = low
             j += 1
     numbers: dict[int, int] = {}
     labels = np.zeros(image.shape, np.int32)
     for k, row in enumerate(rows):
-        labels[row, starts[k] : ends[k]] = numbers.setdefault(first(k), len(numbers) + 1)
+        labels[row, starts[k] : ends[k]] = numbers.setdefault(first_run(k), len(numbers) + 1)
     stats = np.zeros((len(numbers) + 1, 5), np.int32)
     stats[:, CC_STAT_AREA] = np.bincount(labels.ravel(), minlength=len(stats))
     return len(stats), labels, stats, None
 
 
 def findContours(image: Array, mode: int, method: int) -> tuple[list[Array], None]:
-    """The outer border of the one component in an image, as [(n, 1, 2)] points (x, y).
+    """The outer border of the only component in an image, as [(n, 1, 2)] points (x, y).
 
-    After Suzuki and Abe 1985, in OpenCV's order; a spur one pixel wide is passed twice.
+    After Suzuki and Abe 1985, in OpenCV's order. The border passes a spur one pixel wide twice.
     """
     if (mode, method) != (RETR_EXTERNAL, CHAIN_APPROX_NONE):
         raise NotImplementedError(f"findContours of mode {mode} and method {method}")
@@ -148,7 +155,7 @@ def findContours(image: Array, mode: int, method: int) -> tuple[list[Array], Non
     if not back:
         points = [start]
     else:
-        last = start + ways[back[0] % 8]  # from which the way round comes back to the start
+        last = start + ways[back[0] % 8]  # from this pixel the border returns to the start
         points, at, way = [], start, _LEFT
         while True:
             way = next(w % 8 for w in range(way + 1, way + 9) if inside[at + ways[w % 8]])
@@ -163,9 +170,9 @@ def findContours(image: Array, mode: int, method: int) -> tuple[list[Array], Non
 def fitEllipse(points: Array) -> tuple[tuple[float, float], tuple[float, float], float]:
     """(n, 1, 2) points -> centre, diameters and the angle of the first one in degrees.
 
-    OpenCV's least squares of a conic a x^2 + b y^2 + c x y + d x + e y = 1 about the points' mean,
-    then of a, b and c again, about the centre that the first fit gives. Where a dozen points lie
-    almost on a line OpenCV shakes them at random first, and its answer is another.
+    As OpenCV does, it fits the conic a x^2 + b y^2 + c x y + d x + e y = 1 about the points' mean
+    by least squares, and then a, b and c again about the centre of the first fit. If a dozen points
+    lie almost on a line, OpenCV first moves them at random, and its ellipse differs from this one.
     """
     flat = points.reshape(-1, 2).astype(np.float64)
     mean = flat.mean(axis=0)
@@ -179,7 +186,7 @@ def fitEllipse(points: Array) -> tuple[tuple[float, float], tuple[float, float],
     angle = -0.5 * math.atan2(c, b - a)
     spread = c / math.sin(-2 * angle) if abs(c) > 1e-8 else b - a
     reach = np.abs([a + b - spread, a + b + spread])
-    squares = np.divide(2, reach, out=np.zeros(2), where=reach > 1e-8)  # 0: an axis without end
+    squares = np.divide(2, reach, out=np.zeros(2), where=reach > 1e-8)  # 0: infinite axis
     x, y = (centre / scale + mean).tolist()
     first, second = (2 * np.sqrt(squares) / scale).tolist()
     return (x, y), (first, second), math.degrees(angle)

@@ -40,7 +40,7 @@ BEYOND = 1.25  # end of the tangent, as a multiple of the distance from PS1 to F
 FRAME = 6  # width of the frame of doubt
 RING = 6  # radius around PS1 and PS2, and distance of the tick from FH1
 GAP = 11  # half of the tangent's gap at FH1
-TICK = 10  # length of the tick at FH1
+TICK_LENGTH = 10  # at FH1
 PAST = 40  # least length of the tangent past FH1
 ARROW = 12  # length of an arrow at the border
 ARC = 40  # radius of the angle's arc at most
@@ -182,7 +182,7 @@ def _landmark_marks(points: Floats, size: Floats, unit: float) -> tuple[list[Str
     bone, tangent = _unit_vector(ps2 - ps1), _unit_vector(fh1 - ps1)
     out = np.array([tangent[1], -tangent[0]])
     out = -out if out @ bone > 0 else out  # away from the head, which lies on the side of PS2
-    tick = fh1 + np.outer([RING * unit, (RING + TICK) * unit], out)
+    tick = fh1 + np.outer([RING * unit, (RING + TICK_LENGTH) * unit], out)
     ring = RING * unit * _circle_points(0, 2 * np.pi, 25)
     directions = _unit_vector(-bone - tangent), _unit_vector(bone - tangent), out
     start = ps1 if _is_inside(size, ps1) else size / 2

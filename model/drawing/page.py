@@ -76,8 +76,8 @@ def page(title: str, body: str, script: str = "", style: str = "") -> str:
         script: JavaScript that runs at the end of the body.
         style: CSS added to BASE_STYLE.
     """
-    before, after = page_head_and_foot(title, script, style)
-    return before + body + after
+    head, foot = page_head_and_foot(title, script, style)
+    return head + body + foot
 
 
 def page_head_and_foot(title: str, script: str = "", style: str = "") -> tuple[str, str]:
@@ -87,7 +87,7 @@ def page_head_and_foot(title: str, script: str = "", style: str = "") -> tuple[s
         f"default-src 'none'; script-src {_csp_hash(script)}; style-src {_csp_hash(sheet)}; "
         "img-src 'self' file: data:; base-uri 'none'; form-action 'none'"
     )
-    before = f"""<!doctype html>
+    head = f"""<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
@@ -103,7 +103,7 @@ def page_head_and_foot(title: str, script: str = "", style: str = "") -> tuple[s
 <main>
 """
     run = f"<script>{script}</script>\n" if script else ""
-    return before, f"\n</main>\n{run}</body>\n</html>\n"
+    return head, f"\n</main>\n{run}</body>\n</html>\n"
 
 
 def escape(text: str) -> str:

@@ -130,8 +130,12 @@ def _page_pieces(file: IO[bytes], folder: Path, names: RunFiles, is_job: bool) -
 
 
 def _index_entries(file: IO[bytes]) -> tuple[list[_EntryPlace], list[int], bool]:
-    """Read all entries; returns the answered ones' places, the failed ones' offsets in bytes, and
-    whether an answered one belongs to a stack."""
+    """Read all entries of a results.json, from the first one on.
+
+    Returns:
+        The places of the answered entries; the offsets of the failed ones, in bytes; and whether
+        an answered entry belongs to a stack.
+    """
     answered: list[_EntryPlace] = []
     failed: list[int] = []
     stacks = False

@@ -1,7 +1,7 @@
 """The networks, and the typed configurations that choose and size them.
 
-A configuration is a plain frozen dataclass. Where it comes from a file or from a command line,
-pydantic validates it by its types.
+A configuration is a plain frozen dataclass. If it comes from a file or a command line, pydantic
+validates it by its types.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def build_network(config: NetworkConfig, masks: int = 0) -> nn.Module:
     """A network with random weights.
 
     Args:
-        masks: how many output channels follow the heatmaps.
+        masks: number of auxiliary masks; their channels follow the heatmaps.
     """
     if isinstance(config, UNetConfig):
         return UNet(config, masks)
@@ -33,5 +33,5 @@ def build_network(config: NetworkConfig, masks: int = 0) -> nn.Module:
 
 
 def without_view_head(config: NetworkConfig) -> NetworkConfig:
-    """The configuration of the same network without a view head; a U-Net never has one."""
+    """The same configuration, but without a view head; a U-Net's stays as it is."""
     return config if isinstance(config, UNetConfig) else replace(config, view_channels=0)

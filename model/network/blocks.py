@@ -1,4 +1,4 @@
-"""Pieces that the networks share: double convolution, residual block, heatmap head."""
+"""Pieces that the networks share: convolutions, residual block, up step and the two heads."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from model.anatomy import LANDMARKS
 
-T = TypeVar("T")
+Default = TypeVar("Default")
 
 
-def setting(default: T, description: str) -> T:
-    """A field of a network's configuration; the description is its flag's help text."""
+def setting(default: Default, description: str) -> Default:
+    """A field of a network's configuration; the description is the help text of its flag."""
     return field(default=default, metadata={"description": description})
 
 
@@ -52,7 +52,7 @@ class ResidualBlock(nn.Module):
 
 
 class UpStep(nn.Module):
-    """One U-Net step up: transposed convolution by 2, skip joined, two conv-BN-ReLU."""
+    """One U-Net step up: transposed convolution by 2, concatenated skip, two ConvNormAct."""
 
     def __init__(self, inputs: int, skip: int, outputs: int) -> None:
         super().__init__()
@@ -66,19 +66,19 @@ class UpStep(nn.Module):
         return self.join(torch.cat([self.up(x), skip], dim=1))
 
 
-class Raw(NamedTuple):
-    """What a network returns in training mode, for the losses."""
+class RawMaps(NamedTuple):
+    """A network's output in training mode, for the losses."""
 
-    heatmaps: Tensor  # (n, 3, h, w) before the softmax, where there is one
+    heatmaps: Tensor  # (n, 3, h, w), before the softmax if there is one
     masks: Tensor | None  # (n, masks, h, w) logits of the auxiliary masks
 
 
 class HeatmapHead(nn.Module):
-    """1x1 convolution to the landmarks' heatmaps and, where asked for, to masks.
+    """1x1 convolution to the landmarks' heatmaps, and another one to masks if there are any.
 
-    `softmax_sigma_cells` None: the heatmaps are the convolution's own output (the paper's). A
-    number: each is a softmax over its cells, scaled so that a Gaussian of that sigma has height 1;
-    its mass is then fixed, and a network in doubt must spread it and so lower its peak.
+    With `softmax_sigma_cells` None the heatmaps are the convolution's own output, as in the paper.
+    With a number each heatmap is a softmax over its cells, scaled so that a Gaussian of that sigma
+    has height 1. Its mass is then fixed: a network in doubt spreads it, which lowers the peak.
     """
 
     def __init__(self, inputs: int, masks: int, softmax_sigma_cells: float | None) -> None:
@@ -87,21 +87,25 @@ class HeatmapHead(nn.Module):
         self.masks = nn.Conv2d(inputs, masks, 1) if masks else None
         self.mass = None if softmax_sigma_cells is None else 2 * math.pi * softmax_sigma_cells**2
 
-    def forward(self, x: Tensor) -> Tensor | Raw:
-        """(n, inputs, h, w) -> (n, 3 + masks, h, w) heatmaps, then shares; in training `Raw`."""
+    def forward(self, x: Tensor) -> Tensor | RawMaps:
+        """(n, inputs, h, w) -> (n, 3 + masks, h, w): heatmaps, then mask shares 0..1.
+
+        In training mode: `RawMaps`.
+        """
         heatmaps: Tensor = self.heatmaps(x)
         masks = None if self.masks is None else self.masks(x)
         if self.training:
-            return Raw(heatmaps, masks)
+            return RawMaps(heatmaps, masks)
         if self.mass is not None:
             heatmaps = heatmaps.float().flatten(2).softmax(-1).view_as(heatmaps) * self.mass
         return heatmaps if masks is None else torch.cat([heatmaps, torch.sigmoid(masks)], dim=1)
 
 
 class ViewHead(nn.Module):
-    """How much a whole image looks like the view that the landmarks are defined in.
+    """Scores how much a whole image looks like the view that the landmarks are defined in.
 
-    It keeps the map's places apart, since what is wrong in a mirrored image is where things lie.
+    Its layers keep the places of the map apart, because a mirrored image differs from a right one
+    only in where things lie.
     """
 
     def __init__(self, inputs: int, side: int, channels: int) -> None:

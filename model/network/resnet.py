@@ -11,8 +11,11 @@ from model.network.blocks import ConvNormAct, ResidualBlock
 RESNET50_WIDTHS = (64, 256, 512, 1024, 2048)
 
 
-class Bottleneck(nn.Module):
-    """1x1, 3x3, 1x1 convolutions beside a shortcut; stride on the 3x3, as in torchvision."""
+class BottleneckBlock(nn.Module):
+    """1x1, 3x3 and 1x1 convolutions beside a shortcut (He et al. 2016, Fig. 5).
+
+    The 3x3 convolution has the stride, as in torchvision.
+    """
 
     def __init__(self, inputs: int, width: int, stride: int, downsample: nn.Module | None) -> None:
         super().__init__()
@@ -34,16 +37,17 @@ class Bottleneck(nn.Module):
         return self.relu(y + shortcut)
 
 
-def _layer(inputs: int, width: int, blocks: int, stride: int) -> nn.Sequential:
+def _build_stage(inputs: int, width: int, blocks: int, stride: int) -> nn.Sequential:
+    """`blocks` blocks with 4 * width channels; the first one has the stride."""
     downsample = nn.Sequential(
         nn.Conv2d(inputs, width * 4, 1, stride, bias=False), nn.BatchNorm2d(width * 4)
     )
-    rest = [Bottleneck(width * 4, width, 1, None) for _ in range(blocks - 1)]
-    return nn.Sequential(Bottleneck(inputs, width, stride, downsample), *rest)
+    rest = [BottleneckBlock(width * 4, width, 1, None) for _ in range(blocks - 1)]
+    return nn.Sequential(BottleneckBlock(inputs, width, stride, downsample), *rest)
 
 
 class ResNet50(nn.Module):
-    """ResNet-50 (He et al. 2016) without its classifier: torchvision's file fits but for `fc`."""
+    """ResNet-50 (He et al. 2016) without its classifier; torchvision's weights fit except `fc`."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -51,15 +55,15 @@ class ResNet50(nn.Module):
         self.bn1 = nn.BatchNorm2d(64)
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(3, 2, 1)
-        self.layer1 = _layer(64, 64, 3, 1)
-        self.layer2 = _layer(256, 128, 4, 2)
-        self.layer3 = _layer(512, 256, 6, 2)
-        self.layer4 = _layer(1024, 512, 3, 2)
+        self.layer1 = _build_stage(64, 64, 3, 1)
+        self.layer2 = _build_stage(256, 128, 4, 2)
+        self.layer3 = _build_stage(512, 256, 6, 2)
+        self.layer4 = _build_stage(1024, 512, 3, 2)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-            elif isinstance(module, Bottleneck):
-                # each block starts as its shortcut; otherwise hard to train from scratch
+            elif isinstance(module, BottleneckBlock):
+                # each block starts as its shortcut; training from scratch is hard otherwise
                 nn.init.zeros_(module.bn3.weight)
 
     def forward(self, x: Tensor) -> list[Tensor]:
@@ -73,7 +77,7 @@ class ResNet50(nn.Module):
 
 
 class CompactEncoder(nn.Module):
-    """A stem and one residual block a stride: the encoder of the latency-bounded model."""
+    """A stem and `blocks` residual blocks for each stride: the encoder of the small, fast model."""
 
     def __init__(self, channels: int, widths: Sequence[int], blocks: int) -> None:
         super().__init__()

@@ -14,11 +14,11 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from model.network.blocks import ConvNormAct, HeatmapHead, Raw, UpStep, ViewHead, setting
+from model.network.blocks import ConvNormAct, HeatmapHead, RawMaps, UpStep, ViewHead, setting
 from model.network.resnet import RESNET50_WIDTHS, CompactEncoder, ResNet50
 from model.network.vit import ViTBottleneck
 
-# what pydantic reads where it validates a configuration: a field that is not known is an error
+# pydantic reads this when it validates a configuration: an unknown field is an error
 STRICT = {"extra": "forbid"}
 
 
@@ -29,28 +29,31 @@ class TransUNetConfig:
     __pydantic_config__: ClassVar = STRICT
 
     kind: Literal["transunet"] = "transunet"
-    input_size: int = setting(512, "side of the square input, px; a multiple of 32")
-    channels: Literal[1, 3] = setting(3, "input channels; ImageNet weights want 3")
-    encoder: Literal["resnet50", "compact"] = setting("resnet50", "the encoder's kind")
+    input_size: int = setting(512, "side of the square network input, px; a multiple of 32")
+    channels: Literal[1, 3] = setting(3, "number of input channels; ImageNet weights need 3")
+    encoder: Literal["resnet50", "compact"] = setting("resnet50", "kind of encoder")
     encoder_widths: tuple[int, ...] = setting(
-        RESNET50_WIDTHS, "channels at strides 2, 4, 8, 16, 32 (compact encoder)"
+        RESNET50_WIDTHS, "channels at strides 2, 4, 8, 16, 32 (only a compact encoder's can change)"
     )
-    encoder_blocks: int = setting(1, "residual blocks a stride (compact encoder)")
-    vit_width: int = setting(192, "the bottleneck's width")
-    vit_depth: int = setting(12, "its blocks")
-    vit_heads: int = setting(12, "its attention heads")
+    encoder_blocks: int = setting(1, "residual blocks per stride (compact encoder only)")
+    vit_width: int = setting(192, "channels of the ViT bottleneck")
+    vit_depth: int = setting(12, "blocks of the ViT bottleneck")
+    vit_heads: int = setting(12, "attention heads of the ViT bottleneck")
     vit_positions: Literal["sincos", "relative"] = setting(
-        "sincos", "sincos: fixed codes; relative: learned tables, as USFM's ViT has"
+        "sincos", "positions in the bottleneck: fixed sin-cos codes, or learned tables as in USFM"
     )
     up_widths: tuple[int, ...] = setting(
-        (1024, 512), "channels of the up path from stride 16 on; its length sets the stride"
+        (1024, 512),
+        "channels of the up path, from stride 16 on; their number sets the map's stride",
     )
     softmax_sigma_cells: float | None = setting(
-        None, "None: plain heatmaps; a number: softmax heatmaps of that target sigma"
+        None, "target sigma of softmax heatmaps, cells; None: plain heatmaps"
     )
-    view_channels: int = setting(0, "width of the view head, which calibrate adds; 0: none")
+    view_channels: int = setting(
+        0, "channels of the view head, which training.calibrate adds; 0: none"
+    )
     members: tuple[TransUNetConfig, ...] = setting(
-        (), "further networks on the same image; the maps are the mean of all"
+        (), "further networks on the same image; the maps of all are averaged"
     )
 
     @property
@@ -66,22 +69,27 @@ class UNetConfig:
     __pydantic_config__: ClassVar = STRICT
 
     kind: Literal["unet"] = "unet"
-    input_size: int = setting(512, "side of the square input, px")
-    channels: Literal[1, 3] = setting(3, "input channels")
-    widths: tuple[int, ...] = setting((64, 128, 256, 512, 1024), "channels a level")
-    stride: int = setting(8, "input px per heatmap cell, averaged")
-    softmax_sigma_cells: float | None = setting(None, "as in TransUNetConfig")
+    input_size: int = setting(512, "side of the square network input, px")
+    channels: Literal[1, 3] = setting(3, "number of input channels")
+    widths: tuple[int, ...] = setting((64, 128, 256, 512, 1024), "channels per level")
+    stride: int = setting(8, "input px per heatmap cell; the map is averaged down")
+    softmax_sigma_cells: float | None = setting(
+        None, "target sigma of softmax heatmaps, cells; None: plain heatmaps"
+    )
 
 
 class TransUNet(nn.Module):
-    """One class for every size: `TransUNetConfig` chooses encoder, bottleneck and up path."""
+    """Encoder, ViT bottleneck and U-Net up path, of the kinds and sizes in `TransUNetConfig`.
+
+    `view` is the view head and `members` are further networks; both are keys of the weights.
+    """
 
     def __init__(self, config: TransUNetConfig, masks: int = 0) -> None:
         super().__init__()
         widths = config.encoder_widths
         if config.encoder == "resnet50":
             if widths != RESNET50_WIDTHS:
-                raise ValueError(f"resnet50 has widths {RESNET50_WIDTHS}, got {widths}")
+                raise ValueError(f"expected encoder_widths {RESNET50_WIDTHS}, got {widths}")
             self.encoder: nn.Module = ResNet50(config.channels)
         else:
             self.encoder = CompactEncoder(config.channels, widths, config.encoder_blocks)
@@ -99,59 +107,63 @@ class TransUNet(nn.Module):
         skips = widths[-2::-1]
         self.up = nn.ModuleList(UpStep(*step) for step in zip(inputs, skips, config.up_widths))
         self.head = HeatmapHead(inputs[-1], masks, config.softmax_sigma_cells)
-        seen = widths[-1] + config.vit_width
-        self.view = ViewHead(seen, side, config.view_channels) if config.view_channels else None
-        self.members = nn.ModuleList(_member(one, config, masks) for one in config.members)
+        judged = widths[-1] + config.vit_width  # channels that the view head takes
+        self.view = ViewHead(judged, side, config.view_channels) if config.view_channels else None
+        self.members = nn.ModuleList(_build_member(one, config, masks) for one in config.members)
 
-    def forward(self, x: Tensor) -> Tensor | Raw | tuple[Tensor, Tensor]:
-        """(n, channels, s, s) -> (n, 3 + masks, s / stride, s / stride); in training mode `Raw`.
+    def forward(self, x: Tensor) -> Tensor | RawMaps | tuple[Tensor, Tensor]:
+        """(n, channels, s, s) -> (n, 3 + masks, s / stride, s / stride) maps.
 
-        With a view head, in evaluation mode: these and (n,) view scores. With members, in training
-        mode: each network's maps after the other's, its own first.
+        With a view head: these and (n,) view scores 0..1. In training mode: `RawMaps` without view
+        scores. With members they hold every network's maps one after the other, its own first.
         """
-        features, tokens = self._encoded(x)
+        features, tokens = self._features_and_tokens(x)
         y = tokens
         for step, skip in zip(self.up, features[-2::-1]):
             y = step(y, skip)
         maps = self.head(y)
         if self.members:
-            every = [maps, *(member(x) for member in self.members)]
-            maps = _in_a_row(every) if self.training else torch.stack(every).mean(0)
+            all_maps = [maps, *(member(x) for member in self.members)]
+            maps = _concatenate(all_maps) if self.training else torch.stack(all_maps).mean(0)
         if self.view is None or self.training:
             return maps
         return maps, self.view(torch.cat([features[-1], tokens], dim=1))
 
     def view_features(self, x: Tensor) -> Tensor:
-        """(n, channels, s, s) -> (n, seen, side, side): what the view head judges by."""
-        features, tokens = self._encoded(x)
+        """(n, channels, s, s) -> (n, channels of the head's input, side, side): its input."""
+        features, tokens = self._features_and_tokens(x)
         return torch.cat([features[-1], tokens], dim=1)
 
-    def _encoded(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
-        """The encoder's features at every stride, and the bottleneck's."""
+    def _features_and_tokens(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
+        """The encoder's features at every stride, and the bottleneck's output."""
         features = self.encoder(x)
         return features, self.bottleneck(self.project(features[-1]))
 
 
-def _member(config: TransUNetConfig, first: TransUNetConfig, masks: int) -> TransUNet:
+def _build_member(config: TransUNetConfig, first: TransUNetConfig, masks: int) -> TransUNet:
     if config.view_channels or config.members:
-        raise ValueError("a member is a plain network: it has no view head and no members")
+        raise ValueError("expected members without a view head and without members of their own")
     for name in ("input_size", "stride", "channels", "softmax_sigma_cells"):
         values = getattr(first, name), getattr(config, name)
         if values[0] != values[1]:
-            raise ValueError(f"maps of different kinds have no mean: {name} is {values}")
+            raise ValueError(
+                f"expected members with the same {name}, got {values}: their maps differ"
+            )
     return TransUNet(config, masks)
 
 
-def _in_a_row(raw: Sequence[Raw]) -> Raw:
-    """Several networks' maps, one after the other."""
+def _concatenate(raw: Sequence[RawMaps]) -> RawMaps:
+    """Several networks' maps, one after the other in the channels."""
     masks = [one.masks for one in raw if one.masks is not None]
-    return Raw(torch.cat([one.heatmaps for one in raw], 1), torch.cat(masks, 1) if masks else None)
+    return RawMaps(
+        torch.cat([one.heatmaps for one in raw], 1), torch.cat(masks, 1) if masks else None
+    )
 
 
 class UNet(nn.Module):
-    """Four levels down, four up, and the full-resolution map averaged down to the heatmap grid.
+    """The challenge's baseline, after Ronneberger et al. 2015.
 
-    The challenge's baseline (after Ronneberger et al. 2015).
+    Four levels down, four up, and the full-resolution map is averaged down to the heatmap grid.
     """
 
     def __init__(self, config: UNetConfig, masks: int = 0) -> None:
@@ -169,8 +181,8 @@ class UNet(nn.Module):
         self.pool = nn.AvgPool2d(config.stride)
         self.head = HeatmapHead(widths[0], masks, config.softmax_sigma_cells)
 
-    def forward(self, x: Tensor) -> Tensor | Raw:
-        """(n, channels, s, s) -> (n, 3 + masks, s / stride, s / stride); in training mode `Raw`."""
+    def forward(self, x: Tensor) -> Tensor | RawMaps:
+        """(n, channels, s, s) -> (n, 3 + masks, s / stride, s / stride); in training: `RawMaps`."""
         features = []
         for k, level in enumerate(self.down):
             x = level(self.shrink(x) if k else x)

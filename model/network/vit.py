@@ -1,7 +1,7 @@
-"""The Vision Transformer of the bottleneck: pre-norm blocks, and how they know positions.
+"""The Vision Transformer of the bottleneck: pre-norm blocks and their positions.
 
-Positions are fixed 2-D sin-cos codes added to the tokens, or, in the fashion of BEiT, a learned
-bias for every offset between two cells, added to each block's attention scores.
+Positions are fixed 2-D sin-cos codes, which are added to the tokens. Or, as in BEiT, they are a
+learned bias for each offset between two cells, which is added to each block's attention scores.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ from torch import Tensor, nn
 def sincos_positions(rows: int, columns: int, width: int) -> Tensor:
     """(rows * columns, width) fixed 2-D sine-cosine position embedding (He et al. 2022, MAE).
 
-    The first half of the width encodes the column, the second the row; each: sines, then cosines.
+    The first half of the width encodes the column, the second the row; each half has sines, then
+    cosines.
 
     Raises:
-        ValueError: a width that four does not divide.
+        ValueError: the width is not a multiple of 4.
     """
     if width % 4:
-        raise ValueError(f"the width must be a multiple of 4, got {width}")
+        raise ValueError(f"expected a width that is a multiple of 4, got {width}")
     frequencies = torch.exp(-math.log(10000.0) * torch.arange(width // 4) / (width // 4))
     row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
     parts = []
@@ -34,10 +35,10 @@ def sincos_positions(rows: int, columns: int, width: int) -> Tensor:
 
 
 def relative_index(rows: int, columns: int) -> Tensor:
-    """(rows * columns, rows * columns) number of the offset from each cell to each other one.
+    """(rows * columns, rows * columns) numbers of the offsets between any two cells.
 
-    Offsets are counted as in BEiT: rows from -(rows - 1) on, then columns; a table of biases has
-    (2 rows - 1) * (2 columns - 1) of them.
+    Offsets are numbered as in BEiT: by rows from -(rows - 1) on, then by columns. A table of biases
+    has (2 rows - 1) * (2 columns - 1) of them.
     """
     row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
     down = row.reshape(-1, 1) - row.reshape(1, -1) + rows - 1
@@ -46,7 +47,7 @@ def relative_index(rows: int, columns: int) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention; `bias`, (heads, tokens, tokens), is added to the scores."""
+    """Multi-head self-attention; a `bias` (heads, tokens, tokens) is added to the scores."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -56,18 +57,18 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """(n, tokens, width) -> the same shape."""
-        query, key, value = self._heads(x)
+        query, key, value = self._split_heads(x)
         mask = None if bias is None else bias.to(query.dtype)
         attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         return self.proj(attended.transpose(1, 2).reshape(x.shape))
 
     def maps(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """(n, tokens, width) -> (n, heads, tokens, tokens): what share each token takes of each."""
-        query, key, _ = self._heads(x)
+        """(n, tokens, width) -> (n, heads, tokens, tokens) attention of each token to all."""
+        query, key, _ = self._split_heads(x)
         scores = query.float() @ key.float().transpose(-1, -2) / math.sqrt(query.shape[-1])
         return (scores if bias is None else scores + bias).softmax(dim=-1)
 
-    def _heads(self, x: Tensor) -> Tensor:
+    def _split_heads(self, x: Tensor) -> Tensor:
         """(n, tokens, width) -> (3, n, heads, tokens, width / heads): query, key and value."""
         n, tokens, width = x.shape
         qkv = self.qkv(x).reshape(n, tokens, 3, self.heads, width // self.heads)
@@ -75,7 +76,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP, each behind a layer norm and beside a shortcut."""
+    """Attention and MLP, each with a layer norm before it and a shortcut beside it."""
 
     def __init__(self, width: int, heads: int, mlp_ratio: float = 4.0) -> None:
         super().__init__()
@@ -92,7 +93,7 @@ class Block(nn.Module):
 
 
 class ViTBottleneck(nn.Module):
-    """A feature map as tokens through `depth` blocks and back; positions fit the map's size."""
+    """Runs a feature map as tokens through `depth` blocks; positions are for maps of one size."""
 
     index: Tensor
 

@@ -132,14 +132,16 @@ def _answer_frames(
     Args:
         start: the time.perf_counter() at which reading the case began, in seconds.
     """
-    for frame, read_ms in _read_frames(source, start):
+    for frame, read_ms in _frames_with_read_ms(source, start):
         stop.raise_if_asked()
         with budget.admit(0 if isinstance(frame, BadFrame) else frame.pixels.nbytes):
             answer = _answer_frame(case, frame, read_ms, predictor, options)
         yield answer
 
 
-def _read_frames(source: ImageSource, start: float) -> Iterator[tuple[GreyFrame | BadFrame, float]]:
+def _frames_with_read_ms(
+    source: ImageSource, start: float
+) -> Iterator[tuple[GreyFrame | BadFrame, float]]:
     """Each frame, and the milliseconds that reading it took."""
     try:
         for frame in source.frames():

@@ -159,9 +159,9 @@ def results_json(
     head = summary.model_dump_json(indent=1, exclude={"cases", "loops"})
     yield head.encode().removesuffix(b"\n}") + b",\n"
     yield CASES_LINE.removesuffix(b"\n")
-    yield from _json_items(entries)
+    yield from _json_list_lines(entries)
     yield b'\n ],\n "loops": ['
-    yield from _json_items(loops)
+    yield from _json_list_lines(loops)
     yield b"\n ]\n}\n"
 
 
@@ -199,7 +199,7 @@ def json_line(content: BaseModel | Mapping[str, Any]) -> bytes:
     return json.dumps(content, ensure_ascii=False).encode() + b"\n"
 
 
-def _json_items(lines: Iterable[bytes]) -> Iterator[bytes]:
+def _json_list_lines(lines: Iterable[bytes]) -> Iterator[bytes]:
     """The items of a JSON list, with commas, one to a line."""
     for number, line in enumerate(lines):
         yield (b",\n  " if number else b"\n  ") + line.rstrip(b"\n")

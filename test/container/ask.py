@@ -1,6 +1,7 @@
-"""Ask an invoke server, and hold its answer against what is expected: METHOD PATH STATUS [PORT].
+"""Send a request to an invoke server and check its status: ask.py METHOD PATH STATUS [PORT]
 
-Waits for a server that is not up yet. Needs the standard library alone.
+Waits up to a minute for a server that is not up yet. Needs only the standard library. Exits 1 if
+the status is another.
 """
 
 import sys
@@ -10,6 +11,7 @@ import urllib.request
 
 
 def ask(method: str, path: str, port: str) -> tuple[int, str]:
+    """Status and body of the answer; (0, reason) without one."""
     request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", method=method)
     try:
         with urllib.request.urlopen(request, timeout=60) as answer:

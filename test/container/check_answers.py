@@ -1,9 +1,9 @@
-"""Check an output folder: every answered case has its files, and they say what is expected.
+"""Check an output folder: every answered case has its files, and they hold the expected values.
 
     python test/container/check_answers.py OUTPUT [--expected landmarks.csv [--some]]
 
-Prints a line a case; exits 1 on any mismatch. Files are compared by their names, whatever folder
-they lie in. Needs the standard library alone.
+Prints a line for each case; exits 1 on any mismatch. Files are matched by name, whatever folder
+they lie in. Needs only the standard library.
 """
 
 import argparse
@@ -21,8 +21,10 @@ def main() -> int:
     """Run the command; returns its exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("output", type=Path)
-    parser.add_argument("--expected", type=Path, help="table to compare with")
-    parser.add_argument("--some", action="store_true", help="the run had some of its cases only")
+    parser.add_argument("--expected", type=Path, help="landmarks.csv to compare with")
+    parser.add_argument(
+        "--some", action="store_true", help="accept a run of only some of the table's cases"
+    )
     parser.add_argument("--tolerance-px", type=float, default=0.5)
     parser.add_argument("--tolerance-deg", type=float, default=0.5)
     args = parser.parse_args()
@@ -55,7 +57,7 @@ def read_table(path: Path) -> dict[str, dict[str, str]]:
 
 
 def faults_of(entry: dict, output: Path) -> list[str]:
-    """What is wrong with the files of an answered case."""
+    """A sentence for each fault in the files of an answered case."""
     folder = output / entry["case"]
     if not folder.is_dir():
         folder = output
@@ -76,7 +78,7 @@ def faults_of(entry: dict, output: Path) -> list[str]:
 
 
 def difference(entry: dict, row: dict[str, str], args: argparse.Namespace) -> list[str]:
-    """Where an entry lies further from the expected row than the tolerance."""
+    """A sentence for each value that differs from the expected row by more than the tolerance."""
     faults = []
     for name in LANDMARKS:
         off = math.dist(entry["landmarks_px"][name], ast.literal_eval(row[name]))

@@ -1,8 +1,9 @@
-"""Hold measured figures against the model card's: at most a tenth worse.
+"""Compare measured figures with the model card's: at most a tenth worse.
 
     python test/container/gate.py figures.json model/weights/MODEL_CARD.md
 
-The card quotes training.evaluate's text, from which the first figure of a line (all cases) is read.
+The card quotes the text of training.evaluate. The first figure of a line counts: it is that of all
+cases. Exits 1 if a figure is worse.
 """
 
 import json
@@ -15,7 +16,7 @@ FIGURES = {"mre_px": "mean radial error, px", "aop_error_deg": "AoP error, deg"}
 
 
 def main(measured: Path, card: Path) -> int:
-    """Compare and print; 1 where a figure is worse than the card's by more than the slack."""
+    """Compare and print; returns 1 if a figure is beyond the slack or a case is missing."""
     figures = json.loads(measured.read_text())["all"]
     text = card.read_text()
     status = 0 if not figures["missing"] else 1

@@ -1,6 +1,6 @@
-"""process.py as its users run it: a process of its own, in the container where there is one.
+"""process.py as its users run it: in a process of its own, or in the container.
 
-AOP_IMAGE names the image, which then runs under the flags of a challenge platform; without it the
+If AOP_IMAGE names an image, the tests run it under the flags of a challenge platform. Otherwise the
 same tests run `python process.py`.
 """
 
@@ -22,7 +22,7 @@ FLAGS = [
 
 @dataclass
 class Outcome:
-    """What came of a run; `results` is results.json, or {} where there is none."""
+    """The outcome of a run; `results` is results.json, or {} if there is none."""
 
     status: int
     out: str
@@ -42,7 +42,7 @@ class Outcome:
 def command(
     source: Path, output: Path, *options: str, models: Path | None = None, name: str = ""
 ) -> list[str]:
-    """The command line of a run, in the container or without."""
+    """The command line of a run, with or without the container; `name` is the container's."""
     if not IMAGE:
         model = [f"--model={next(models.iterdir())}"] if models else []
         paths = [f"--input={source}", f"--output={output}"]
@@ -57,7 +57,7 @@ def command(
 
 
 def run(source: Path, output: Path, *options: str, models: Path | None = None) -> Outcome:
-    """Run to the end."""
+    """Run to the end and collect the outcome."""
     ran = subprocess.run(
         command(source, output, *options, models=models),
         capture_output=True,

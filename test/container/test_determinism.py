@@ -1,4 +1,4 @@
-"""The same input gives the same bytes, whatever the threads, the order and the other files."""
+"""The same input gives the same bytes, for any number of threads, order and other files."""
 
 import json
 import shutil
@@ -29,7 +29,7 @@ def first(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 def content(folder: Path, names: list[str] | None = None) -> dict[str, bytes]:
-    """Every file but for the times in it."""
+    """Name -> bytes of every file, without the times in results.json."""
     found = {}
     for name in names or tree(folder):
         data = (folder / name).read_bytes()
@@ -60,7 +60,7 @@ def test_order_in_which_files_are_listed(folder: Path, first: Run, tmp_path: Pat
 
 
 def test_what_a_case_is_among(folder: Path, first: Run, tmp_path: Path) -> None:
-    """Neither the cases before it nor a run of its own changes an answer."""
+    """A case's answer is the same after other cases and in a run of its own."""
     png(tmp_path / "in" / "2.png", made(2))
     alone = run(tmp_path / "in", tmp_path / "out")
     names = [name for name in tree(alone.folder) if name.startswith("2/")]

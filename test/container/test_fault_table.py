@@ -1,8 +1,7 @@
-"""The fault table: one row for each thing that may be wrong with input, output or model.
+"""The fault table: a row for everything that may be wrong with input, output or model.
 
-If AOP_IMAGE names an image, process.py runs in it under the flags of a challenge platform
-(test/container/strict.py). All faulty files lie in one folder beside good ones, and none may cost
-another its answer.
+If AOP_IMAGE names an image, the tests run in its container (test/container/strict.py). All faulty
+files lie in one folder with good ones, and no file may cost another its answer.
 """
 
 import gzip
@@ -80,7 +79,7 @@ def zero_spacing(path: Path) -> None:
     edited(path, b"ElementSpacing = 0.25 0.25", b"ElementSpacing = 0 0")
 
 
-# fault -> (file, how it is made, the error in its entry, or None if it is answered)
+# fault -> (file, function that writes it, pattern of its entry's error; None if it is answered)
 Row = tuple[str, Callable[[Path], object], str | None]
 FILES: dict[str, Row] = {
     "missing": ("gone.png", lambda p: p.symlink_to("nowhere.png"), "No such file"),
@@ -165,7 +164,7 @@ def test_all_files_together(folder: Path, outcome: Outcome) -> None:
     assert collided["status"] == "ok"
     assert {collided["case"], outcome.entry("a__b.png")["case"]} == {"a__b", "a__b-2"}
     spacing = outcome.entry("zero.mha")
-    assert spacing["spacing_mm"] is None and "0 x 0 mm cannot be" in spacing["warnings"][0]
+    assert spacing["spacing_mm"] is None and "0 x 0 mm is impossible" in spacing["warnings"][0]
     assert not [name for name in tree(folder.parent / "out") if "partial" in name]
 
 
@@ -249,9 +248,10 @@ def test_model(tmp_path: Path, fault: str) -> None:
     assert sentence in found.sentence and "export" in found.sentence
 
 
-@pytest.mark.skipif(not IMAGE, reason="another user is had only in the container")
+@pytest.mark.docker
+@pytest.mark.skipif(not IMAGE, reason="only the container has another user")
 def test_model_that_may_not_be_read(tmp_path: Path) -> None:
-    """The shipped model must not be taken instead."""
+    """The shipped model must not take its place."""
     (tmp_path / "models").mkdir()
     shutil.copy(process.SHIPPED_MODEL, tmp_path / "models" / "mine.onnx")
     (tmp_path / "models").chmod(0o000)
@@ -282,7 +282,8 @@ def test_output_that_is_not_writable(tmp_path: Path) -> None:
     assert "mount a writable folder" in ran.stderr
 
 
-@pytest.mark.skipif(not IMAGE, reason="a small disk is had only in the container")
+@pytest.mark.docker
+@pytest.mark.skipif(not IMAGE, reason="only the container has a small disk")
 @pytest.mark.parametrize("megabytes", [1, 2, 3])
 def test_output_that_is_full_in_the_middle(tmp_path: Path, megabytes: int) -> None:
     for k in range(40):
@@ -310,7 +311,7 @@ def many(tmp_path: Path, count: int = 60) -> Path:
 
 
 def interrupted(tmp_path: Path, source: Path, number: signal.Signals) -> tuple[int, str]:
-    """Run, and send a signal once five cases are answered."""
+    """Run and send a signal once some cases are answered; returns the exit status and stderr."""
     name = f"aop-{tmp_path.name}-{os.getpid()}"
     line = strict.command(source, tmp_path / "out", "--no-overlay", name=name)
     child = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -345,6 +346,6 @@ def test_signal_in_the_middle_and_resume(tmp_path: Path, number: signal.Signals)
     found = strict.run(source, tmp_path / "out", "--no-overlay", "--resume")
     assert found.status == 0 and found.results["answered"] == 60
     kept = [path for path, time_ns in first.items() if path.stat().st_mtime_ns == time_ns]
-    assert len(kept) >= len(first) - 1  # the one that was being answered
+    assert len(kept) >= len(first) - 1  # the signal may have hit one that was being written
     assert f"{len(kept)} of 60 cases are answered already" in found.out
     shutil.rmtree(tmp_path / "out")

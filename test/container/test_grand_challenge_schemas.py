@@ -1,4 +1,4 @@
-"""The answers, checked against grand-challenge's JSON schemas in test/container/schemas."""
+"""The answers against grand-challenge's own JSON schemas, which lie in schemas/."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ FILES = {POINTS: "multiple-points", ANGLE: "float", THREE: "three-point-angle"}
 
 
 def load_strictly(path: Path) -> object:
-    """The content of a JSON file. Python accepts NaN and Infinity, but JSON does not."""
+    """Read JSON, without the NaN and Infinity that Python would accept."""
 
     def refuse(text: str) -> object:
         raise ValueError(f"{path.name} holds {text}")

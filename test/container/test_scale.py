@@ -1,7 +1,7 @@
-"""Large folders, long loops, several containers at once, and killed runs: memory and lost work.
+"""Large folders, long loops and several containers at once: memory, and the cost of a kill.
 
-These tests are short; for a long run use AOP_SCALE=5000 pytest test/container/test_scale.py. If
-AOP_IMAGE names an image, they run in its container. Memory is always that of a plain process.
+The tests are short by default. AOP_SCALE=5000 pytest test/container/test_scale.py makes them long.
+If AOP_IMAGE names an image, they run in its container; memory is always that of a plain process.
 """
 
 import os
@@ -32,7 +32,7 @@ def images(folder: Path, count: int) -> Path:
     return folder
 
 
-# A child inherits the peak of its parent: here a small process, not pytest.
+# A process begins with the peak of the one that starts it: a small process does, not pytest.
 PEAK = """
 import resource, subprocess, sys
 subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL, check=True)
@@ -41,7 +41,7 @@ print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
 
 
 def peak(source: Path, output: Path, *options: str) -> int:
-    """Peak memory of a run, in bytes."""
+    """The largest resident size of a run, bytes."""
     line = [sys.executable, str(ROOT / "process.py"), f"--input={source}", f"--output={output}"]
     command = [sys.executable, "-c", PEAK, *line, *options]
     ran = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
@@ -93,7 +93,7 @@ def test_a_killed_run_is_resumed_without_redoing_the_first(tmp_path: Path) -> No
     found = strict.run(source, output, "--no-overlay", "--resume")
     assert found.status == 0 and found.results["answered"] == COUNT
     again = [path for path, time_ns in first.items() if path.stat().st_mtime_ns != time_ns]
-    assert len(again) <= 1  # the one that was being answered
+    assert len(again) <= 1  # the kill may have hit one that was being written
 
 
 def kill(child: subprocess.Popen, name: str) -> None:
@@ -105,7 +105,7 @@ def kill(child: subprocess.Popen, name: str) -> None:
 
 
 def test_eight_at_once_one_of_them_killed(tmp_path: Path) -> None:
-    """Together the parts give what one run gives."""
+    """Together they give the answers of a single run."""
     source, output = images(tmp_path / "in", 64), tmp_path / "out"
     output.mkdir()
 

@@ -1,4 +1,4 @@
-"""What the image installs and what no code of ours may do."""
+"""What the image installs, and what none of our code may do."""
 
 import ast
 import re
@@ -11,7 +11,7 @@ PIN = re.compile(r"([\w.-]+)(?:\[[\w,]+\])?==(\S+)(?: --hash=sha256:([0-9a-f]{64
 
 
 def pins(path: Path) -> dict[str, tuple[str, str | None]]:
-    """Package -> version and digest."""
+    """Package -> version and digest (None without one)."""
     lines = [line for line in path.read_text().splitlines() if line and not line.startswith("#")]
     found = [PIN.fullmatch(line) for line in lines]
     assert all(found), lines

@@ -1,4 +1,4 @@
-"""The benchmark: a run from end to end, what it refuses, and its peers."""
+"""The benchmark: a run from end to end, the command lines that it refuses, and its peers."""
 
 import json
 from dataclasses import replace
@@ -39,7 +39,7 @@ TINY = {"published": published}
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
-    """A training's folder `run`, labelled images, and the peers' cache."""
+    """A folder with a training (run/), labelled images and later the peers' cache."""
     root = tmp_path_factory.mktemp("benchmark")
     torch.manual_seed(0)
     (root / "run").mkdir()
@@ -64,7 +64,7 @@ def run(place: Path, *options: str) -> int:
 
 @pytest.fixture(scope="module")
 def tiny(place) -> Path:
-    """The ONNX file of the trained model, as a benchmark exports it."""
+    """The trained model's ONNX file, as the benchmark exports it."""
     (place / "cache").mkdir(exist_ok=True)
     return peers.trained_model("tiny", place / "run", place / "cache").file
 
@@ -94,7 +94,7 @@ def test_a_run_from_end_to_end(place, tmp_path, capsys):
 def test_a_failed_gate_is_named(place, capsys):
     assert run(place, "--budget-ms", "0.0001", "--least-ratio", "published=1e9") == 1
     said = capsys.readouterr().err.splitlines()[-1]
-    assert "budget 0.0001 ms" in said and "at least 1e+09 wanted" in said
+    assert "budget 0.0001 ms" in said and "expected at least 1e+09" in said
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_a_failed_gate_is_named(place, capsys):
         (["--images", "."], "--images needs a case table"),
         (
             ["--least-ratio", "unet=60"],
-            "--least-ratio unet: expected one of those beside: published",
+            "--least-ratio unet: expected one of the other models: published",
         ),
         (["--least-ratio", "tiny=1"], "--least-ratio tiny: expected"),
         (["--peer", "tiny=other.safetensors"], "a model and a peer are called tiny"),
@@ -136,7 +136,7 @@ def test_a_file_is_exported_once_and_again_when_it_changes(place, tiny, monkeypa
 
     cache = place / "cache"
     peers.random_peer("published", published, cache)
-    monkeypatch.setattr(peers, "_export", refuse)
+    monkeypatch.setattr(peers, "_write_onnx", refuse)
     assert peers.trained_model("tiny", place / "run", cache).file == tiny
     peers.random_peer("published", published, cache)
     with pytest.raises(AssertionError):  # the same name, another network
@@ -158,7 +158,7 @@ def test_an_exported_peer_answers_as_its_network(place):
 
 def test_costs_of_the_peers():
     with torch.device("meta"):
-        costs = {name: peers.cost(*source()) for name, source in peers.PEERS.items()}
+        costs = {name: peers.network_cost(*source()) for name, source in peers.PEERS.items()}
     gmac = {name: cost[1] for name, cost in costs.items()}
     assert gmac == pytest.approx({"paper": 83, "published": 123, "unet": 193}, abs=0.6)
     assert costs["published"][0] > costs["paper"][0]
@@ -183,7 +183,7 @@ def test_the_shipped_models_are_those_of_process_py():
         benchmark.SHIPPED,
         benchmark.SHIPPED_FOR_CPU,
     )
-    options = benchmark.parse_options(["--provider", "cpu"], peers.PEERS)
+    options = benchmark.parse_benchmark_options(["--provider", "cpu"], peers.PEERS)
     assert options.models == {
         "shipped": process.SHIPPED_FOR_CPU,
         "float32": process.SHIPPED_MODEL,

@@ -1,4 +1,4 @@
-"""The Codabench bundle: it stands alone, answers as process.py does, and is whole or not there."""
+"""The Codabench bundle: it runs alone, answers as process.py does, and is written whole or not."""
 
 import ast
 import io
@@ -29,7 +29,7 @@ from training.recipes import COMPACT
 SHIPPED = ROOT / "model" / "weights" / "aop.safetensors"
 SIZES = [(256, 256), (512, 512), (640, 480), (190, 141), (301, 517)]
 
-# What Codabench's ingestion program does, and what it must not find in doing so.
+# Does what Codabench's ingestion program does; prints the answers and the imported modules.
 INGESTION = """
 import json, sys
 sys.path.insert(0, sys.argv[1])
@@ -40,8 +40,8 @@ assert network.load() is network
 answers = [network.predict(Image.open(name).convert("RGB")) for name in sys.argv[2:]]
 assert all(answer.shape == (6,) for answer in answers)
 files = [str(getattr(module, "__file__", "")) for module in sys.modules.values()]
-wanted = {"cv2", "pydantic", "safetensors", "onnxruntime", "SimpleITK"} & set(sys.modules)
-print(json.dumps([[answer.tolist() for answer in answers], files, sorted(wanted)]))
+unwanted = {"cv2", "pydantic", "safetensors", "onnxruntime", "SimpleITK"} & set(sys.modules)
+print(json.dumps([[answer.tolist() for answer in answers], files, sorted(unwanted)]))
 """
 BY_PATH = """
 import sys
@@ -88,14 +88,14 @@ def weights(tmp_path_factory):
     return path
 
 
-def unpacked(bundle, folder):
+def unpack(bundle, folder):
     with zipfile.ZipFile(bundle) as archive:
         archive.extractall(folder)
     return folder
 
 
-def alone(code, folder, *arguments):
-    """Run code in a process whose folder and search path know nothing of this repository."""
+def run_alone(code, folder, *arguments):
+    """Run code in a process whose folder and search path do not lead to this repository."""
     kept = {name: text for name, text in os.environ.items() if name != "PYTHONPATH"}
     command = [sys.executable, "-c", code, *map(str, arguments)]
     done = subprocess.run(
@@ -106,10 +106,10 @@ def alone(code, folder, *arguments):
 
 
 def largest_difference(submission, images, folder):
-    """In px between the bundle's landmarks and process.py's, of all images in a folder."""
-    bundle = unpacked(submission, folder / "bundle")
+    """Between the bundle's landmarks and process.py's for all images in a folder, px."""
+    bundle = unpack(submission, folder / "bundle")
     files = sorted(images.iterdir())
-    answers, modules, packages = json.loads(alone(INGESTION, bundle, bundle, *files))
+    answers, modules, packages = json.loads(run_alone(INGESTION, bundle, bundle, *files))
     ours = [ROOT / name for name in ("model", "training", "export", "test", "process.py")]
     assert not [name for name in modules if any(Path(name).is_relative_to(own) for own in ours)]
     assert str(bundle / "aop" / "masks.py") in modules and packages == []
@@ -160,12 +160,12 @@ def test_bundle_is_flat_and_says_what_it_is(submission):
 
 @pytest.mark.slow
 def test_bundle_is_loaded_by_path_saves_and_takes_any_picture(submission, tmp_path):
-    bundle = unpacked(submission, tmp_path / "bundle")
+    bundle = unpack(submission, tmp_path / "bundle")
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     image = tmp_path / "image.npy"
     np.save(image, phantom(3).image)
-    alone(BY_PATH, elsewhere, bundle, image)
+    run_alone(BY_PATH, elsewhere, bundle, image)
 
 
 @pytest.mark.slow
@@ -197,10 +197,10 @@ def test_every_kind_of_network_runs_on_its_own(tmp_path, config):
     described = Checkpoint(network=config, masks=0, spec=recipe.spec(0))
     bundle = tmp_path / "a.zip"
     codabench.write_zip(bundle, codabench.bundle_files(network, described, "a", "b", tmp_path))
-    assert codabench.check(bundle, network, described)[0] < 0.01
+    assert codabench.compare_with_predictor(bundle, network, described)[0] < 0.01
 
 
-def refused(capsys, folder, weights, output):
+def refusal(capsys, folder, weights, output):
     """The sentence that export.codabench ends with; nothing is written."""
     before = sorted(folder.rglob("*"))
     assert codabench.main(["--weights", str(weights), "--output", str(output)]) == 2
@@ -210,8 +210,8 @@ def refused(capsys, folder, weights, output):
 
 @pytest.mark.slow
 def test_nothing_is_written_where_the_landmarks_differ(weights, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(codabench, "check", lambda *_: (0.11, 4))
-    assert "differ" in refused(capsys, tmp_path, weights, tmp_path / "a.zip")
+    monkeypatch.setattr(codabench, "compare_with_predictor", lambda *_: (0.11, 4))
+    assert "differ" in refusal(capsys, tmp_path, weights, tmp_path / "a.zip")
 
 
 @pytest.mark.slow
@@ -221,7 +221,7 @@ def test_check_sees_another_networks_weights(weights, tmp_path):
     codabench.write_zip(bundle, codabench.bundle_files(network, described, "a", "b", tmp_path))
     torch.manual_seed(1)
     other = build_network(SMALL, masks=2).eval()
-    assert codabench.check(bundle, other, described)[0] > 1
+    assert codabench.compare_with_predictor(bundle, other, described)[0] > 1
 
 
 @pytest.mark.slow
@@ -229,25 +229,25 @@ def test_check_sees_another_networks_weights(weights, tmp_path):
 def test_nothing_is_written_where_the_bundle_needs_more(
     weights, tmp_path, monkeypatch, capsys, line
 ):
-    sources = codabench.sources()
+    sources = codabench.bundle_sources()
     sources["aop/masks.py"] = f"{line}\n".encode()
-    monkeypatch.setattr(codabench, "sources", lambda: sources)
-    message = refused(capsys, tmp_path, weights, tmp_path / "a.zip")
+    monkeypatch.setattr(codabench, "bundle_sources", lambda: sources)
+    message = refusal(capsys, tmp_path, weights, tmp_path / "a.zip")
     assert "does not run on its own" in message and line.split()[1].split(".")[0] in message
 
 
 def test_what_is_missing_is_named(weights, tmp_path, capsys):
-    assert "no.safetensors" in refused(
+    assert "no.safetensors" in refusal(
         capsys, tmp_path, tmp_path / "no.safetensors", tmp_path / "a.zip"
     )
     lonely = tmp_path / "lonely.safetensors"
     lonely.write_bytes(weights.read_bytes())
-    assert "lonely.json" in refused(capsys, tmp_path, lonely, tmp_path / "a.zip")
-    assert "is a folder" in refused(capsys, tmp_path, weights, tmp_path)
-    assert "there is no folder" in refused(capsys, tmp_path, weights, tmp_path / "no" / "a.zip")
+    assert "lonely.json" in refusal(capsys, tmp_path, lonely, tmp_path / "a.zip")
+    assert "is a folder" in refusal(capsys, tmp_path, weights, tmp_path)
+    assert "there is no folder" in refusal(capsys, tmp_path, weights, tmp_path / "no" / "a.zip")
 
 
-LATER = {  # what came to these modules after Python 3.9
+LATER = {  # names that these modules have only after Python 3.9
     "itertools": {"batched", "pairwise"},
     "typing": {
         "Concatenate", "Never", "NotRequired", "ParamSpec", "Required", "Self", "TypeAlias",
@@ -256,26 +256,26 @@ LATER = {  # what came to these modules after Python 3.9
 }  # fmt: skip
 
 
-def parts(*trees):
-    """The nodes below some nodes, those too, by identity."""
+def node_ids(*trees):
+    """The ids of some nodes and of all nodes below them."""
     return {id(part) for tree in trees if tree is not None for part in ast.walk(tree)}
 
 
 def unions_at_run_time(tree):
-    """Lines with A | B of types: in annotations that are evaluated, in aliases, in isinstance."""
+    """Lines that evaluate A | B of types: in annotations, aliases and isinstance."""
     nodes = list(ast.walk(tree))
     functions = [node for node in nodes if isinstance(node, ast.FunctionDef)]
-    bodies = parts(*(line for function in functions for line in function.body))
-    annotations = parts(
+    bodies = node_ids(*(line for function in functions for line in function.body))
+    annotations = node_ids(
         *(getattr(node, name, None) for node in nodes for name in ("annotation", "returns"))
     )
     calls = [node for node in nodes if isinstance(node, ast.Call)]
-    of_types = parts(*(c for c in calls if getattr(c.func, "id", "") in ("isinstance", "cast")))
-    later = [node for node in tree.body if isinstance(node, ast.ImportFrom)]
-    if later and later[0].module == "__future__":
-        evaluated = of_types | (parts(tree) - bodies - annotations)
+    of_types = node_ids(*(c for c in calls if getattr(c.func, "id", "") in ("isinstance", "cast")))
+    imports = [node for node in tree.body if isinstance(node, ast.ImportFrom)]
+    if imports and imports[0].module == "__future__":
+        evaluated = of_types | (node_ids(tree) - bodies - annotations)
     else:
-        evaluated = of_types | annotations | (parts(tree) - bodies)
+        evaluated = of_types | annotations | (node_ids(tree) - bodies)
     return [
         f"line {node.lineno}: | of types"
         for node in nodes
@@ -284,7 +284,7 @@ def unions_at_run_time(tree):
 
 
 def too_new_for_python_39(text):
-    """What of a source Python 3.9 cannot run, a line each."""
+    """A line for each thing in a source that Python 3.9 cannot run."""
     try:
         tree = ast.parse(text, feature_version=(3, 9))
     except SyntaxError as error:
@@ -308,9 +308,9 @@ def too_new_for_python_39(text):
     return found
 
 
-@pytest.mark.parametrize("name", sorted(codabench.sources()))
+@pytest.mark.parametrize("name", sorted(codabench.bundle_sources()))
 def test_sources_run_in_python_39_and_import_nothing_else(name):
-    sources = codabench.sources()
+    sources = codabench.bundle_sources()
     text = sources[name].decode()
     assert too_new_for_python_39(text) == []
     allowed = sys.stdlib_module_names | {"numpy", "torch", "PIL"}

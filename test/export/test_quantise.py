@@ -1,4 +1,4 @@
-"""The int8 model: smaller, as accurate, described; and not written where it errs more."""
+"""The int8 model: smaller, as accurate, described; not written if its error grows too much."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -12,8 +12,8 @@ from onnx import numpy_helper
 
 import process
 from export import quantise, rewrites
-from export.conversion import converted
-from export.rewrites import widened
+from export.conversion import convert_network
+from export.rewrites import widen_weights
 from model.network import UNetConfig, build_network
 from model.predictor import load_predictor
 from test.phantom import phantom
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.slow  # they quantise the shipped model
 
 @pytest.fixture(scope="module")
 def arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """What to calibrate on: some phantoms as split val."""
+    """Options of the command: the shipped model, and some phantoms as split val."""
     folder = tmp_path_factory.mktemp("phantoms")
     cases = []
     for seed in range(8):
@@ -33,8 +33,8 @@ def arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         cv2.imwrite(str(folder / f"{seed}.png"), found.image)
         cases.append(Case(f"{seed}.png", found.landmarks_px, found.aop_deg, split="val"))
     write_cases(folder / "cases.csv", cases)
-    given = ["--model", str(process.SHIPPED_MODEL), "--images", str(folder)]
-    return [*given, "--data", str(folder / "cases.csv")]
+    flags = ["--model", str(process.SHIPPED_MODEL), "--images", str(folder)]
+    return [*flags, "--data", str(folder / "cases.csv")]
 
 
 def test_int8_is_smaller_and_finds_the_same(arguments: list[str], tmp_path: Path) -> None:
@@ -50,7 +50,7 @@ def test_int8_is_smaller_and_finds_the_same(arguments: list[str], tmp_path: Path
         assert "com.microsoft.nchwc" not in {domain for domain, _ in kinds}
     before, after = (load_predictor(p, "cpu") for p in (process.SHIPPED_MODEL, output))
     assert after.spec.name == f"{before.spec.name}-int8"
-    assert before.spec.val_trained  # so that its figures there say nothing
+    assert before.spec.val_trained  # trained on val, so its own metrics stay
     same = {"name"}
     assert after.spec.model_dump(exclude=same) == before.spec.model_dump(exclude=same)
     found = [predictor.predict(phantom(20).image).landmarks_px for predictor in (before, after)]
@@ -60,20 +60,20 @@ def test_int8_is_smaller_and_finds_the_same(arguments: list[str], tmp_path: Path
 @pytest.mark.parametrize(
     ("rewrite", "places", "gone"),
     [
-        (rewrites.stem_in_blocks, 2, set()),
-        (rewrites.without_transposed, 6, {"ConvTranspose"}),
-        (rewrites.heads_as_products, 4, set()),
-        (rewrites.fused_attention, 12, {"Squeeze", "Slice", "Shape"}),
+        (rewrites.rewrite_stem, 2, set()),
+        (rewrites.rewrite_transposed, 6, {"ConvTranspose"}),
+        (rewrites.rewrite_heads, 4, set()),
+        (rewrites.fuse_attention, 12, {"Squeeze", "Slice", "Shape"}),
     ],
 )
 def test_rewrites_change_no_value(
     rewrite: Callable[[rewrites.Graph], None], places: int, gone: set[str], tmp_path: Path
 ) -> None:
-    before = widened(onnx.load(process.SHIPPED_MODEL))
+    before = widen_weights(onnx.load(process.SHIPPED_MODEL))
     graph = rewrites.Graph(before)
     rewrite(graph)
     assert len(graph.replaced) == places  # of two networks
-    after = graph.done()
+    after = graph.build_model()
     kinds = [{node.op_type for node in model.graph.node} for model in (before, after)]
     assert gone <= kinds[0] - kinds[1]
     onnx.save(after, tmp_path / "after.onnx")
@@ -86,11 +86,11 @@ def test_rewrites_change_no_value(
 
 def test_other_networks_and_several_images_are_rewritten_too() -> None:
     small = UNET.model_copy(update={"network": UNetConfig(input_size=64, widths=(4, 8, 16))})
-    before = converted(build_network(small.network).eval(), small.spec())
+    before = convert_network(build_network(small.network).eval(), small.spec())
     images = np.random.default_rng(0).normal(size=(3, 3, 64, 64)).astype(np.float32)
     found = [
         ort.InferenceSession(model.SerializeToString()).run(None, {"image": images})[0]
-        for model in (before, rewrites.rewritten(before))
+        for model in (before, rewrites.rewrite_for_int8(before))
     ]
     assert found[0].shape == (3, 3, 8, 8) and np.ptp(found[0]) > 0.01
     np.testing.assert_allclose(found[0], found[1], atol=1e-6)
@@ -99,8 +99,8 @@ def test_other_networks_and_several_images_are_rewritten_too() -> None:
 def test_nothing_is_written_where_it_errs_more(
     arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    given = [*arguments, "--output", str(tmp_path / "aop.int8.onnx"), "--most-px", "-50"]
-    assert quantise.main(given) == 2
+    flags = [*arguments, "--output", str(tmp_path / "aop.int8.onnx"), "--most-px", "-50"]
+    assert quantise.main(flags) == 2
     assert "deg more on val" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 

@@ -1,4 +1,4 @@
-"""What a benchmark measures of a model alone: its memory, and on CUDA its variants."""
+"""What the benchmark measures on a single model: its memory, and its variants on CUDA."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,7 +8,7 @@ import onnxruntime
 import pytest
 
 from export.benchmarks import timing
-from export.benchmarks.report import cuda_text
+from export.benchmarks.summary import cuda_text
 from export.conversion import network_input
 from model.predictor import load_predictor
 from test.model.test_predictor import SPEC, write_model
@@ -23,9 +23,9 @@ def tiny(tmp_path_factory) -> Path:
 
 @pytest.mark.slow
 def test_memory_is_the_models_own(tiny):
-    held = np.ones(600_000_000, np.uint8)  # the peak of a process is passed on to those it starts
+    ballast = np.ones(600_000_000, np.uint8)  # a process inherits the peak of the one that starts it
     found = timing.measure_footprint(tiny, "cpu", 1)
-    assert held[0] and found.start_ms > 0 and found.device_memory_mb is None
+    assert ballast[0] and found.start_ms > 0 and found.device_memory_mb is None
     if found.peak_memory_mb is not None:
         assert 20 < found.peak_memory_mb < 500
 
@@ -44,7 +44,7 @@ def test_io_binding_gives_the_same_maps(tiny):
 
 
 class OnCuda:
-    """A session on the CPU that says it is on CUDA."""
+    """A session on the CPU that claims to run on CUDA."""
 
     def __init__(self, *args, **kwargs) -> None:
         kwargs["providers"] = ["CPUExecutionProvider"]
@@ -58,7 +58,7 @@ class OnCuda:
 
 
 def test_cuda_variants(tiny, monkeypatch):
-    """On a stand-in for a GPU: which sessions are made, and that a failure is reported."""
+    """On a stand-in for CUDA: which sessions are made, and that a failure is reported."""
     monkeypatch.setattr(timing, "CUDA_RUNS", 3)
     made = []
 

@@ -1,4 +1,4 @@
-"""Export: parity on landmarks, the spec inside the file, and nothing written where parity fails."""
+"""Export: parity on landmarks, the spec inside the file, and nothing written without parity."""
 
 from dataclasses import replace
 
@@ -9,7 +9,7 @@ import torch
 from onnx.numpy_helper import to_array
 
 from export import conversion, to_onnx
-from export.rewrites import widened
+from export.rewrites import widen_weights
 from model.network import build_network
 from model.predictor import load_predictor
 from model.spec import METADATA_KEY
@@ -51,7 +51,7 @@ def test_export_is_whole_and_self_describing(weights, tmp_path):
 
 @pytest.mark.slow
 def test_nothing_is_written_without_parity(weights, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(to_onnx, "parity", lambda *_: 0.051)
+    monkeypatch.setattr(to_onnx, "parity_error_px", lambda *_: 0.051)
     output = tmp_path / "aop.onnx"
     assert to_onnx.main(["--weights", str(weights), "--output", str(output)]) == 2
     assert "differ by 0.051 px" in capsys.readouterr().err
@@ -62,11 +62,11 @@ def test_nothing_is_written_without_parity(weights, tmp_path, monkeypatch, capsy
 def test_parity_sees_another_networks_weights(weights, tmp_path):
     network, checkpoint = load_weights(weights)
     spec, output = checkpoint.spec, tmp_path / "aop.onnx"
-    conversion.save(conversion.converted(network, spec), spec, output)
+    conversion.save_onnx(conversion.convert_network(network, spec), spec, output)
     torch.manual_seed(1)
     other = build_network(SMALL, masks=2).eval()
     inputs = [conversion.random_image(spec, seed) for seed in range(4)]
-    assert conversion.parity(other, output, inputs) > 1
+    assert conversion.parity_error_px(other, output, inputs) > 1
 
 
 @pytest.mark.slow
@@ -86,12 +86,12 @@ def test_parity_sees_another_view_score(weights, tmp_path):
     config = replace(SMALL, view_channels=2)
     network, spec = build_network(config, masks=2).eval(), load_weights(weights)[1].spec
     inputs = [conversion.random_image(spec, seed) for seed in range(2)]
-    conversion.save(conversion.converted(network, spec), spec, tmp_path / "aop.onnx")
-    assert conversion.parity(network, tmp_path / "aop.onnx", inputs) < 0.01
+    conversion.save_onnx(conversion.convert_network(network, spec), spec, tmp_path / "aop.onnx")
+    assert conversion.parity_error_px(network, tmp_path / "aop.onnx", inputs) < 0.01
     with torch.no_grad():
         network.view.judge[4].bias += 0.1
     with pytest.raises(conversion.ParityError, match=r"view scores differ by 0\.02"):
-        conversion.parity(network, tmp_path / "aop.onnx", inputs)
+        conversion.parity_error_px(network, tmp_path / "aop.onnx", inputs)
 
 
 def test_missing_weights_are_named(tmp_path, capsys):
@@ -107,7 +107,7 @@ def test_half_is_smaller_and_widens_again(weights, tmp_path):
         assert to_onnx.main(["--weights", str(weights), "--output", str(file), *flags]) == 0
     whole, half = (onnx.load(file) for file in files)
     assert files[1].stat().st_size < files[0].stat().st_size
-    wide = widened(half)
+    wide = widen_weights(half)
     assert [node.name for node in wide.graph.node] == [node.name for node in whole.graph.node]
     onnx.checker.check_model(wide)
     pairs = zip(wide.graph.initializer, whole.graph.initializer, strict=True)

@@ -91,7 +91,7 @@ def test_any_grid_within_one_network_class():
 
 
 def test_resnet_widths_cannot_be_others():
-    with pytest.raises(ValueError, match="resnet50 has widths"):
+    with pytest.raises(ValueError, match="expected encoder_widths"):
         build_network(TransUNetConfig(encoder_widths=(1, 2, 3, 4, 5)))
 
 

@@ -89,7 +89,7 @@ def test_parts_merge_to_what_one_run_gives(folder: Path, tmp_path: Path) -> None
         part = run(folder, out, "--no-overlay", "--shard", f"{k}/3", "--latency-budget-ms", "0.1")
         assert part.results == {} and f"results-{k}-of-3.json" in tree(out)
     merged = run(folder, out, "--merge")
-    assert merged.status == 1 and "'bad.png': the content is none" in merged.sentence
+    assert merged.status == 1 and "'bad.png': the content matches none" in merged.sentence
     for results in (merged.results, whole.results):
         for entry in results["cases"]:
             entry.pop("milliseconds")
@@ -112,11 +112,14 @@ def test_merge_names_what_is_missing(folder: Path, tmp_path: Path) -> None:
     merged = run(folder, out, "--merge")
     lost = [f"{k}.png" for k in range(6) if Shard(2, 3).holds(f"{k}.png")]
     assert lost and merged.results["missing"] == ["part 2/3", *lost]
-    assert merged.status == 1 and "the first is 'part 2/3'; run that part again" in merged.sentence
+    assert (
+        merged.status == 1
+        and "the first is 'part 2/3'; run the parts concerned again" in merged.sentence
+    )
     assert len(merged.results["cases"]) == 6 - len(lost)
     without_input = run(tmp_path / "gone", out, "--merge")
     assert without_input.results["missing"] == ["part 2/3"] and without_input.status == 1
-    assert "'part 2/3'; run that part again" in without_input.sentence
+    assert "'part 2/3'; run the parts concerned again" in without_input.sentence
     assert "is not known whether images are missing: the input folder" in without_input.sentence
     run(folder, out, "--no-overlay", "--shard", "2/3")
     merged = run(folder, out, "--merge")
@@ -137,7 +140,10 @@ def test_a_damaged_part_is_named_and_the_others_are_merged(
     lost = [f"{k}.png" for k in range(6) if Shard(2, 3).holds(f"{k}.png")]
     part = "part 2/3 (results-2-of-3.json is damaged or cannot be read)"
     assert merged.results["missing"] == [part, *lost]
-    assert merged.status == 1 and f"first is '{part}'; run that part again" in merged.sentence
+    assert (
+        merged.status == 1
+        and f"first is '{part}'; run the parts concerned again" in merged.sentence
+    )
     assert len(merged.results["cases"]) == merged.results["answered"] == 6 - len(lost) > 0
     assert run(folder, out, "--no-overlay", "--shard", "2/3").status == 0
     again = run(folder, out, "--merge")

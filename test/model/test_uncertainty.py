@@ -14,7 +14,7 @@ from model.uncertainty import (
     expected_errors,
     interval_deg,
 )
-from training.calibrate import RIDGE, conformal_quantile, crossed, fit_error_model
+from training.calibrate import RIDGE, conformal_quantile, cross_fit_errors, fit_error_model
 
 POINTS = np.array([[250.0, 100.0], [120.0, 160.0], [330.0, 310.0]])  # px at 512
 CODEC = HeatmapCodec(48, 64, 2.0)
@@ -111,9 +111,9 @@ def test_a_term_that_says_the_opposite_says_nothing() -> None:
 def test_no_case_judges_itself_nor_its_group() -> None:
     terms, errors = drawn(200, (0.4, 0.7))
     groups = [str(k // 4) for k in range(200)]
-    before = crossed(terms, errors, groups)
+    before = cross_fit_errors(terms, errors, groups)
     errors[8:12] *= 1e6
-    after = crossed(terms, errors, groups)
+    after = cross_fit_errors(terms, errors, groups)
     np.testing.assert_array_equal(before[8:12], after[8:12])
     assert (before != after).sum() > 100
 
@@ -124,7 +124,7 @@ def test_intervals_hold_the_share_that_they_promise() -> None:
         terms, errors = drawn(600, (0.4, 0.7), seed)
         groups = [str(k) for k in range(600)]
         half = slice(0, 300)
-        ratios = errors[half] / crossed(terms[half], errors[half], groups[half])
+        ratios = errors[half] / cross_fit_errors(terms[half], errors[half], groups[half])
         model = fit_error_model(terms[half], errors[half])
         reach = conformal_quantile(ratios, 0.9) * model.expected(terms[300:])
         held.append((errors[300:] <= reach).mean())

@@ -1,4 +1,4 @@
-"""Weights with USFM's keys, made on the spot for tests."""
+"""Random weights under USFM's keys, made by the tests that need them."""
 
 import torch
 from torch import Tensor
@@ -16,9 +16,11 @@ def beit_tensors(
     shared: bool = False,
     flat: bool = False,
 ) -> dict[str, Tensor]:
-    """Random tensors under the keys of a BEiT-style file, one table a block or one `shared`.
+    """Random tensors under the keys of a BEiT-style file.
 
-    `flat`: one value stands for all of a tensor, so that files of full size stay small.
+    Args:
+        shared: one table of position biases for all blocks, instead of one for each.
+        flat: each tensor repeats one value, so that tensors of full size take little memory.
     """
     draw = torch.Generator().manual_seed(7)
 

@@ -1,7 +1,8 @@
 """A headless Chromium for the tests of pages.
 
-A module whose tests take `browser` says pytest_plugins = ["test.support.browser"]. It imports the
-functions here before pytest could rewrite them (PYTEST_DONT_REWRITE); none asserts.
+A module whose tests use `browser` sets pytest_plugins = ["test.support.browser"]. It also imports
+functions from here, before pytest could rewrite their assertions. They have none, and
+PYTEST_DONT_REWRITE keeps pytest from warning.
 """
 
 import os
@@ -21,7 +22,7 @@ SWITCHES = (
 
 @pytest.fixture(scope="session")
 def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """One Chromium for all tests, driven by selenium; downloads go to its `downloads`."""
+    """One Chromium for all tests, driven by selenium; `downloads` is its download folder."""
     found = shutil.which("chromium") or shutil.which("google-chrome")
     driver = shutil.which("chromedriver")
     if not (found and driver):
@@ -45,18 +46,18 @@ def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 @pytest.fixture
 def browser(chromium: Any) -> Iterator[Any]:
-    """The Chromium on an empty page of a desktop's size, with an empty log."""
+    """The Chromium with an empty page of desktop size and an empty log."""
     resize(chromium, DESKTOP)
     chromium.get("about:blank")
     chromium.get_log("browser")
     yield chromium
-    chromium.get("about:blank")  # what a page still does must not fall to the next test
+    chromium.get("about:blank")  # so that nothing of the last page runs on in the next test
     stored = {"origin": "file://", "storageTypes": "local_storage"}
     chromium.execute_cdp_cmd("Storage.clearDataForOrigin", stored)
 
 
 def resize(browser: Any, size: tuple[int, int]) -> None:
-    """Give the page a width and height in CSS px; of a phone's width also touch."""
+    """Set the page's (width, height) in CSS px; a page of a phone's width also has touch."""
     phone = size[0] < 600
     metrics = {"width": size[0], "height": size[1], "deviceScaleFactor": 1, "mobile": phone}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
@@ -64,12 +65,12 @@ def resize(browser: Any, size: tuple[int, int]) -> None:
 
 
 def complaints(browser: Any) -> list[str]:
-    """What the console says since it was last asked: errors, blocked and missing files."""
+    """The console's messages since the last call: errors, blocked and missing files."""
     return [line["message"] for line in browser.get_log("browser")]
 
 
 def overflowing(browser: Any) -> list[str]:
-    """What stands out of the page sideways: elements, but for those that scroll on their own."""
+    """The elements that reach beyond the page's sides, except those that scroll on their own."""
     return browser.execute_script("""
         const width = document.documentElement.clientWidth, found = [];
         if (document.documentElement.scrollWidth > width) found.push("the page scrolls sideways");
@@ -83,7 +84,7 @@ def overflowing(browser: Any) -> list[str]:
 
 
 def picture(browser: Any, path: Path, whole: bool = False) -> None:
-    """Save what the browser shows, or the whole page, as a PNG."""
+    """Save the visible part of the page, or the `whole` page, as a PNG."""
     import base64
 
     taken = browser.execute_cdp_cmd("Page.captureScreenshot", {"captureBeyondViewport": whole})

@@ -5,9 +5,9 @@
     python -m test.support.compare_answers /tmp/before /tmp/odd          # any folder of images
     python -m test.support.compare_answers /tmp/before IMAGES --report   # process.py's own options
 
-Every number, field, status and file must be the same; times may differ. Sentences (errors, reasons,
-warnings) may be rewritten: each pair of an old and a new one is printed once, and pictures may
-then differ too. Exits 1 on any other difference.
+Every number, field, status and file must be the same, apart from times. Sentences (errors, reasons,
+warnings) may be rewritten: each pair of an old and a new sentence is printed once. Pictures show
+sentences, so they may then differ too. Exits 1 on any other difference.
 """
 
 import argparse
@@ -22,20 +22,22 @@ from typing import Any
 HERE = Path(__file__).resolve().parents[2]
 SENTENCES = {"error", "reasons", "warnings"}
 PICTURES = (".png", ".html")
-DAMAGED = (
-    ("flip", 0.6),
-    ("cut", 0.7),
-)  # what is done to a valid file, and how far behind its start
+DAMAGED = (("flip", 0.6), ("cut", 0.7))  # kind of damage, and its place as a share of the file
 
 
 def main() -> int:
-    """Run the command; returns its exit status."""
+    """Run the command and return its exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("before", type=Path, nargs="?", help="checkout of the earlier commit")
     parser.add_argument("images", type=Path, nargs="?", help="folder of images, or a job")
-    parser.add_argument("--odd-files", type=Path, metavar="DIR", help="write odd files there")
+    parser.add_argument(
+        "--odd-files",
+        type=Path,
+        metavar="DIR",
+        help="folder to write odd files into; nothing is compared",
+    )
     args, options = parser.parse_known_args()
     if args.odd_files:
         print(f"{write_odd_files(args.odd_files)} files in {args.odd_files}")
@@ -61,8 +63,8 @@ def main() -> int:
 
 
 def write_odd_files(folder: Path) -> int:
-    """A valid file of every format and variant, and each of them damaged; returns how many."""
-    from test.support.strange_files import DAMAGES, valid  # which need OpenCV and ITK
+    """Write valid files of every format and variant, and damaged copies; returns their number."""
+    from test.support.strange_files import DAMAGES, valid  # these need OpenCV and SimpleITK
 
     folder.mkdir(parents=True, exist_ok=True)
     for name, data in valid().items():
@@ -74,7 +76,7 @@ def write_odd_files(folder: Path) -> int:
 
 
 def run(checkout: Path, images: Path, output: Path, options: list[str]) -> int:
-    """Answer the images by one checkout; returns the exit status."""
+    """Answer the images with one checkout's process.py; returns the exit status."""
     command = [sys.executable, "process.py", "--input", images, "--output", output, *options]
     done = subprocess.run(command, cwd=checkout, stdout=subprocess.DEVNULL, check=False)
     if done.returncode not in (0, 1):
@@ -83,7 +85,7 @@ def run(checkout: Path, images: Path, output: Path, options: list[str]) -> int:
 
 
 def compare(before: Path, now: Path) -> tuple[list[str], set[tuple[str, str]]]:
-    """What differs between two output folders, and the sentences that were rewritten."""
+    """The differences between two output folders, and the pairs of rewritten sentences."""
     old, new = (
         {file.relative_to(folder).as_posix(): file for file in folder.rglob("*") if file.is_file()}
         for folder in (before, now)
@@ -108,7 +110,7 @@ def compare(before: Path, now: Path) -> tuple[list[str], set[tuple[str, str]]]:
 
 
 def compare_values(where: str, old: Any, new: Any, rewritten: set[tuple[str, str]]) -> list[str]:
-    """Differences of two JSON values; sentences that differ are added to `rewritten`."""
+    """The differences between two JSON values; adds pairs of sentences to `rewritten`."""
     if isinstance(old, dict) and isinstance(new, dict):
         found = [f"{where}: field {key} in one only" for key in sorted(old.keys() ^ new.keys())]
         for key in old.keys() & new.keys():

@@ -1,4 +1,4 @@
-"""Image files made from synthetic arrays with W != H, and what open_image makes of them."""
+"""Image files made from synthetic arrays with W != H, and checks of how open_image reads them."""
 
 import struct
 from collections.abc import Callable
@@ -21,7 +21,11 @@ VOLUMES = (".mha", ".mhd", ".nii", ".nii.gz", ".nrrd")
 def save(
     path: Path, array: np.ndarray, vector: bool = False, packed: bool = False, **world
 ) -> Path:
-    """Write by SimpleITK; `world` names its setters: Spacing, Origin, Direction."""
+    """Write a file by SimpleITK.
+
+    Args:
+        world: values for SimpleITK's setters: Spacing, Origin, Direction.
+    """
     image = sitk.GetImageFromArray(array, isVector=vector)
     for name, value in world.items():
         getattr(image, f"Set{name}")(value)
@@ -83,18 +87,18 @@ def makers() -> dict[str, Callable[[Path], Path]]:
     }
 
 
-# ---- DICOM, by hand: SimpleITK writes neither YBR nor the sequences of an ultrasound machine
+# ---- DICOM, written here: SimpleITK writes neither YBR nor the sequences of an ultrasound machine
 
-LITTLE, IMPLICIT, BIG = ("<", True), ("<", False), (">", True)  # order of bytes; kinds are named
+LITTLE, IMPLICIT, BIG = ("<", True), ("<", False), (">", True)  # byte order, explicit VR
 ROOT = "1.2.840.10008.1.2"
 SYNTAXES = {LITTLE: ROOT + ".1", IMPLICIT: ROOT, BIG: ROOT + ".2"}
-OPEN = 0xFFFFFFFF  # the length of what an end mark ends
+OPEN = 0xFFFFFFFF  # the length of a sequence or item that ends with a mark
 
 
 def element(
     tag: int, kind: str, value: str | bytes | int | float, code: tuple[str, bool] = LITTLE
 ) -> bytes:
-    """A number is written as US, SS or FD; `OPEN` as a length."""
+    """One data element; a number is written as US, SS or FD."""
     order, explicit = code
     if isinstance(value, str):
         value = value.encode()
@@ -116,7 +120,7 @@ def item(value: bytes, order: str = "<") -> bytes:
 def region(
     x_cm: float, y_cm: float, unit: int = 3, code: tuple[str, bool] = LITTLE, y_unit: int = 0
 ) -> bytes:
-    """One item of the Sequence of Ultrasound Regions."""
+    """One item of the Sequence of Ultrasound Regions; `unit` 3 means cm per pixel."""
     return item(
         element(0x00186024, "US", unit, code)
         + element(0x00186026, "US", y_unit or unit, code)
@@ -128,7 +132,7 @@ def region(
 
 
 def left_open(tag: int, items: list[bytes], code: tuple[str, bool] = LITTLE) -> bytes:
-    """A sequence of items, none of which says how long it is: end marks do."""
+    """A sequence whose items have no length: marks end them."""
     order, explicit = code
     head = struct.pack(order + "HH", tag >> 16, tag & 0xFFFF) + b"SQ\0\0" * explicit
     marks = [struct.pack(order + "HHI", 0xFFFE, mark, 0) for mark in (0xE00D, 0xE0DD)]
@@ -151,12 +155,14 @@ def dicom(
     table: bytes = b"",
     more: dict[int, bytes] | None = None,
 ) -> Path:
-    """A multi-frame ultrasound file of (frames, H, W[, 3]) pixels, or of frames packed as JPEG.
+    """Write a multi-frame ultrasound file.
 
     Args:
+        pixels: (frames, H, W) or (frames, H, W, 3).
+        jpeg: the frames as they are packed; `pixels` then gives only their size and type.
         syntax: the end of the transfer syntax's UID.
-        table: of the packed frames' offsets.
-        more: whole elements by their tags, also instead of those that are there.
+        table: the table of the packed frames' offsets.
+        more: tag -> whole element, which is added or replaces the one of that tag.
     """
     shape, bits = pixels.shape, 8 * pixels.dtype.itemsize
     values = {

@@ -1,4 +1,4 @@
-"""Running process.py in the test's own process, and what it runs on."""
+"""Runs of process.py in the test's own process, and inputs for them."""
 
 import contextlib
 import functools
@@ -26,7 +26,7 @@ load_once = functools.cache(load_predictor)
 
 
 def shipped() -> Predictor:
-    """What process.py runs by default."""
+    """The model that process.py takes by default on this machine."""
     return load_once(process.SHIPPED_MODEL, on_cpu=process.SHIPPED_FOR_CPU)
 
 
@@ -38,7 +38,7 @@ def made(seed: int) -> np.ndarray:
 
 @dataclass
 class Run:
-    """What came of one call."""
+    """The outcome of one call."""
 
     status: int
     out: str
@@ -52,7 +52,7 @@ class Run:
 
     @property
     def sentence(self) -> str:
-        """The one for the user; nothing but it may stand on stderr."""
+        """The sentence for the user; stderr must hold nothing else."""
         assert self.err.endswith("\n") and self.err.count("\n") == 1
         assert "Traceback" not in self.err and "Error(" not in self.err
         return self.err[:-1]
@@ -66,7 +66,12 @@ def run(
     models: Path = Path("no/such/folder"),
     stop: StopRequest | None = None,
 ) -> Run:
-    """Run process.py with the shipped model, read once, or another; `models` is mounted."""
+    """Run process.py in this process, with the shipped model or with `predictor`.
+
+    Args:
+        models: folder that stands for the mounted one, /opt/ml/model.
+        stop: lets a test ask the run to stop.
+    """
     loader = (lambda *_: predictor) if predictor else load_once
     out, err = io.StringIO(), io.StringIO()
     patch = mock.patch.multiple(process, load_predictor=loader, MOUNTED_MODELS=models)
@@ -111,7 +116,7 @@ def job(root: Path, relative: str = "images/us") -> Path:
 
 
 def predictor_at(points: list, height: float = 1.0) -> Predictor:
-    """Finds the same landmarks, (x, y) in px of a 64 px input, in every image."""
+    """A predictor that finds the same landmarks in every image: (x, y) in px of a 64 px input."""
     spec = ModelSpec(input_size=64, mean=0, std=1, stride=4, sigma_cells=1.5, doubt_below=0.5)
     heatmaps = height * spec.codec.encode(input_to_cells(points, 4))
     output = Output(heatmaps[None].astype(np.float32))

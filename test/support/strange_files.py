@@ -1,4 +1,4 @@
-"""Files to fuzz with: valid ones of every variant, what damages them, and strange images."""
+"""Files for fuzz tests: valid ones of every variant, functions that damage them, strange images."""
 
 import functools
 import gzip
@@ -33,7 +33,7 @@ from test.support.image_files import (
 
 @functools.cache
 def valid() -> dict[str, bytes]:
-    """A file of every format and variant by its name; what belongs together has one stem."""
+    """Name -> bytes of a file of every format and variant; files of one image share a stem."""
     with TemporaryDirectory() as name:
         folder = Path(name)
         for suffix in set(makers()) - set(VOLUMES):
@@ -57,8 +57,8 @@ def valid() -> dict[str, bytes]:
 
 
 def big_tiff() -> bytes:
-    """A file with pointers of 8 bytes, as OpenCV does not write it."""
-    at = 24 + 8 * 20 + 8  # of the pixels
+    """A BigTIFF, whose pointers have 8 bytes; OpenCV does not write them."""
+    at = 24 + 8 * 20 + 8  # offset of the pixels
     tags = ((256, W), (257, H), (258, 8), (259, 1), (262, 1), (273, at), (278, H), (279, H * W))
     head = struct.pack("<2s3H2Q", b"II", 43, 8, 0, 16, len(tags))
     entries = (struct.pack("<HH2Q", tag, 16, 1, number) for tag, number in tags)
@@ -97,7 +97,7 @@ kinds: vector domain domain""".replace(b"\n", b"|").split(b"|")
 
 
 def extreme(n: int) -> bytes:
-    """The n-th of the extremes of integers, NaN or infinity, of some bytes in either order."""
+    """The n-th extreme number in 1 to 8 bytes of either order: integer limits, NaN, infinity."""
     size = 2 ** (n % 4)
     top = 256**size
     number = (0, 1, top // 2 - 1, top // 2, top - 1, top // 512 * 255, top // 4096 * 2047)[
@@ -111,13 +111,13 @@ def overwritten(data: bytes, at: int, new: bytes) -> bytes:
 
 
 def word_changed(data: bytes, at: int, word: bytes) -> bytes:
-    """The next number in text is another."""
+    """Put a word in place of the next number in a text header."""
     found = re.compile(rb"[-.\d]+").search(data, at)
     return data if found is None else data[: found.start()] + word + data[found.end() :]
 
 
 def line_changed(data: bytes, at: int, n: int) -> bytes:
-    """A line is dropped, repeated, exchanged with the next or follows a strange one."""
+    """Drop a line, repeat it, swap it with the next, or put a strange one before it."""
     lines = data.split(b"\n")
     line, rest = lines[at : at + 1], lines[at + 1 :]
     strange = LINES[n // 4 % len(LINES)]
@@ -125,7 +125,7 @@ def line_changed(data: bytes, at: int, n: int) -> bytes:
     return b"\n".join(lines[:at] + new[n % 4])
 
 
-# What can happen to bytes at a place, by a number.
+# kind of damage -> function of the bytes, the place and a number that varies the damage
 DAMAGES: dict[str, Callable[[bytes, int, int], bytes]] = {
     "flip": lambda data, at, n: overwritten(data, at, bytes([data[at] ^ (n % 255 + 1)])),
     "number": lambda data, at, n: overwritten(data, at, extreme(n)),
@@ -139,7 +139,7 @@ DAMAGES: dict[str, Callable[[bytes, int, int], bytes]] = {
 
 
 def changed_inside(name: str, data: bytes, change: Callable[[bytes], bytes]) -> bytes:
-    """Packed data changed where it is unpacked; a PNG file with checksums that are right again."""
+    """Change a file's content: packed data is unpacked before; a PNG gets right checksums after."""
     if data.startswith(b"\x1f\x8b"):
         return gzip.compress(change(gzip.decompress(data)), 1)
     if name.endswith(".zraw"):
@@ -155,7 +155,7 @@ def changed_inside(name: str, data: bytes, change: Callable[[bytes], bytes]) -> 
 
 # ---- Strange images
 
-TYPES = {  # of a value, in MetaImage and in NIfTI
+TYPES = {  # type of a value -> its name in MetaImage, its number in NIfTI
     **{"u1": ("UCHAR", 2), "i2": ("SHORT", 4), "u4": ("UINT", 768)},
     **{"f4": ("FLOAT", 16), "f8": ("DOUBLE", 64)},
 }
@@ -183,7 +183,7 @@ def nifti(kind: str, lengths: list[int], channels: int, world: list[float]) -> b
 
 
 def by_library(path: Path, pixels: np.ndarray, world: list[float]) -> None:
-    """A picture by OpenCV, or a DICOM file, of (frames, H, W, 1 or 3) pixels."""
+    """Write (frames, H, W, 1 or 3) pixels as a DICOM file, or the first frame by OpenCV."""
     if path.suffix == ".tif":
         write(path, pixels[0])
     elif path.suffix != ".dcm":

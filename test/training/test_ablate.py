@@ -12,15 +12,15 @@ from test.phantom import phantom
 from training import ablate, pretrain, pseudo_label
 from training.ablate import (
     PAPER_ROWS,
-    ROWS,
     SCALES,
+    TABLE_ROWS,
     AblateOptions,
     Task,
-    carry_out,
-    plan,
-    prepare,
-    pretraining,
-    write_report,
+    plan_pretraining,
+    plan_seed,
+    prepare_data,
+    run_tasks,
+    write_ablation,
 )
 from training.data.case_table import Case, read_cases, write_cases
 from training.learning.trainer import parse_fit
@@ -58,7 +58,7 @@ def test_who_is_labelled_and_who_is_not(
     folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ablate, "LABELLED", 4)
-    data = prepare(options(folders, tmp_path))
+    data = prepare_data(options(folders, tmp_path))
     everything = {case.file: case for case in read_cases(folders / "psfhs" / "cases.csv")}
     mine = read_cases(data.cases)
     assert {case.device for case in mine} == {"A"}
@@ -73,15 +73,15 @@ def test_who_is_labelled_and_who_is_not(
     assert {everything[file].device for file in of_psfhs} == {"A", "B"}
     assert not of_psfhs & {case.file for case in mine}
     before = data.cases.read_text()
-    prepare(options(folders, tmp_path))  # again: the same images
+    prepare_data(options(folders, tmp_path))  # again: the same images
     assert data.cases.read_text() == before
 
 
 @pytest.mark.parametrize("scale", SCALES)
 def test_the_plan_is_understood_by_every_stage(folders: Path, tmp_path: Path, scale: str) -> None:
     given = options(folders, tmp_path, "--scale", scale)
-    data = prepare(given)
-    tasks = [pretraining(given, data), *plan(given, data, 7)]
+    data = prepare_data(given)
+    tasks = [plan_pretraining(given, data), *plan_seed(given, data, 7)]
     names = [task.name for task in tasks]
     assert len({*names}) == len(names) and all({*task.needs} <= {*names} for task in tasks)
     parsers = {"training.pretrain": pretrain, "training.pseudo_label": pseudo_label}
@@ -99,12 +99,12 @@ def test_the_plan_is_understood_by_every_stage(folders: Path, tmp_path: Path, sc
     assert seen >= {"training.fit", *parsers}
     places = [task.done for task in tasks]
     assert len({*places}) == len(places)  # no two leave the same mark
-    noise = [row for row in ROWS if "--landmark_noise_px" in row.flags]
+    noise = [row for row in TABLE_ROWS if "--landmark_noise_px" in row.flags]
     assert {row.flags[row.flags.index("--landmark_noise_px") + 1] for row in noise[:5]} == {"0"}
 
 
 def test_each_row_adds_one_thing() -> None:
-    paper = ROWS[:PAPER_ROWS]
+    paper = TABLE_ROWS[:PAPER_ROWS]
     assert [row.decode for row in paper] == ["argmax"] * PAPER_ROWS
     assert [(row.unet, row.pretrained, row.pseudo) for row in paper] == [
         (True, False, None),
@@ -114,7 +114,7 @@ def test_each_row_adds_one_thing() -> None:
         (False, True, "psfhs"),  # instead
         (False, True, "."),
     ]
-    ours = ROWS[PAPER_ROWS:]
+    ours = TABLE_ROWS[PAPER_ROWS:]
     assert ours[0].trained == paper[-1].name
     for before, after in zip((paper[-1], *ours[1:]), ours[1:], strict=False):
         assert after.flags[: len(before.flags)] == before.flags and after.flags != before.flags
@@ -131,23 +131,23 @@ def test_nothing_is_done_twice_and_what_fails_stops_its_followers(
             task.done.touch()
         return task.name != "x"
 
-    monkeypatch.setattr(ablate, "_run", pretend)
+    monkeypatch.setattr(ablate, "run_task", pretend)
 
     def task(name: str, *needs: str) -> Task:
         return Task(name, [], tmp_path / name, needs)
 
     tasks = [task("c", "b"), task("b", "a"), task("a"), task("x"), task("y", "x")]
-    assert carry_out(tasks, 1) == ["x"] and [n for n in order if n != "x"] == ["a", "b", "c"]
+    assert run_tasks(tasks, 1) == ["x"] and [n for n in order if n != "x"] == ["a", "b", "c"]
     order.clear()
-    assert carry_out(tasks, 2) == ["x"] and order == ["x"]
+    assert run_tasks(tasks, 2) == ["x"] and order == ["x"]
 
 
 @pytest.mark.slow
 def test_a_stage_leaves_its_time_or_its_log(tmp_path: Path) -> None:
     good = Task("good", ["training.fit", "--help"], tmp_path / "seed" / "good" / "done")
-    assert ablate._run(good, "1") and good.done.read_text().endswith(" s\n")
+    assert ablate.run_task(good, "1") and good.done.read_text().endswith(" s\n")
     bad = Task("bad", ["training.fit", "--no-such"], tmp_path / "seed" / "bad" / "done")
-    assert not ablate._run(bad, "1") and not bad.done.exists()
+    assert not ablate.run_task(bad, "1") and not bad.done.exists()
     assert (
         "the following arguments are required"
         in (tmp_path / "seed" / "logs" / "bad.log").read_text()
@@ -167,7 +167,7 @@ def test_the_table_has_mean_and_spread_over_seeds(folders: Path, tmp_path: Path)
             path.write_text(json.dumps(report(value * factor)))
     (tmp_path / "results" / "noise-1.json").write_text(json.dumps(report(7.0)))
     images, table = folders / "psfhs" / "images", folders / "psfhs" / "cases.csv"
-    text = write_report(tmp_path, "cpu", images, table)
+    text = write_ablation(tmp_path, "cpu", images, table)
     lines = text.splitlines()
     assert "| heatmap U-Net (baseline) | 2 | 11.00 ± 1.41 | 11.00 ± 1.41 |" in lines[2]
     assert "| + device-domain adaptation | 1 | 7.00 | 7.00 | 7.00, 7.00 | 7.00, 7.00 |" in lines[3]

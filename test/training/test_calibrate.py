@@ -80,7 +80,7 @@ def test_landmarks_stay_and_errors_and_intervals_come(folder: Path, calibrated: 
     for one, other in zip(before, after, strict=True):
         np.testing.assert_array_equal(one.landmarks_px, other.landmarks_px)
         assert one.aop_interval_deg is None and one.expected_error_px is None
-        if other.aop_interval_deg is None:  # for want of an angle, of outlines or of the view
+        if other.aop_interval_deg is None:  # no angle, no outlines, or a doubted view
             assert other.reasons
         else:
             low, high = other.aop_interval_deg
@@ -117,7 +117,7 @@ def test_a_view_head_learns_where_things_are() -> None:
 
 
 @pytest.mark.slow
-def test_samples_are_right_as_they_are_and_wrong_spoiled_drawn_or_other(folder: Path) -> None:
+def test_samples_are_right_as_they_are_and_wrong_distorted_drawn_or_other(folder: Path) -> None:
     cases = read_cases(folder / "cases.csv")[:3]
     others = sorted((folder / "others").iterdir())[:2]
     rng = np.random.default_rng(0)

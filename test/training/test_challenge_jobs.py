@@ -1,4 +1,4 @@
-"""Scores of jobs whose answers are known, damaged or hostile, and where a truth finds its job."""
+"""Scores of jobs whose answers are known, damaged or hostile, and how jobs find their cases."""
 
 import json
 import os
@@ -29,15 +29,15 @@ from training.evaluation.challenge_jobs import (
 )
 
 POINTS = np.array([[60.0, 20.0], [20.0, 30.0], [90.0, 60.0]])
-WIDTH, HEIGHT = 128, 96  # so that 1 px is 4 px at 512
-WORST_PX = 640.0  # the diagonal of 160 px
+WIDTH, HEIGHT = 128, 96  # 1 px is 4 px at 512
+WORST_PX = 640.0  # the diagonal, 160 px, at 512
 NAMES = ["a.png", "b.png", "c.png"]
 FIELDS = ("radial_error_px", "aop_error_deg", "problems", "aop_of_landmarks_deg")
 
 
 @pytest.fixture
 def truth(tmp_path: Path) -> Path:
-    """Three cases, whose landmarks differ by one px, in truth/cases.csv and truth/images/."""
+    """Three cases in truth/cases.csv and truth/images/; case k has its landmarks moved by k px."""
     folder = tmp_path / "truth"
     (folder / "images").mkdir(parents=True)
     cases = []
@@ -56,7 +56,7 @@ def answer(points: np.ndarray, names: tuple[str, ...] = LANDMARKS) -> str:
 
 
 def a_job(root: Path, pk: str, image: str, points: np.ndarray, key: str = "socket", **more) -> dict:
-    """A job that has answered, as grand-challenge lists it; its files lie where they belong."""
+    """A job as grand-challenge lists it; its answers are written below root/pk/output."""
     slugs = ("aop-landmarks", "angle-of-progression")
     folder = root / pk / "output"
     folder.mkdir(parents=True)
@@ -77,12 +77,12 @@ def a_job(root: Path, pk: str, image: str, points: np.ndarray, key: str = "socke
 
 @pytest.fixture
 def jobs(tmp_path: Path, truth: Path) -> list[dict]:
-    """A job for each case, in another order; each finds its landmarks 1 px too far right."""
+    """A job for each case, in another order, whose landmarks lie 1 px too far right."""
     return [a_job(tmp_path / "in", f"job-{k}", NAMES[k], POINTS + k + [1, 0]) for k in (2, 0, 1)]
 
 
 def score(truth: Path, jobs: list | str, *options: str) -> dict:
-    """metrics.json, which is standard JSON."""
+    """The metrics.json of these jobs, read as strict JSON."""
     root = truth.parent / "in"
     root.mkdir(exist_ok=True)
     text = jobs if isinstance(jobs, str) else json.dumps(jobs)
@@ -99,7 +99,7 @@ def score(truth: Path, jobs: list | str, *options: str) -> dict:
 
 def test_figures_of_known_errors(truth, tmp_path, capsys):
     moved = [POINTS + [[3, 4], [0, 0], [0, k]] + k for k in range(3)]
-    names = ["deep/er/a.mha", "b", "C.PNG"]  # found by their stem; not the last
+    names = ["deep/er/a.mha", "b", "C.PNG"]  # the first two are found by their stem
     root = tmp_path / "in"
     jobs = [a_job(root, f"j{k}", n, moved[k], "interface") for k, n in enumerate(names)]
     jobs[2]["inputs"][1]["image"]["name"] = "c.png"
@@ -127,7 +127,7 @@ def test_figures_of_known_errors(truth, tmp_path, capsys):
     assert "mean radial error" in capsys.readouterr().out
 
 
-# ---- One bad job: what is done to its files or to it, and what is to be named
+# ---- One bad job: a change to the job or its files, and the problem that must be named
 
 
 def write(name: str, text: str | bytes) -> Callable[[Path, dict], None]:
@@ -152,7 +152,7 @@ def changed(**more: object) -> Callable[[Path, dict], None]:
 
 
 def instead(make: Callable[[Path], object]) -> Callable[[Path, dict], None]:
-    """Something else in place of the landmarks' file."""
+    """Replace the landmarks' file by something else."""
 
     def change(folder: Path, job: dict) -> None:
         (folder / "aop-landmarks.json").unlink()
@@ -281,7 +281,7 @@ def test_a_bad_answer_is_the_worst_and_costs_no_other(truth, jobs, change, words
     assert "180 deg" in figures["rules"] and "diagonal" in figures["rules"]
 
 
-# ---- Jobs that are no case's, cases that have no job
+# ---- Jobs without a case, cases without a job
 
 
 def worst(result: dict) -> bool:
@@ -303,7 +303,7 @@ DAMAGED = {
 
 
 @pytest.mark.parametrize("name", DAMAGED)
-def test_a_job_of_no_case_is_named_and_its_case_missing(truth, jobs, name, capsys):
+def test_a_job_without_a_case_is_named_and_its_case_is_missing(truth, jobs, name, capsys):
     good = score(truth, jobs)["results"]
     change, words = DAMAGED[name]
     change(jobs[1])
@@ -319,7 +319,7 @@ def test_a_job_of_no_case_is_named_and_its_case_missing(truth, jobs, name, capsy
 
 
 @pytest.mark.parametrize("item", ["7", "null", '"]"', "{pk: 3}", "[[],{}]", '{"pk": ' + DEEP + "}"])
-def test_what_is_no_job_costs_no_other(truth, jobs, item):
+def test_an_item_that_is_not_a_job_costs_no_other(truth, jobs, item):
     good = score(truth, jobs)["results"]
     texts = [json.dumps(job, indent=1) for job in jobs]
     metrics = score(truth, f" [{texts[0]}, {item} ,{texts[1]},\n{texts[2]}] \n")
@@ -349,7 +349,7 @@ def test_no_job_at_all(truth):
     assert metrics["aggregates"]["aop_error_deg"] == {"value": 180, "low": 180, "high": 180}
 
 
-def test_nothing_that_is_answered_is_worse_than_no_answer(truth, jobs):
+def test_no_answer_is_worse_than_a_missing_one(truth, jobs):
     file = truth.parent / "in/job-0/output/aop-landmarks.json"
     file.write_text(answer(POINTS + [[-999_999, 0], [5000, 0], [1, 0]]))
     errors = score(truth, jobs)["results"][0]["radial_error_px"]
@@ -375,7 +375,7 @@ def test_an_angle_that_is_not_the_landmarks_is_noted(truth, jobs):
 
 
 def test_points_in_the_world_of_a_turned_image(truth, jobs):
-    """An .mha in place of the .png: its frame, and its unequal spacing, which the angle heeds."""
+    """An .mha instead of the .png: its world frame and unequal spacing count, for the angle too."""
     (truth / "images/a.png").unlink()
     turned = {"Spacing": (0.2, 0.5), "Origin": (-30.0, 7.0), "Direction": (0.0, -1.0, 1.0, 0.0)}
     image = volume(truth / "images/a.mha", made(1)[:HEIGHT, :WIDTH], **turned)
@@ -392,13 +392,13 @@ def test_points_in_the_world_of_a_turned_image(truth, jobs):
     assert in_px["mre_px"] > 100
 
 
-def test_a_size_serves_where_no_images_are(truth, jobs, capsys):
+def test_a_size_replaces_the_images(truth, jobs, capsys):
     expected = score(truth, jobs, "--frame-of-answers", "pixel")
     (truth / "images").rename(truth.parent / "hidden")
     sized = ["--frame-of-answers", "pixel", "--size", f"{WIDTH}x{HEIGHT}"]
     assert score(truth, jobs, *sized) == expected
     moved = ["--images", str(truth.parent / "hidden")]
-    assert score(truth, jobs, *moved) == expected  # a PNG's world is px
+    assert score(truth, jobs, *moved) == expected  # the world frame of a PNG is px
     base = ["--truth", str(truth), "--predictions", str(truth.parent / "in/predictions.json")]
     assert evaluate.main(base) == 2
     error = capsys.readouterr().err
@@ -423,7 +423,7 @@ def test_slugs_of_a_challenge(truth, jobs):
     assert score(truth, jobs, *options) == expected
 
 
-# ---- What nothing can be scored with
+# ---- Predictions and truths that cannot be scored
 
 
 @pytest.mark.parametrize(
@@ -452,7 +452,7 @@ def test_an_image_that_cannot_be_read_is_named(truth):
 
 
 def test_scoring_jobs_needs_only_what_its_container_installs():
-    """No torch, so that an evaluation container is small."""
+    """An evaluation container without torch stays small."""
     training = ROOT / "training"
     installed = re.search(r"grep -E '(.*?)'", (training / "evaluation.Dockerfile").read_text())[1]
     required = [line.partition("==")[::2] for line in (training / "requirements.txt").open()]
@@ -465,8 +465,8 @@ def test_scoring_jobs_needs_only_what_its_container_installs():
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
-def test_the_container_starts_what_its_options_say(truth, jobs, tmp_path):
-    """The entry point of evaluation.Dockerfile, with the test's folders in place of its own."""
+def test_the_container_passes_its_options_on(truth, jobs, tmp_path):
+    """The entry point of evaluation.Dockerfile, with the folders of the test instead of its own."""
     expected = score(truth, jobs)["aggregates"]
     text = (ROOT / "training" / "evaluation.Dockerfile").read_text()
     shell, *rest = json.loads(text.split("ENTRYPOINT ")[1])
@@ -483,7 +483,7 @@ def test_the_container_starts_what_its_options_say(truth, jobs, tmp_path):
         command, cwd=ROOT, env=os.environ | set_by_build, check=True, capture_output=True
     )
     assert load(output)["aggregates"] == expected
-    assert done.stderr == b""  # which grand-challenge shows as warnings
+    assert done.stderr == b""  # grand-challenge shows stderr as warnings
 
 
 # ---- Names
@@ -511,11 +511,11 @@ def test_a_frame_is_found_by_its_number():
     assert find("s.mha") is None and find("t.mha", 0) is None and find("t.png") is cases[2]
 
 
-# ---- Our own answers
+# ---- The answers of process.py
 
 
-def test_what_process_answers_to_a_job_scores_as_its_results_say(tmp_path, truth):
-    """In the world of a turned image with spacing; the landmarks and the angle are as in px."""
+def test_the_score_of_our_own_answers_agrees_with_results_json(tmp_path, truth):
+    """The image is turned and has a spacing; scores in its world frame equal those in px."""
     turned = {"Spacing": (0.3, 0.3), "Origin": (5.0, -9.0), "Direction": (0.0, 1.0, -1.0, 0.0)}
     image = volume(input_job(tmp_path / "job") / "0e1f.mha", made(2), **turned)
     image.replace(truth / "images" / "b.mha")
@@ -539,6 +539,6 @@ def test_what_process_answers_to_a_job_scores_as_its_results_say(tmp_path, truth
     assert load(tmp_path / "out" / "metrics.json")["aggregates"]["cases"] == 1
 
 
-def test_a_pixel_grid_is_as_the_file_says(truth):
+def test_a_pixel_grid_comes_from_the_file(truth):
     grid = read_pixel_grid(truth / "images", Case("b.png", POINTS, 0.0))
     assert grid == PixelGrid(WIDTH, HEIGHT)

@@ -1,4 +1,4 @@
-"""Distillation: what teachers say takes its share of the targets; parts of alike scans."""
+"""Distillation: the teachers' share of the targets; clusters of scans that look alike."""
 
 import numpy as np
 import pytest
@@ -75,7 +75,7 @@ def test_a_teacher_of_another_kind_is_refused(folder, taught, tmp_path, capsys):
     assert "no model file" in capsys.readouterr().err
 
 
-def test_groups_that_look_alike_are_dealt_together():
+def test_groups_that_look_alike_share_a_cluster():
     rng = np.random.default_rng(0)
     scenes = [np.kron(rng.integers(0, 255, (4, 4)), np.ones((16, 16))) for _ in range(3)]
     images = [

@@ -14,16 +14,10 @@ from model.uncertainty import QUANTITIES
 from test.training.test_fit import TINY, folder, run_fit  # noqa: F401
 from training import calibrate, evaluate, folds, join
 from training.data.case_table import read_cases, write_cases
-from training.evaluation.predict import (
-    HELD_OUT_SPLIT,
-    finished_folds,
-    load_folds,
-    predict_cases,
-    torch_predictor,
-)
+from training.evaluation.predict import predict_cases, torch_predictor
 from training.learning import teachers
 from training.learning import trainer as loop
-from training.learning.checkpoint import load_weights
+from training.learning.checkpoint import HELD_OUT_SPLIT, finished_folds, load_folds, load_weights
 
 pytestmark = pytest.mark.slow  # they train networks
 
@@ -111,7 +105,7 @@ def test_each_fold_is_taught_by_networks_that_kept_out_the_same_cases(
 ):
     for fold in finished_folds(finished):
         assert to_onnx.main(["--run", str(fold), "--output", str(fold / folds.TEACHER)]) == 0
-    taught, original = [], teachers.teachers_of
+    taught, original = [], teachers.load_ensemble
     monkeypatch.setattr(
         loop, "load_ensemble", lambda files, *rest: taught.append(files) or original(files, *rest)
     )
@@ -129,7 +123,7 @@ def test_each_fold_is_taught_by_networks_that_kept_out_the_same_cases(
 
 
 def test_groups_that_look_alike_are_dealt_together(data, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(folds, "train", lambda *_: None)
+    monkeypatch.setattr(folds, "train_fold", lambda *_: None)
     assert run(data, tmp_path, "--folds", "2", "--alike", "-1") == 0  # all are alike
     first, second = (read_cases(tmp_path / f"fold-{k}" / "cases.csv") for k in (0, 1))
     assert {case.split for case in first} != {case.split for case in second}

@@ -13,8 +13,7 @@ from model.network import TransUNetConfig, build_network
 from test.model.test_network import SMALL
 from training import join
 from training.data.case_table import Case, write_cases
-from training.evaluation.predict import load_folds
-from training.learning.checkpoint import Checkpoint, load_weights, save_weights
+from training.learning.checkpoint import Checkpoint, load_folds, load_weights, save_weights
 from training.learning.losses import heatmap_cross_entropy, mask_loss, total_loss
 from training.recipes import COMPACT
 
@@ -115,7 +114,7 @@ def test_folds_are_joined_one_by_one(tmp_path: Path, capsys) -> None:
     assert not (tmp_path / "c").exists()
     (second / "fold-1" / "done").unlink()
     assert join.main([str(first), str(second), "--output", str(tmp_path / "c")]) == 2
-    assert "no finished folds" in capsys.readouterr().err
+    assert "expected only finished folds" in capsys.readouterr().err
     shutil.rmtree(second / "fold-1")
     assert join.main([str(first), str(second), "--output", str(tmp_path / "c")]) == 2
     assert "keep out different cases" in capsys.readouterr().err

@@ -28,15 +28,16 @@ from training.learning.mae import (
 )
 from training.learning.trainer import Processes, Trainer
 from training.pretrain import (
-    COMPACT,
-    PAPER,
     PretrainLoss,
-    PretrainRecipe,
     Student,
     attention_divergence,
+    crop_settings,
     distillation_loss,
-    validate,
+    measure_val,
 )
+from training.recipes import PRETRAIN_COMPACT as COMPACT
+from training.recipes import PRETRAIN_PAPER as PAPER
+from training.recipes import PretrainRecipe
 
 SMALL = [
     "--image_size", "32", "--patch", "8", "--width", "16", "--depth", "2", "--heads", "2",
@@ -119,30 +120,30 @@ def test_what_is_masked_is_not_seen():
 
 def test_mask_ratio_and_draws():
     squares = [np.full((40, 40), 90, np.uint8), phantom(1, 40, 40).image]
-    assert (PAPER.grid, PAPER.crops.kept) == (14, 49)
-    data = UnlabelledDataset(squares, COMPACT.crops)
+    assert (PAPER.grid, crop_settings(PAPER).kept) == (14, 49)
+    data = UnlabelledDataset(squares, crop_settings(COMPACT))
     first, again, later, other = data[0, 1], data[0, 1], data[1, 1], data[0, 0]
     assert first["image"].shape == (1, 128, 128) and len(first["kept"].unique()) == 16
     assert all(torch.equal(first[key], again[key]) for key in first)
     assert not torch.equal(first["kept"], later["kept"])
     assert not torch.equal(first["image"], later["image"])
     assert not torch.equal(first["kept"], other["kept"])
-    val = UnlabelledDataset(squares, COMPACT.crops, train=False)
+    val = UnlabelledDataset(squares, crop_settings(COMPACT), train=False)
     assert torch.equal(val[0, 1]["kept"], val[5, 1]["kept"])
 
 
 def test_whole_crop_is_the_image_and_crops_turn_no_sides():
     square = cv2.GaussianBlur(phantom(2, 64, 64).image, (0, 0), 2)
     recipe = COMPACT.model_copy(update={"image_size": 64})
-    assert np.abs(cut_crop(square, recipe.crops, None) * 255 - square).max() < 1e-3
+    assert np.abs(cut_crop(square, crop_settings(recipe), None) * 255 - square).max() < 1e-3
     half = COMPACT.model_copy(update={"image_size": 32})
     mean = square.reshape(32, 2, 32, 2).mean(axis=(1, 3))
-    assert np.abs(cut_crop(square, half.crops, None) * 255 - mean).max() < 0.51
+    assert np.abs(cut_crop(square, crop_settings(half), None) * 255 - mean).max() < 0.51
     marked = np.zeros((64, 64), np.uint8)
     marked[20:30, 8:20], marked[34:44, 40:60] = 120, 240  # darker spot above and left
     mild = recipe.model_copy(update={"crop_area": (0.8, 1.0)})
     for seed in range(20):
-        view = cut_crop(marked, mild.crops, np.random.default_rng(seed))
+        view = cut_crop(marked, crop_settings(mild), np.random.default_rng(seed))
         dark, bright = (view > 0.1) & (view < 0.6), view > 0.75
         (y1, x1), (y2, x2) = (np.argwhere(spot).mean(axis=0) for spot in (dark, bright))
         assert x1 < x2 and y1 < y2
@@ -231,6 +232,10 @@ def test_run_holds_weights_and_pictures(folder, tmp_path):
     (tmp_path / "mae.json").write_text(json.dumps(text))
     with pytest.raises(CheckpointError, match=r"missing encoder\.blocks\.2"):
         load_mae(tmp_path)
+    text["recipe"]["decoder_mlp"] = 2
+    (tmp_path / "mae.json").write_text(json.dumps(text))
+    with pytest.raises(CheckpointError, match=r"recipe\.decoder_mlp\n.*not permitted"):
+        load_mae(tmp_path)
 
 
 @pytest.mark.slow
@@ -311,17 +316,19 @@ def test_it_learns_an_image(folder, tmp_path):
 
 
 def test_explained_is_0_for_a_network_that_knows_each_patchs_mean_alone():
-    data = UnlabelledDataset([phantom(k, 40, 40).image for k in range(3)], TINY.crops, train=False)
+    data = UnlabelledDataset(
+        [phantom(k, 40, 40).image for k in range(3)], crop_settings(TINY), train=False
+    )
     place, student = Processes(0, 1, torch.device("cpu")), Student(TINY, None)
     nn.init.zeros_(student.mae.decoder.predict.weight)
     averaging = TINY.model_copy(update={"ema_decay": 0.9})
     for recipe in (averaging, TINY):
         network = Trainer(student, recipe, 1, place).evaluated_network
         loss = PretrainLoss(recipe, None)
-        mae, explained, distillation = validate(network, loss, data, place.device)
+        mae, explained, distillation = measure_val(network, loss, data, place.device)
         assert 0.5 < mae <= 1 and (explained, distillation) == (0, 0)
         nn.init.normal_(student.mae.decoder.predict.weight)
-        changed = validate(network, loss, data, place.device)[1]
+        changed = measure_val(network, loss, data, place.device)[1]
         assert changed == 0 if recipe is averaging else changed < 0  # the average has not moved
         nn.init.zeros_(student.mae.decoder.predict.weight)
 

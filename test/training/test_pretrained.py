@@ -1,4 +1,4 @@
-"""Pretrained weights into a network: what is used is the file's, and what does not fit is named."""
+"""Pretrained weights in a network: used tensors equal the file's, and misfits are named."""
 
 from pathlib import Path
 
@@ -112,7 +112,7 @@ def test_usfm_stands_in_the_bottlenecks_place(tmp_path):
 
 
 def test_relative_bottleneck_computes_what_usfm_does(tmp_path):
-    """The cls token alone is missing: it is given no weight by its column of the tables here."""
+    """Only the cls token is missing; its column of the tables gives it no weight here."""
     tensors = beit_tensors(hidden=96)
     for k in range(2):
         tensors[f"blocks.{k}.attn.relative_position_bias_table"][-2] = -1e4  # token to cls

@@ -1,4 +1,4 @@
-"""The linear probe: its arithmetic, and what the command tells."""
+"""The linear probe: its arithmetic, and what the command prints."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ def test_ridge_is_the_textbooks_with_the_strength_of_least_error_left_out() -> N
 
     centre = x.mean(axis=0)
     strengths = probe.STRENGTHS * np.linalg.eigvalsh((x - centre) @ (x - centre).T).mean()
-    found = probe.ridge(x, y, other)
+    found = probe.predict_by_ridge(x, y, other)
     candidates = [primal(x - centre, y, other - centre, strength) for strength in strengths]
     distances = [np.abs(found - candidate).max() for candidate in candidates]
     assert min(distances) < 1e-6
@@ -67,7 +67,7 @@ def test_what_the_command_tells(folder: Path, capsys: pytest.CaptureFixture[str]
         "pretrained, 1 epochs", "random", "mean landmarks of train",
     ]  # fmt: skip
     figures = [float(line.split()[-2]) for line in lines]
-    truth = probe.landmarks(
+    truth = probe.input_landmarks(
         [case for case in probe.read_cases(folder / "cases.csv") if case.split == "val"],
         folder / "images", 32,
     )  # fmt: skip

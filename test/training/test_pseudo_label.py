@@ -1,4 +1,4 @@
-"""Pseudo-labels: which images, which labels to believe, training on them, and rounds of both."""
+"""Pseudo-labels: the pool of images, which labels are accepted, and rounds of training on them."""
 
 import argparse
 import csv
@@ -49,7 +49,7 @@ PEAK = CODEC.encode([30.3, 20.6])
 
 
 def published_sharpness(heatmap: np.ndarray) -> float:
-    """That of the method's published code: of the 11x11 cells around the peak."""
+    """The measure of the method's published code, from the 11x11 cells around the peak."""
     row, column = np.unravel_index(heatmap.argmax(), heatmap.shape)
     around = heatmap[row - 5 : row + 6, column - 5 : column + 6]
     return 1 - around.mean() / heatmap.max()
@@ -59,7 +59,7 @@ def published_sharpness(heatmap: np.ndarray) -> float:
 
 
 def test_a_perfect_peak_is_as_sharp_as_can_be_unlike_in_the_published_measure():
-    assert published_sharpness(PEAK) == pytest.approx(0.425, abs=0.005)  # 0.8 was asked of it
+    assert published_sharpness(PEAK) == pytest.approx(0.425, abs=0.005)  # its threshold is 0.8
     everywhere = CODEC.encode([[30.3, 20.6], [0.0, 47.0], [63.4, 1.2], [2.5, 2.5]])
     assert peak_sharpness(everywhere, CODEC) == pytest.approx(1.0, abs=1e-3)
     assert peak_sharpness(0.2 * everywhere, CODEC) == pytest.approx(1.0, abs=1e-3)
@@ -81,7 +81,7 @@ def evidence(sharp: float, spread: float, *faults: str) -> Evidence:
     return Evidence(np.zeros((3, 2)), 90.0, np.full(3, sharp), np.full(3, spread), faults)
 
 
-# sharp and agreed, sharp but scattered, ..., blurred and scattered
+# The sharpness falls from case to case; the order of the spreads is another.
 CASES = [evidence(0.9 - 0.1 * k, spread) for k, spread in enumerate([2.0, 1.0, 5.0, 3.0, 9.0])]
 
 
@@ -121,9 +121,9 @@ def test_objections_name_criterion_value_and_landmark():
 
 def test_precision_takes_the_loosest_thresholds_that_reach_it():
     cases = [evidence(0.99 - 0.01 * k, 1.0 + k) for k in range(20)]
-    errors_px = np.where(np.arange(20) % 5 == 4, 30.0, 5.0)  # every fifth is wrong
+    errors_px = np.where(np.arange(20) % 5 == 4, 30.0, 5.0)  # every fifth is far off
     errors_px[15:] = 30.0
-    # accepted 15: 12 right of 15; 16: 12 of 16; and 14: 12 of 14
+    # Within 10 px: 12 of the first 14 cases, 12 of the first 15, 12 of the first 16.
     assert thresholds_by_precision(cases, errors_px, 10.0, 0.8).spread_px == pytest.approx(15.0)
     assert thresholds_by_precision(cases, errors_px, 10.0, 0.75).spread_px == pytest.approx(16.0)
     assert thresholds_by_precision(cases, errors_px, 10.0, 0.85).spread_px == pytest.approx(14.0)
@@ -172,7 +172,7 @@ def made(seed: int) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """10 labelled phantoms with masks and a split; 6 others, copies of some, and a broken file."""
+    """10 labelled phantoms with masks and a split; 6 unlabelled ones, 3 copies, a broken file."""
     root = tmp_path_factory.mktemp("pseudo")
     for name in ("images", "masks", "new/a", "new/b"):
         (root / name).mkdir(parents=True)
@@ -186,11 +186,11 @@ def folder(tmp_path_factory) -> Path:
     write_cases(root / "cases.csv", cases)
     for seed in range(20, 26):
         cv2.imwrite(str(root / f"new/a/n{seed}.png"), made(seed))
-    darker = (made(8) * 0.8).astype(np.uint8)  # of val, seen again
+    darker = (made(8) * 0.8).astype(np.uint8)  # of a val case
     cv2.imwrite(str(root / "new/b/again.png"), darker)
-    cv2.imwrite(str(root / "new/b/large.bmp"), cv2.resize(made(9), (240, 200)))  # of test
+    cv2.imwrite(str(root / "new/b/large.bmp"), cv2.resize(made(9), (240, 200)))  # of a test case
     cv2.imwrite(str(root / "new/b/train.png"), made(3))  # looks like a case of train
-    cv2.imwrite(str(root / "new/b/04.jpg"), made(30))  # has the name of one
+    cv2.imwrite(str(root / "new/b/04.jpg"), made(30))  # has the name of a case of train
     (root / "new/b/broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     return root
 
@@ -200,7 +200,7 @@ def pool_of(folder: Path, *names: str, **more):
     return find_pool([folder / name for name in names], [*apart, *more.get("apart", [])], 0.92)
 
 
-def test_val_and_test_and_what_looks_like_them_are_never_labelled(folder):
+def test_val_and_test_and_their_look_alikes_are_never_labelled(folder):
     pool = pool_of(folder, "new/b", "images")
     assert [candidate.file for candidate in pool.candidates] == ["new/b/train.png"]
     why = {candidate.file: objection for candidate, objection in pool.rejected}
@@ -208,13 +208,13 @@ def test_val_and_test_and_what_looks_like_them_are_never_labelled(folder):
     assert why["new/b/large.bmp"] == ("left out", "looks like 09.png (cases.csv, split test)")
     assert why["new/b/04.jpg"][0] == "left out"
     assert why["new/b/broken.png"][0] == "unreadable"
-    assert {f"images/{k:02d}.png" for k in range(10)} <= why.keys()  # all labelled already
+    assert {f"images/{k:02d}.png" for k in range(10)} <= why.keys()  # these are labelled
 
 
-def test_a_name_counts_below_its_own_folder(folder):
+def test_names_are_compared_below_their_own_folder(folder):
     why = {c.name: objection for c, objection in pool_of(folder, "new/b").rejected}
     assert why["04"] == ("left out", "has the name of a labelled image in cases.csv")
-    pool = pool_of(folder, "new")  # where it is b/04
+    pool = pool_of(folder, "new")  # its name is b/04 there
     assert pool.root == folder / "new" and "b/04.jpg" in [c.file for c in pool.candidates]
 
 
@@ -246,7 +246,7 @@ def test_exclude_takes_tables_and_splits(folder):
         parse_exclusion(f"{table}:no_such", folder / "images")
 
 
-def test_frames_of_a_stack_are_candidates_each(folder, tmp_path):
+def test_each_frame_of_a_stack_is_a_candidate(folder, tmp_path):
     frames = [made(seed) for seed in (50, 8, 51)]
     cv2.imwritemulti(str(tmp_path / "loop.tif"), frames)
     pool = find_pool(
@@ -325,7 +325,7 @@ def test_fit_takes_more_tables_and_refuses_what_would_leak(folder, tmp_path, cap
 
 @pytest.fixture
 def dotted(tmp_path, monkeypatch) -> Path:
-    """Images with dots where the landmarks are, and a teacher that sees them."""
+    """Images with dots at their landmarks, and a teacher that finds the dots."""
     rng = np.random.default_rng(5)
     usual = np.array([[96.0, 40.0], [52.0, 46.0], [104.0, 84.0]])
     for name in ("images", "new"):
@@ -334,12 +334,15 @@ def dotted(tmp_path, monkeypatch) -> Path:
     for k in range(21):
         points = usual + rng.uniform(-14, 14, (3, 2))
         cv2.imwrite(str(tmp_path / "images" / f"l{k}.png"), dots(points, background=k))
-        label = points + [40.0 if k > 16 else 0.0, 0.0]  # far from the blurred ones
+        label = points + [
+            40.0 if k > 16 else 0.0,
+            0.0,
+        ]  # the label is wrong where the peaks are least sharp
         cases.append(Case(f"l{k}.png", label, 90.0, "val" if k else "train"))
     write_cases(tmp_path / "cases.csv", cases)
     for k in range(8):
         points = usual + rng.uniform(-14, 14, (3, 2))
-        points = points[[1, 0, 2]] if k == 3 else points  # PS1 is not on the right
+        points = points[[1, 0, 2]] if k == 3 else points  # PS1 and PS2 exchanged: implausible
         cv2.imwrite(str(tmp_path / "new" / f"n{k}.png"), dots(points, background=2 * k))
     monkeypatch.setattr(
         labelling, "load_any_predictor", lambda *_: Predictor(SPEC, find_dots, "cpu")
@@ -418,7 +421,7 @@ def test_a_table_without_the_teachers_split_is_refused(dotted, capsys):
     assert "split column with train and val" in capsys.readouterr().err
 
 
-def test_an_output_is_gone_on_with_only_as_it_was_begun(dotted, capsys):
+def test_an_output_is_resumed_only_with_the_settings_it_began_with(dotted, capsys):
     assert run(dotted, "--accept", "0.5") == 0
     before = (dotted / "out" / "pseudo.csv").stat().st_mtime_ns
     assert run(dotted, "--accept", "0.5") == 2 and "--resume" in capsys.readouterr().err
@@ -444,11 +447,11 @@ def test_help_explains_and_shares_are_shares(capsys):
 
 @pytest.fixture
 def teacher(tmp_path, monkeypatch) -> Path:
-    """Random weights; their landmarks count as plausible, since what is tested are the rounds."""
+    """Random weights, whose landmarks count as plausible so that the rounds can be tested."""
     monkeypatch.setattr("training.pseudo_labels.criteria.implausibilities", lambda *_: [])
     parser = argparse.ArgumentParser()
-    add_recipe_arguments(parser)
-    recipe = recipe_from_arguments(parser.parse_args(TINY))
+    add_recipe_arguments(parser, RECIPES)
+    recipe = recipe_from_arguments(parser.parse_args(TINY), RECIPES)
     torch.manual_seed(3)
     network = build_network(recipe.network, 0)
     described = Checkpoint(network=recipe.network, masks=0, spec=recipe.spec())
@@ -475,9 +478,9 @@ def test_two_rounds_from_end_to_end(folder, teacher, monkeypatch):
     for number in (1, 2):
         place = out / f"round-{number}"
         files = [row["Filename"] for row in rows(place / "pseudo.csv")]
-        # 8 may be labelled: six new ones, that like one of train, b/04.jpg
+        # 8 images may be labelled: 6 new ones, the look-alike of a train case, and b/04.jpg.
         assert len(files) >= 6 and not kept_apart & set(files)
-        assert not (place / "student" / "cases.csv").exists()  # no split was drawn anew
+        assert not (place / "student" / "cases.csv").exists()  # no new split was drawn
         _, described = load_weights(place / "student" / "best.safetensors")
         errors = float(history[number]["val_mre_px"])
         assert described.spec.metrics["val_mre_px"] == pytest.approx(errors, abs=0.002)
@@ -496,8 +499,8 @@ def test_two_rounds_from_end_to_end(folder, teacher, monkeypatch):
     assert all(path.stat().st_mtime_ns == time for path, time in before.items())
 
 
-def copied_student(options, root, folder, teacher):
-    """In place of a training: the student is the teacher."""
+def copy_teacher_as_student(options, root, folder, teacher):
+    """Instead of a training, copy the teacher as the student."""
     (folder / "student").mkdir()
     for suffix in (".json", ".safetensors"):
         shutil.copyfile(teacher.with_suffix(suffix), folder / "student" / f"best{suffix}")
@@ -505,7 +508,7 @@ def copied_student(options, root, folder, teacher):
 
 @pytest.mark.slow
 def test_rounds_stop_where_val_no_longer_improves(folder, teacher, monkeypatch, capsys):
-    monkeypatch.setattr(pseudo_label, "train_student", copied_student)
+    monkeypatch.setattr(pseudo_label, "train_student", copy_teacher_as_student)
     assert run_rounds(folder, teacher, 5) == 0
     assert "stopped after round 1: val no longer improves" in capsys.readouterr().out
     assert len(rows(teacher / "out" / "rounds.csv")) == 2

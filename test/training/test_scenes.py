@@ -1,4 +1,4 @@
-"""What is no image of the right view: sizes, types, and that each is what its name says."""
+"""Images that do not show the right view: sizes, types, and that each does what its name says."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ def rng() -> np.random.Generator:
 
 
 @pytest.mark.parametrize("name", DISTORTIONS)
-def test_spoiled_images_are_images_and_others(name: str) -> None:
+def test_distorted_images_are_images_and_differ(name: str) -> None:
     before = IMAGE.copy()
     found = DISTORTIONS[name](IMAGE, rng())
     assert found.dtype == np.uint8 and found.flags.c_contiguous

@@ -1,4 +1,4 @@
-"""Figures of a stated uncertainty on cases whose truth is known."""
+"""Metrics of stated uncertainty on cases whose errors are known."""
 
 import numpy as np
 import pytest
@@ -29,13 +29,13 @@ def made(errors: list[float], expected: list[float | None], doubt: tuple[str, ..
     return cases, predictions
 
 
-def test_the_figures() -> None:
+def test_certainty_metrics_of_known_errors() -> None:
     errors = [1.0, -2.0, 3.0, 4.0, -20.0]
     cases, predictions = made(errors, [1.0, 2.0, 1.0, 4.0, 8.0], ("odd",))
     found = summarise_certainty(cases, predictions, np.abs(errors))
     values = {name: figure["value"] for name, figure in found.items()}
     assert [*values] == [*CERTAINTY_LABELS]
-    assert values["interval_holds"] == pytest.approx(3 / 5)  # not the third nor the last
+    assert values["interval_holds"] == pytest.approx(3 / 5)  # all but the third and the last
     assert values["interval_width_deg"] == pytest.approx(4 * 16 / 5)
     assert values["aop_error_surest_deg"] == pytest.approx(2.5)
     assert values["aop_error_surest_less"] == pytest.approx(1 - 2.5 / 6)
@@ -46,13 +46,13 @@ def test_the_figures() -> None:
     assert found["interval_holds"]["low"] < 0.2 and found["interval_holds"]["high"] > 0.9
 
 
-def test_without_a_calibration_there_are_none() -> None:
+def test_a_model_without_calibration_has_no_certainty_metrics() -> None:
     cases, predictions = made([1.0, 2.0], [1.0, None])
     assert summarise_certainty(cases, predictions, np.array([1.0, 2.0])) == {}
     assert summarise_certainty([], [], np.array([])) == {}
 
 
-def test_evaluate_tells_them_of_each_device() -> None:
+def test_certainty_metrics_are_given_for_each_device() -> None:
     cases, predictions = made([1.0, 2.0, 3.0, 4.0], [1.0, 1.0, 1.0, 4.0])
     report = summarise_by_device(cases, predictions)
     assert report["device A"]["interval_holds"]["value"] == 0.5

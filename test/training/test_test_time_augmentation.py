@@ -10,12 +10,12 @@ from model.spec import ModelSpec
 from training.evaluation.test_time_augmentation import VARIANTS, Variant, predict_variants
 
 SPEC = ModelSpec(input_size=128, mean=30.0, std=50.0, stride=4, sigma_cells=2.0)
-GREYS = (255, 170, 90)  # of the dots that stand for PS1, PS2 and FH1
+GREYS = (255, 170, 90)  # of the dots at PS1, PS2 and FH1
 TURNED = Variant(rotation_deg=25, scale=0.8)
 
 
 def dots(points, width=160, height=120, background=0) -> np.ndarray:
-    """(height, width) grey: a dot at each of three points, each of its own grey."""
+    """(height, width) grey image with a dot of its own grey value at each of three points."""
     image = np.full((height, width), background, np.uint8)
     for (x, y), grey in zip(points, GREYS, strict=True):
         cv2.circle(image, (round(16 * x), round(16 * y)), 4 * 16, grey, -1, cv2.LINE_AA, shift=4)
@@ -23,7 +23,7 @@ def dots(points, width=160, height=120, background=0) -> np.ndarray:
 
 
 def find_dots(network_input: np.ndarray) -> Output:
-    """A network that sees dots; the lighter the background, the wider its peaks."""
+    """A network that finds the dots; its peaks are wider if the background is lighter."""
     heatmaps = []
     for image in network_input[:, 0] * SPEC.std + SPEC.mean:
         grey = np.median(image)
@@ -39,7 +39,7 @@ def find_dots(network_input: np.ndarray) -> Output:
 
 
 def always_at(points) -> Predictor:
-    """A predictor that answers the same input px, whatever it sees."""
+    """A predictor that answers the same input px for every image."""
     heatmaps = SPEC.codec.encode(input_to_cells(points, SPEC.stride))
     return Predictor(SPEC, lambda seen: Output(np.repeat(heatmaps[None], len(seen), axis=0)), "cpu")
 

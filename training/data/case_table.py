@@ -179,7 +179,7 @@ def read_cases(path: Path | str) -> list[Case]:
         if known.get("split") not in (None, *SPLITS):
             raise CaseError(
                 f"{where}, column {optional['split']}: expected {', '.join(SPLITS)} or an empty "
-                f"cell, got {_quote(row[optional['split']])}"
+                f"cell, got {_quote_cell(row[optional['split']])}"
             )
         if angle and row[angle]:
             aop_deg = _parse_degrees(row[angle], where, angle)
@@ -188,8 +188,8 @@ def read_cases(path: Path | str) -> list[Case]:
             aop_deg = _compute_angle(landmarks, where) if beside is None else beside
         if (row[file], frame) in cases:
             raise CaseError(
-                f"{where}, column {file}: {_quote(row[file])} is in the table twice; expected one "
-                "row for each image"
+                f"{where}, column {file}: {_quote_cell(row[file])} is in the table twice; "
+                "expected one row for each image"
             )
         cases[row[file], frame] = Case(row[file], landmarks, aop_deg, **known, frame=frame)
     return list(cases.values())
@@ -297,7 +297,7 @@ def _angles_beside(path: Path) -> dict[str, float]:
     }
 
 
-def _quote(cell: str) -> str:
+def _quote_cell(cell: str) -> str:
     """A cell's text for a message, on one line and at most 60 characters long."""
     text = " ".join(cell.split())
     return f"'{text if len(text) <= 60 else text[:57] + '...'}'" if text else "an empty cell"
@@ -311,7 +311,7 @@ def _parse_point(text: str, where: str, column: str) -> tuple[float, float]:
     if not (math.isfinite(x) and math.isfinite(y)):
         raise CaseError(
             f'{where}, column {column}: expected a point "(x, y)" in px, such as "(131.5, 82)", '
-            f"got {_quote(text)}"
+            f"got {_quote_cell(text)}"
         )
     return x, y
 
@@ -323,7 +323,7 @@ def _parse_degrees(text: str, where: str, column: str) -> float:
         value = math.nan
     if not 0 <= value <= 180:
         raise CaseError(
-            f"{where}, column {column}: expected degrees from 0 to 180, got {_quote(text)}"
+            f"{where}, column {column}: expected degrees from 0 to 180, got {_quote_cell(text)}"
         )
     return value
 
@@ -334,7 +334,7 @@ def _parse_frame(text: str | None, where: str, column: str) -> int | None:
     if text.isdecimal():
         return int(text)
     raise CaseError(
-        f"{where}, column {column}: expected a frame's number from 0, got {_quote(text)}"
+        f"{where}, column {column}: expected a frame's number from 0, got {_quote_cell(text)}"
     )
 
 

@@ -25,14 +25,15 @@ NO_EPOCH = 2**32 - 1  # takes the epoch's place in draws that are the same in ev
 
 
 @dataclass(frozen=True)
-class ImageSelection:
+class UnlabelledSelection:
     """Which images to use.
 
     Args:
         images: folders, searched with their subfolders.
         pattern: shell pattern of the file names to use.
         leave_out: shell patterns of file names to leave out, or .txt files with a pattern a line.
-        data: case table; images that it names in another split than `splits` are left out.
+        data: case table; images that it names outside `splits` are left out, images that it does
+            not name are used.
         splits: names of splits.
     """
 
@@ -91,7 +92,7 @@ def add_image_arguments(parser: argparse.ArgumentParser) -> None:
         "--data",
         type=Path,
         metavar="CSV",
-        help="case table; images that it names in a split other than --splits are left out",
+        help="case table; images that it names outside --splits are left out",
     )
     add(
         "--splits",
@@ -102,9 +103,9 @@ def add_image_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def image_selection(args: argparse.Namespace) -> ImageSelection:
+def image_selection(args: argparse.Namespace) -> UnlabelledSelection:
     """The selection that the flags of `add_image_arguments` ask for."""
-    return ImageSelection(
+    return UnlabelledSelection(
         images=tuple(args.images),
         pattern=args.pattern,
         leave_out=tuple(args.leave_out),
@@ -113,7 +114,7 @@ def image_selection(args: argparse.Namespace) -> ImageSelection:
     )
 
 
-def find_images(selection: ImageSelection) -> list[Path]:
+def find_images(selection: UnlabelledSelection) -> list[Path]:
     """The selected files, in the order of folders and names.
 
     Raises:

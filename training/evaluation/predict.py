@@ -1,10 +1,7 @@
-"""Predictions for the cases of a table, by torch weights or by an ONNX file.
-
-In a cross-validation (training.folds), each case is predicted by a network that has not seen it.
-"""
+"""Predictions for the cases of a table, by torch weights or by an ONNX file."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -19,12 +16,8 @@ from model.heatmap import Decode, Heatmaps
 from model.measure import aop_interval, reasons_for_doubt
 from model.predictor import Output, Prediction, Predictor
 from model.spec import ModelSpec
-from training.data.case_table import Case, CaseError, read_cases
+from training.data.case_table import Case
 from training.data.dataset import read_frame
-from training.learning.checkpoint import Checkpoint, load_weights
-
-# In the table of a fold, the split of its held-out cases: training.fit never reads this split.
-HELD_OUT_SPLIT = "test"
 
 
 @dataclass(frozen=True)
@@ -97,33 +90,3 @@ def case_prediction(
         expected_error_px=prediction.expected.landmarks_px,
         expected_aop_error_deg=prediction.expected.aop_deg,
     )
-
-
-def finished_folds(folds: Path) -> list[Path]:
-    """The folders of a cross-validation's trainings, one for each fold.
-
-    Raises:
-        CaseError: there is no fold, or the training of one is not finished.
-    """
-    runs = sorted(folds.glob("fold-*"))
-    if not runs or not all((run / "done").exists() for run in runs):
-        raise CaseError(
-            f"expected only finished folds in {folds}: run training.folds --output {folds}"
-        )
-    return runs
-
-
-def splits_of_fold(run: Path) -> list[tuple[str, str | None]]:
-    """File and split of each case of a fold; two folds can be combined if these are equal."""
-    return [(case.file, case.split) for case in read_cases(run / "cases.csv")]
-
-
-def load_folds(folds: Path) -> Iterator[tuple[nn.Module, Checkpoint, list[Case]]]:
-    """For each fold: its network, the network's description, and the cases it has not seen.
-
-    Raises:
-        CaseError: as `finished_folds`.
-    """
-    for run in finished_folds(folds):
-        cases = [case for case in read_cases(run / "cases.csv") if case.split == HELD_OUT_SPLIT]
-        yield *load_weights(run / "best.safetensors"), cases

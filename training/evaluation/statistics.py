@@ -13,8 +13,8 @@ from scipy import special
 
 from model.anatomy import Floats
 
-INTERVAL_LEVEL = 0.95
-TAIL = (1 - INTERVAL_LEVEL) / 2  # probability beyond either end of an interval
+CONFIDENCE_LEVEL = 0.95
+TAIL = (1 - CONFIDENCE_LEVEL) / 2  # probability beyond either end of an interval
 LIMITS_SD = 1.96  # a normal distribution has 95 % within this many standard deviations
 RESAMPLES = 2000  # of the cases, for a bootstrap interval
 

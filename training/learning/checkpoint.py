@@ -1,4 +1,4 @@
-"""Files of weights: our own, loaded strictly, and those made elsewhere, with a report.
+"""Files of weights: our own, the folds of a cross-validation, and those made elsewhere.
 
 Our own weights are STEM.safetensors. STEM.json beside it rebuilds the network: it holds the
 network's configuration, the number of auxiliary masks and the ModelSpec.
@@ -7,7 +7,7 @@ network's configuration, the number of auxiliary masks and the ModelSpec.
 import json
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,7 +20,10 @@ from torch import Tensor, nn
 
 from model.network import NetworkConfig, build_network
 from model.spec import ModelSpec
+from training.data.case_table import Case, CaseError, read_cases
 
+# In the table of a fold, the split of its held-out cases: training.fit never reads this split.
+HELD_OUT_SPLIT = "test"
 WRAPPERS = ("model", "state_dict", "module")  # keys under which other programs nest tensors
 
 
@@ -210,3 +213,36 @@ def read_tensors(path: Path, report: LoadReport) -> dict[str, Tensor]:
         for key, value in content.items()
         if torch.is_tensor(value)
     }
+
+
+# ---- The networks of a cross-validation (training.folds)
+
+
+def finished_folds(folds: Path) -> list[Path]:
+    """The folders of a cross-validation's trainings, one for each fold.
+
+    Raises:
+        CaseError: there is no fold, or the training of one is not finished.
+    """
+    runs = sorted(folds.glob("fold-*"))
+    if not runs or not all((run / "done").exists() for run in runs):
+        raise CaseError(
+            f"no finished folds in {folds}, or some unfinished: run training.folds --output {folds}"
+        )
+    return runs
+
+
+def splits_of_fold(run: Path) -> list[tuple[str, str | None]]:
+    """File and split of each case of a fold; two folds can be combined if these are equal."""
+    return [(case.file, case.split) for case in read_cases(run / "cases.csv")]
+
+
+def load_folds(folds: Path) -> Iterator[tuple[nn.Module, Checkpoint, list[Case]]]:
+    """For each fold: its network, the network's description, and the cases it has not seen.
+
+    Raises:
+        CaseError: as `finished_folds`.
+    """
+    for run in finished_folds(folds):
+        cases = [case for case in read_cases(run / "cases.csv") if case.split == HELD_OUT_SPLIT]
+        yield *load_weights(run / "best.safetensors"), cases

@@ -9,48 +9,15 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, model_validator
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from model.network.vit import Block, sincos_positions
 from training.learning.checkpoint import load_strictly, read_described
+from training.recipes import PretrainRecipe
 
 GREY_MEAN, GREY_STD = 30 / 255, 46.4 / 255  # of ultrasound images, to scale the encoder's input
 MAE_FILE = "mae.safetensors"  # the weights in the folder of a pretraining run
-
-
-class AutoencoderConfig(BaseModel):
-    """Sizes of a masked autoencoder; defaults are the paper's, or MAE's if the paper gives none."""
-
-    model_config = ConfigDict(frozen=True)
-
-    image_size: int = Field(224, description="side of a crop, px")
-    patch: int = Field(16, description="side of a patch, px")
-    width: int = Field(192, description="width of the encoder; must equal the bottleneck's")
-    depth: int = Field(12, description="blocks of the encoder; must equal the bottleneck's")
-    heads: int = Field(
-        12, description="attention heads of the encoder; must equal the bottleneck's"
-    )
-    decoder_width: int = Field(96, description="width of the decoder")
-    decoder_depth: int = Field(1, description="blocks of the decoder")
-    decoder_heads: int = Field(3, description="attention heads of the decoder")
-
-    @model_validator(mode="after")
-    def _check_sizes(self) -> "AutoencoderConfig":
-        if self.image_size % self.patch:
-            raise ValueError(
-                f"image_size {self.image_size} is not a multiple of patch {self.patch}"
-            )
-        for part in ("", "decoder_"):
-            width, heads = getattr(self, f"{part}width"), getattr(self, f"{part}heads")
-            if width % heads or width % 4:
-                raise ValueError(f"{part}width {width} is not a multiple of 4 and of {heads} heads")
-        return self
-
-    @property
-    def grid(self) -> int:
-        """Number of patches along a side."""
-        return self.image_size // self.patch
 
 
 class Features(NamedTuple):
@@ -63,7 +30,7 @@ class Features(NamedTuple):
 class Encoder(nn.Module):
     """Encodes patches to features; its blocks and norm are built like the bottleneck's."""
 
-    def __init__(self, config: AutoencoderConfig) -> None:
+    def __init__(self, config: PretrainRecipe) -> None:
         super().__init__()
         width, grid = config.width, config.grid
         self.patch_embed = nn.Conv2d(1, width, config.patch, config.patch)
@@ -92,7 +59,7 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """Decodes features of the kept patches to the grey values of all patches."""
 
-    def __init__(self, config: AutoencoderConfig) -> None:
+    def __init__(self, config: PretrainRecipe) -> None:
         super().__init__()
         width, grid = config.decoder_width, config.grid
         self.embed = nn.Linear(config.width, width)
@@ -121,7 +88,7 @@ class Decoder(nn.Module):
 class MaskedAutoencoder(nn.Module):
     """An encoder and a decoder of one configuration."""
 
-    def __init__(self, config: AutoencoderConfig) -> None:
+    def __init__(self, config: PretrainRecipe) -> None:
         super().__init__()
         self.encoder, self.decoder = Encoder(config), Decoder(config)
         for module in self.modules():
@@ -191,13 +158,12 @@ def resize_positions(embedding: Tensor, rows: int, columns: int) -> Tensor:
 class MaeDescription(BaseModel):
     """The description of a pretraining run beside its weights, as JSON.
 
-    recipe: written with all fields of training.pretrain's recipe; only the sizes are read back.
     val_explained: share of the variance within masked val patches that the network predicts.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    recipe: SerializeAsAny[AutoencoderConfig]
+    recipe: PretrainRecipe
     epoch: int
     val_explained: float
 

@@ -56,7 +56,13 @@ from training.learning.losses import total_loss
 from training.learning.optimisers import make_optimiser
 from training.learning.pretrained import adopt_members, load_initial_weights, load_pretrained_parts
 from training.learning.teachers import Ensemble, load_ensemble
-from training.recipes import Recipe, TrainingRecipe, add_recipe_arguments, recipe_from_arguments
+from training.recipes import (
+    RECIPES,
+    Recipe,
+    TrainingRecipe,
+    add_recipe_arguments,
+    recipe_from_arguments,
+)
 
 SPLIT_SHARES = (0.8, 0.2, 0.0)  # of train, val and test: the paper's 4:1
 SHEET_EPOCHS = 8  # epochs between two sample sheets
@@ -627,9 +633,9 @@ def parse_fit(
         default="auto",
         help="processor to train on; auto is cuda if torch finds it (default: %(default)s)",
     )
-    add_recipe_arguments(parser)
+    add_recipe_arguments(parser, RECIPES)
     args = parser.parse_args(arguments)
     values = {field.name: getattr(args, field.name) for field in dataclasses.fields(FitSettings)}
     values["more"] = tuple((table, folder) for table, folder in args.more)
     values["teachers"] = tuple(args.teachers)
-    return FitSettings(**values), recipe_from_arguments(args)
+    return FitSettings(**values), recipe_from_arguments(args, RECIPES)
