@@ -202,7 +202,7 @@ def measure_jobs(
 
 def write_page(options: EvaluateOptions, path: Path, answers: AnsweredCases) -> None:
     """Write the HTML report; without any answer, only say that there is none."""
-    from training.evaluation.report import write_report  # noqa: PLC0415
+    from training.evaluation.report import write_evaluation_report  # noqa: PLC0415
 
     cases, predictions, missing = answers
     if not cases:
@@ -215,7 +215,9 @@ def write_page(options: EvaluateOptions, path: Path, answers: AnsweredCases) -> 
     more = {"note": options.note} if options.note else {}
     cases = [replace(case, file=find_image_file(options.images, case)) for case in cases]
     figures = summarise_by_device(cases, predictions)
-    write_report(path, cases, predictions, options.images, figures, missing, title, **more)
+    write_evaluation_report(
+        path, cases, predictions, options.images, figures, missing, title, **more
+    )
 
 
 def write_figures(path: Path, content: object) -> None:

@@ -15,13 +15,14 @@ WORKDIR /opt/app
 COPY model/locks model/locks
 COPY training/requirements.txt training/
 RUN pip install --no-cache-dir --require-hashes -r model/locks/cpu.txt \
- && grep '^tqdm==' training/requirements.txt > tqdm.txt \
- && pip install --no-cache-dir -r tqdm.txt
+ && grep -E '^(matplotlib|scipy|tqdm)==' training/requirements.txt > needed.txt \
+ && pip install --no-cache-dir -r needed.txt
 COPY . .
 RUN python -m compileall -q model training
 
 ARG OPTIONS
 ENV EVALUATION_OPTIONS=$OPTIONS \
+    MPLCONFIGDIR=/tmp \
     PYTHONUNBUFFERED=1
 USER 10001:10001
 ENTRYPOINT ["sh", "-c", "exec python -m training.evaluate --predictions /input/predictions.json --truth /opt/ml/input/data/ground_truth $EVALUATION_OPTIONS \"$@\"", "evaluate"]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -450,9 +451,17 @@ def test_an_image_that_cannot_be_read_is_named(truth):
         read_pixel_grid(truth / "images", Case("a.png", POINTS, 90.0))
 
 
-def test_scoring_jobs_needs_no_torch():
+def test_scoring_jobs_needs_only_what_its_container_installs():
     """An evaluation container without torch stays small."""
-    code = "import sys; sys.modules['torch'] = None; import training.evaluate"
+    training = ROOT / "training"
+    installed = re.search(r"grep -E '(.*?)'", (training / "evaluation.Dockerfile").read_text())[1]
+    required = [line.partition("==")[::2] for line in (training / "requirements.txt").open()]
+    absent = [name for name, pin in required if pin and not re.match(installed, f"{name}==")]
+    assert "torch" in absent and "scipy" not in absent
+    code = (
+        f"import sys; sys.modules.update(dict.fromkeys({absent})); "
+        "import training.evaluate, training.evaluation.report"
+    )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 

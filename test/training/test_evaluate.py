@@ -124,9 +124,9 @@ def results(folder: Path, entries: list[CaseEntry]) -> Path:
 
 @pytest.fixture
 def shown(monkeypatch) -> list[tuple]:
-    """What write_report was given."""
+    """What write_evaluation_report was given."""
     calls: list[tuple] = []
-    fake = SimpleNamespace(write_report=lambda *given: calls.append(given))
+    fake = SimpleNamespace(write_evaluation_report=lambda *given: calls.append(given))
     monkeypatch.setitem(sys.modules, "training.evaluation.report", fake)
     return calls
 

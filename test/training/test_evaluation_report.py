@@ -10,17 +10,25 @@ import numpy as np
 import pytest
 
 from model.anatomy import angle_of_progression
+from model.drawing.page import escape
 from model.images.source import ImageError
 from test.phantom import phantom
 from test.support.browser import DESKTOP, PHONE, complaints, overflowing, resize
 from training.data.case_table import Case, read_cases
-from training.evaluation.chart import Axis, Chart, interval
-from training.evaluation.figures import STYLE, drawn_case, groups_chart
+from training.evaluation.figures import (
+    CSS_VARIABLES,
+    FIGURES_STYLE,
+    calibration_chart,
+    difference_chart,
+    groups_chart,
+    interval_text,
+    picture_of_case,
+)
 from training.evaluation.metrics import case_errors, summarise_by_device
 from training.evaluation.pictures import PREDICTED, TRUTH
 from training.evaluation.predict import CasePrediction
-from training.evaluation.report import write_report
-from training.evaluation.statistics import Estimate, bland_altman
+from training.evaluation.report import write_evaluation_report
+from training.evaluation.statistics import BlandAltman, Estimate, bland_altman
 
 pytest_plugins = ["test.support.browser"]
 
@@ -79,7 +87,7 @@ def pages(tmp_path_factory, images, cases) -> dict[str, Path]:
     for name, found in made.items():
         figures = summarise_by_device(cases, found)
         missing = ["gone/<b>.png", "late.png"] if name == "calibrated" else []
-        write_report(folder / f"{name}.html", cases, found, images, figures, missing)
+        write_evaluation_report(folder / f"{name}.html", cases, found, images, figures, missing)
     return {name: folder / f"{name}.html" for name in made}
 
 
@@ -153,7 +161,7 @@ def test_what_is_not_calibrated_says_so(pages):
 @pytest.mark.slow
 def test_the_same_input_gives_the_same_page(pages, cases, images, tmp_path):
     found = answers(cases, calibrated=False)
-    write_report(
+    write_evaluation_report(
         tmp_path / "again.html", cases, found, images, summarise_by_device(cases, found), []
     )
     assert (tmp_path / "again.html").read_bytes() == pages["plain"].read_bytes()
@@ -164,11 +172,13 @@ def test_answers_without_an_angle_and_few_cases(cases, images, tmp_path):
     """One case; and three, one of which has no angle: in every mean, but in no agreement."""
     found = answers(cases, calibrated=True)
     path = tmp_path / "few.html"
-    write_report(path, cases[:1], found[:1], images, summarise_by_device(cases[:1], found[:1]), [])
+    write_evaluation_report(
+        path, cases[:1], found[:1], images, summarise_by_device(cases[:1], found[:1]), []
+    )
     assert "Agreement needs two cases" in words(path)
     lost = replace(found[0], aop_deg=math.nan, aop_interval_deg=None)
     some = [lost, *found[1:3]]
-    write_report(path, cases[:3], some, images, summarise_by_device(cases[:3], some), [])
+    write_evaluation_report(path, cases[:3], some, images, summarise_by_device(cases[:3], some), [])
     text = words(path)
     assert "out of agreement and coverage): 1. phantom-00.png" in text
     assert "Cases 3 " in text and "Cases 2 " in text  # all figures, agreement
@@ -179,11 +189,15 @@ def test_answers_without_an_angle_and_few_cases(cases, images, tmp_path):
 def test_cases_of_no_device_are_a_series_of_their_own(cases, images, tmp_path):
     some = [replace(case, device=None) if k < 2 else case for k, case in enumerate(cases)]
     found = answers(cases, calibrated=False)
-    write_report(tmp_path / "p.html", some, found, images, summarise_by_device(some, found), [])
+    write_evaluation_report(
+        tmp_path / "p.html", some, found, images, summarise_by_device(some, found), []
+    )
     plot = re.search(r"<svg class=.chart.*?</figure>", (tmp_path / "p.html").read_text(), re.DOTALL)
-    assert [plot[0].count(f'class="dot s{k}"') for k in range(3)] == [
-        sum(case.device == name for case in some) + 1 for name in ("A", "B", None)
-    ]  # the symbols, and one more of each in the legend
+    symbols = re.findall(r'<title>.*?stroke="var\(--s(\d)\)"', plot[0])
+    assert [symbols.count(f"{k}") for k in range(3)] == [
+        sum(case.device == name for case in some) for name in ("A", "B", None)
+    ]
+    assert re.findall(r'class="dot s(\d)"', plot[0]) == ["0", "1", "2"]  # the legend
     assert "device not known" in plot[0]
 
 
@@ -193,7 +207,7 @@ def test_an_image_that_cannot_be_read_is_an_error_and_leaves_no_page(cases, tmp_
     for case in cases:
         (tmp_path / case.file).write_bytes(b"no image")
     with pytest.raises(ImageError):
-        write_report(
+        write_evaluation_report(
             tmp_path / "p.html", cases, found, tmp_path, summarise_by_device(cases, found), []
         )
     assert not list(tmp_path.glob("p.html*"))
@@ -202,7 +216,7 @@ def test_an_image_that_cannot_be_read_is_an_error_and_leaves_no_page(cases, tmp_
 def test_readings_are_drawn_where_they_are():
     """On a picture of 1024 x 512 px, which is shown at half its size; corners lie at 0."""
     label = np.array([[511.5, 99.5], [99.5, 199.5], [699.5, 299.5]])
-    html = drawn_case(np.zeros((512, 1024), np.uint8), (1.0, 1.0), label, label + 10, "words")
+    html = picture_of_case(np.zeros((512, 1024), np.uint8), (1.0, 1.0), label, label + 10, "words")
     assert 'viewBox="0 0 512 256"' in html
     lines = re.findall(r'class="(truth|answer)(?: dashed)?" d="M([\d.]+) ([\d.]+)L([\d. ]+)L', html)
     assert [kind for kind, *_ in lines] == ["truth", "answer"]
@@ -213,40 +227,88 @@ def test_readings_are_drawn_where_they_are():
 
 def test_readings_have_the_colours_of_the_training_pictures():
     for kind, colour in (("truth", TRUTH), ("answer", PREDICTED)):
-        assert f".{kind} {{ stroke: rgb{colour[::-1]}; }}" in STYLE
+        assert f".{kind} {{ stroke: rgb{colour[::-1]}; }}" in FIGURES_STYLE
 
 
 def test_pixels_that_are_not_square_are_shown_in_true_proportion():
     label = np.array([[9.5, 9.5], [0.0, 0.0], [19.5, 19.5]])
-    html = drawn_case(np.zeros((100, 100), np.uint8), (1.0, 2.0), label, label, "words")
+    html = picture_of_case(np.zeros((100, 100), np.uint8), (1.0, 2.0), label, label, "words")
     assert 'viewBox="0 0 50 100"' in html and "L5.00 10.00L" in html
 
 
-def test_ticks_are_round_and_few():
-    assert list(Axis(-12.3, 11.0, "").ticks.values()) == ["−10", "−5", "0", "5", "10"]
-    assert list(Axis(0, 0.9, "").ticks.values()) == ["0", "0.2", "0.4", "0.6", "0.8"]
-    for high in (0.011, 0.5, 3.0, 7.7, 180.0, 9999.0):
-        assert 3 <= len(Axis(0, high, "").ticks) <= 7
+def place(x: float, y: float, svg: str) -> tuple[float, float]:
+    """Where data lie in a chart, from the grid lines of its ticks at 0 and the next."""
+    lines = re.findall(r'd="M ([\d.]+) ([\d.]+) L ([\d.]+) ([\d.]+)" clip-path[^>]*--line', svg)
+    ends = np.array(lines, float)
+    columns, rows = ends[ends[:, 0] == ends[:, 2], 0], ends[ends[:, 1] == ends[:, 3], 1]
+    ticks = [float(text) for text in re.findall(r">([\d.]+)</text>", svg)]
+    step_x, step_y = ticks[1], ticks[len(columns) + 1]
+    across, up = columns[1] - columns[0], rows[1] - rows[0]
+    return columns[0] + x / step_x * across, rows[0] + y / step_y * up
 
 
 def test_a_chart_places_data_between_its_axes():
-    chart = Chart(Axis(0, 10, ""), Axis(0, 100, ""), "")
-    left, bottom = chart.at(0, 0)
-    right, top = chart.at(10, 100)
-    assert (left, right, top, bottom) == (46, 324, 12, 208)
-    assert chart.at(5, 50) == ((left + right) / 2, (top + bottom) / 2)
+    bins = [(2.0, Estimate(3.0, 1.0, 8.0)), (7.0, Estimate(6.0, 5.0, 40.0))]
+    svg = calibration_chart([bins], "deg", "")
+    symbols = np.array(re.findall(r'<use href="[^"]*" x="([\d.]+)" y="([\d.]+)"', svg), float)
+    np.testing.assert_allclose(symbols, [place(2, 3, svg), place(7, 6, svg)], atol=0.1)
+    lines = re.findall(r'd="M ([\d.]+) ([\d.]+) L ([\d.]+) ([\d.]+)"[^>]*--s0', svg)
+    ends = [[*place(2, 1, svg), *place(2, 8, svg)], [*place(7, 5, svg), *place(7, 40, svg)]]
+    np.testing.assert_allclose(np.array(lines, float), ends, atol=0.1)
+
+
+@pytest.mark.parametrize("high", [0.011, 0.5, 3.0, 7.7, 180.0, 9999.0])
+def test_ticks_are_round_and_few(high):
+    svg = groups_chart(["all"], [[Estimate(high / 2, 0, high)]], "", "")
+    ticks = [text for text in re.findall(r">([^<]*)</text>", svg) if text != "all"]
+    assert 3 <= len(ticks) <= 7 and ticks[0].strip("0.") == ""
+    assert set("".join(ticks).replace(".", "").strip("0")[:1]) <= set("125")
+
+
+def test_ticks_below_zero_have_a_minus():
+    difference = np.array([-12.3, 2.0, 11.0])
+    bias, lower, upper = Estimate(0, -1, 1), Estimate(-5, -6, -4), Estimate(5, 4, 6)
+    lines = BlandAltman(3, bias, 2.5, lower, upper)
+    svg = difference_chart(np.array([80.0, 90.0, 100.0]), difference, [0] * 3, [""] * 3, lines)
+    ticks = re.findall(r"<text [^>]*>([^<]*)</text>", svg)
+    assert ticks[ticks.index("−10") :][:5] == ["−10", "−5", "0", "5", "10"]
+
+
+@pytest.mark.slow
+def test_charts_have_the_page_s_colours_and_no_style_of_their_own(pages):
+    """What matplotlib draws with are the light page's colours; styles are against its policy."""
+    text = pages["calibrated"].read_text()
+    light = text.partition("@media")[0] + FIGURES_STYLE
+    for colour, variable in CSS_VARIABLES.items():
+        name = variable.removeprefix("var(").removesuffix(")")
+        assert re.search(rf"{name}: ({colour}|{colour[:4]});", light), name
+    charts = re.findall(r'<svg class="chart".*?</svg>', text, re.DOTALL)
+    for chart in charts:
+        drawn = re.sub("<title>.*?</title>", "", chart)
+        assert not re.search(r"style|#[0-9a-f]{6}\b|font|xmlns", drawn)
+        ids = re.findall(r' id="([^"]*)"', chart)
+        assert ids and set(ids) == set(re.findall(r"#(\w+)", drawn))
+    every = re.findall(r' id="([^"]*)"', text)
+    assert len(set(every)) == len(every)
+
+
+@pytest.mark.parametrize("name", ["$x^{$", "a\x00\x1b\udcff", "机器 Ä", "<b>&amp;"])
+def test_strange_names_of_devices_stay_as_they_are(name, recwarn):
+    svg = groups_chart([f"{name}\nn = 3"], [[Estimate(1, 0, 2)]], "", name)
+    shown = escape(name).replace("&#x27;", "'")
+    assert f">{shown}<" in svg and f'aria-label="{shown}"' in svg
+    assert not recwarn.list
 
 
 def test_long_names_of_devices_are_cut():
     name = "device with a name that is far too long for a figure"
-    chart = groups_chart([f"{name}\nn = 3", "B\nn = 4"], [[Estimate(1, 0, 2)] * 2], "", "")
-    svg = chart.svg()
+    svg = groups_chart([f"{name}\nn = 3", "B\nn = 4"], [[Estimate(1, 0, 2)] * 2], "", "")
     assert name not in svg and ">device with a name…<" in svg and ">n = 3<" in svg
 
 
 def test_an_interval_in_words():
-    assert interval(Estimate(-1.25, -2.0, -0.04), 1, "°") == "−1.2° (−2.0 to 0.0)"
-    assert interval(Estimate(9.031, 8.349, 9.702), 2) == "9.03 (8.35 to 9.70)"
+    assert interval_text(Estimate(-1.25, -2.0, -0.04), 1, "°") == "−1.2° (−2.0 to 0.0)"
+    assert interval_text(Estimate(9.031, 8.349, 9.702), 2) == "9.03 (8.35 to 9.70)"
 
 
 @pytest.mark.parametrize("size", [DESKTOP, PHONE])
@@ -319,7 +381,8 @@ def test_figures_follow_light_and_dark(browser, pages):
         browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
         ink, words, line = browser.execute_script(
             "const of = (name, what) => getComputedStyle(document.querySelector(name))[what];"
-            "return [of('body', 'color'), of('.chart text', 'fill'), of('.chart .s0', 'stroke')]"
+            "return [of('body', 'color'), of('.chart text', 'fill'),"
+            " of('.chart [stroke*=s0]', 'stroke')]"
         )
         assert words == ink
         seen.append((ink, line))
@@ -360,5 +423,7 @@ def test_a_page_of_real_images_is_of_moderate_size(psfhs, tmp_path):
     some = [case for case in read_cases(psfhs / "cases.csv") if case.split == "val"]
     found = [answer(case, rng, 256, calibrated=True) for case in some]
     path = tmp_path / "report.html"
-    write_report(path, some, found, psfhs / "images", summarise_by_device(some, found), [])
+    write_evaluation_report(
+        path, some, found, psfhs / "images", summarise_by_device(some, found), []
+    )
     assert 100_000 < path.stat().st_size < 1_000_000

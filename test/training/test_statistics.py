@@ -7,11 +7,9 @@ import pytest
 
 from training.evaluation.statistics import (
     area_under_risk_coverage,
-    beta_share,
     bland_altman,
     coverage_interval,
     error_when_answering,
-    f_quantile,
     icc_2_1,
     risk_coverage,
 )
@@ -53,12 +51,31 @@ def test_icc_does_not_depend_on_order_of_cases_or_readers():
 
 
 @pytest.mark.parametrize(
+    ("n", "k", "f", "inverse_f"),  # F of the tables at 0.975: n - 1 and (n - 1)(k - 1) degrees
+    [(6, 4, 3.576, 6.428), (31, 5, 1.690, 1.866)],  # of freedom, then the other way round
+)
+def test_icc_interval_from_a_table_of_f(n, k, f, inverse_f):
+    """If all readers have one mean, the degrees of freedom are whole numbers, as in a table."""
+    rng = np.random.default_rng(n)
+    table = rng.normal(0, 3, (n, 1)) + rng.normal(0, 1, (n, k))
+    table -= table.mean(axis=0)
+    of_cases = k * table.mean(axis=1).var(ddof=1)
+    of_rest = ((table - table.mean(axis=1, keepdims=True)) ** 2).sum() / ((n - 1) * (k - 1))
+    spread = k * n - k - n
+    found = icc_2_1(table)
+    low = n * (of_cases - f * of_rest) / (f * spread * of_rest + n * of_cases)
+    high = n * (inverse_f * of_cases - of_rest) / (spread * of_rest + n * inverse_f * of_cases)
+    assert found.low == pytest.approx(low, abs=3e-4)
+    assert found.high == pytest.approx(high, abs=3e-4)
+
+
+@pytest.mark.parametrize(
     ("ratings", "words"),
     [
         ([[1.0, 2.0]], "two or more cases"),
         ([1.0, 2.0], "two or more cases"),
         ([[1.0, math.nan], [2.0, 3.0]], "finite"),
-        ([[100.1, 101.1], [100.1, 101.1], [100.1, 101.1]], "one mean"),
+        ([[100.1, 101.1], [100.1, 101.1], [100.1, 101.1]], "the same mean for all"),
     ],
 )
 def test_icc_refuses_what_has_none(ratings, words):
@@ -86,6 +103,13 @@ def test_bland_altman_intervals_of_limits_of_1999():
     found = bland_altman(difference)
     assert found.lower == pytest.approx((-54.7, -61.9, -47.5), abs=0.15)
     assert found.upper == pytest.approx((22.1, 14.9, 29.3), abs=0.15)
+
+
+@pytest.mark.parametrize(("n", "t"), [(11, 2.228), (17, 2.120)])
+def test_interval_of_the_bias_from_a_table_of_student(n, t):
+    found = bland_altman(np.arange(float(n)))
+    reach = t * found.deviation / math.sqrt(n)
+    assert found.bias.high - found.bias.value == pytest.approx(reach, rel=5e-4)
 
 
 def test_bland_altman_refuses_one_case_and_undefined_angles():
@@ -153,23 +177,3 @@ def test_coverage_interval_of_a_known_table_and_refusals():
     for hits, n in ((0, 0), (-1, 4), (5, 4)):
         with pytest.raises(ValueError, match="hits in"):
             coverage_interval(hits, n)
-
-
-@pytest.mark.parametrize(
-    ("share", "above", "below", "value"),
-    [(0.95, 1, 10, 4.965), (0.95, 5, 15, 2.901), (0.975, 5, 15, 3.576), (0.975, 30, 120, 1.690)],
-)
-def test_quantiles_of_f_as_in_the_tables(share, above, below, value):
-    assert f_quantile(share, above, below) == pytest.approx(value, abs=6e-4)
-
-
-def test_students_quantile_follows():
-    assert math.sqrt(f_quantile(0.95, 1, 16)) == pytest.approx(2.120, abs=5e-4)
-
-
-def test_beta_share_has_closed_forms():
-    for x in (0.0, 0.03, 0.5, 0.9, 1.0):
-        assert beta_share(x, 1, 1) == pytest.approx(x)
-        assert beta_share(x, 3, 1) == pytest.approx(x**3)
-        arcsine = 2 / math.pi * math.asin(math.sqrt(x))
-        assert beta_share(x, 0.5, 0.5) == pytest.approx(arcsine)

@@ -15,6 +15,7 @@ from model.anatomy import LANDMARKS, Floats
 from model.frame import Pair
 from training.data.case_table import Case
 from training.evaluation.statistics import (
+    RESAMPLES,
     Estimate,
     area_under_risk_coverage,
     coverage_interval,
@@ -29,7 +30,6 @@ Summary = dict[str, Any]
 
 REFERENCE_PX = uncertainty.REFERENCE_PX  # errors are scaled to this longer side, 512 px
 SDR_PX = (4, 8, 16, 24)  # success detection rates: share of landmarks within each
-RESAMPLES = 2000  # of the cases, for a bootstrap interval
 RESAMPLES_PER_BLOCK = 50  # at a time, so that many cases fit in memory
 SUREST_SHARE = 0.8  # of the cases, those with the smallest expected error
 WORST_AOP_ERROR_DEG = 180.0  # counts where no angle is given or defined

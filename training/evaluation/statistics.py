@@ -1,6 +1,6 @@
-"""How well two readers agree, and whether a stated doubt is true: plain functions of numbers.
+"""Agreement of two readers, and the value of stated uncertainty: plain functions of numbers.
 
-Intervals are of 95 %, and take the cases as independent of each other.
+All intervals are 95 % intervals. They treat the cases as independent.
 """
 
 import math
@@ -9,16 +9,18 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from scipy import special
 
 from model.anatomy import Floats
 
-LEVEL = 0.95  # of every interval
-LIMITS = 1.96  # standard deviations on either side that hold 95 % of a normal distribution
-BOOTSTRAPS = 2000
+CONFIDENCE_LEVEL = 0.95
+TAIL = (1 - CONFIDENCE_LEVEL) / 2  # probability beyond either end of an interval
+LIMITS_SD = 1.96  # a normal distribution has 95 % within this many standard deviations
+RESAMPLES = 2000  # of the cases, for a bootstrap interval
 
 
 class Estimate(NamedTuple):
-    """A figure and its 95 % interval."""
+    """A number and its 95 % interval."""
 
     value: float
     low: float
@@ -27,7 +29,10 @@ class Estimate(NamedTuple):
 
 @dataclass(frozen=True)
 class BlandAltman:
-    """Bias (mean difference), standard deviation and limits of agreement, in the input's unit."""
+    """Bias (mean difference), standard deviation, and lower and upper limit of agreement.
+
+    All but `cases` are in the unit of the differences.
+    """
 
     cases: int
     bias: Estimate
@@ -36,8 +41,8 @@ class BlandAltman:
     upper: Estimate
 
 
-class Areas(NamedTuple):
-    """Area under the risk-coverage curve in the stated order, the best possible, and at random."""
+class RiskCoverageAreas(NamedTuple):
+    """Areas under risk-coverage curves: in the order of risk, the best order, a random order."""
 
     own: float
     best: float
@@ -45,168 +50,157 @@ class Areas(NamedTuple):
 
 
 def icc_2_1(ratings: npt.ArrayLike) -> Estimate:
-    """ICC(2,1): two-way random effects, absolute agreement, of a single reading.
+    """ICC(2,1): intraclass correlation, two-way random effects, absolute agreement, one reading.
 
-    Shrout & Fleiss, Psychol Bull 1979; 86: 420-428. The interval is that of ICC(A,1) in McGraw &
-    Wong, Psychol Methods 1996; 1: 30-46, table 7.
+    Source: Shrout & Fleiss, Psychol Bull 1979; 86: 420-428. The interval is that of ICC(A,1) in
+    McGraw & Wong, Psychol Methods 1996; 1: 30-46, table 7.
 
     Args:
-        ratings: (cases, readers), two or more of each, finite.
+        ratings: (cases, readers), at least two of each, finite.
 
     Raises:
-        ValueError: another shape, a reading that is not finite, or cases that do not differ.
+        ValueError: the shape differs, a reading is not finite, or the cases do not differ.
     """
     table = np.asarray(ratings, np.float64)
     if table.ndim != 2 or min(table.shape) < 2 or not np.isfinite(table).all():
         raise ValueError(
-            f"expected finite readings of two or more cases by two or more readers, "
+            "expected finite readings of two or more cases by two or more readers, "
             f"got an array of shape {table.shape}"
         )
     n, k = table.shape
     cases = table.mean(axis=1, keepdims=True) - table.mean()
     readers = table.mean(axis=0, keepdims=True) - table.mean()
-    rest = table - table.mean() - cases - readers
-    of_cases = k * float((cases**2).sum()) / (n - 1)  # mean squares
-    of_readers = n * float((readers**2).sum()) / (k - 1)
-    of_rest = float((rest**2).sum()) / ((n - 1) * (k - 1))
-    if of_cases <= 1e-12 * float((table**2).sum()):
-        raise ValueError("the cases have one mean: agreement has no scale to be measured on")
-    value = (of_cases - of_rest) / (of_cases + (k - 1) * of_rest + k * (of_readers - of_rest) / n)
+    residual = table - table.mean() - cases - readers
+    ms_cases = k * float((cases**2).sum()) / (n - 1)  # ms: mean square
+    ms_readers = n * float((readers**2).sum()) / (k - 1)
+    ms_residual = float((residual**2).sum()) / ((n - 1) * (k - 1))
+    if ms_cases <= 1e-12 * float((table**2).sum()):
+        raise ValueError(
+            "expected cases that differ, got the same mean for all: agreement has no scale to be "
+            "measured on"
+        )
+    total = ms_cases + (k - 1) * ms_residual + k * (ms_readers - ms_residual) / n
+    value = (ms_cases - ms_residual) / total
     if value > 1 - 1e-12:
         return Estimate(1.0, 1.0, 1.0)
 
+    # a, b and the degrees of freedom as in McGraw & Wong's table 7
     a = k * value / (n * (1 - value))
     b = 1 + a * (n - 1)
-    weights = (a * of_readers) ** 2 / (k - 1) + (b * of_rest) ** 2 / ((n - 1) * (k - 1))
-    freedom = (a * of_readers + b * of_rest) ** 2 / weights
-    both = k * of_readers + (k * n - k - n) * of_rest
-    tail = (1 + LEVEL) / 2
-    f = f_quantile(tail, n - 1, freedom)
-    low = n * (of_cases - f * of_rest) / (f * both + n * of_cases)
-    f = f_quantile(tail, freedom, n - 1)
-    high = n * (f * of_cases - of_rest) / (both + n * f * of_cases)
-    return Estimate(value, low, high)
+    weights = (a * ms_readers) ** 2 / (k - 1) + (b * ms_residual) ** 2 / ((n - 1) * (k - 1))
+    freedom = (a * ms_readers + b * ms_residual) ** 2 / weights
+    both = k * ms_readers + (k * n - k - n) * ms_residual
+    low, high = (
+        n * (f * ms_cases - ms_residual) / (both + n * f * ms_cases)
+        for f in special.fdtri(freedom, n - 1, (TAIL, 1 - TAIL))
+    )
+    return Estimate(value, float(low), float(high))
 
 
 def bland_altman(difference: npt.ArrayLike) -> BlandAltman:
-    """Bias and limits of agreement (bias -+ 1.96 standard deviations) of paired differences.
+    """Bias and limits of agreement (bias +- 1.96 standard deviations) of paired differences.
 
-    Bland & Altman, Lancet 1986; 1: 307-310; the limits' intervals as in Stat Methods Med Res 1999;
-    8: 135-160, section 2.2.
+    Source: Bland & Altman, Lancet 1986; 1: 307-310. The intervals of the limits are those of Stat
+    Methods Med Res 1999; 8: 135-160, section 2.2.
 
     Args:
-        difference: (n,) one reader minus the other, two or more, finite.
+        difference: (n,) one reader minus the other, n >= 2, finite, in any unit.
+
+    Raises:
+        ValueError: there are fewer than two differences, or one is not finite.
     """
-    values = _finite(difference, 2)
+    values = _finite_row(difference, 2)
     n, bias, deviation = len(values), float(values.mean()), float(values.std(ddof=1))
-    t = math.sqrt(f_quantile(LEVEL, 1, n - 1))  # Student's, two-sided
-    reach = t * deviation / math.sqrt(n)
-    far = t * deviation * math.sqrt(1 / n + LIMITS**2 / (2 * (n - 1)))
-    lower, upper = bias - LIMITS * deviation, bias + LIMITS * deviation
+    t = float(special.stdtrit(n - 1, 1 - TAIL))  # quantile of Student's distribution
+    bias_margin = t * deviation / math.sqrt(n)
+    limit_margin = t * deviation * math.sqrt(1 / n + LIMITS_SD**2 / (2 * (n - 1)))
+    lower, upper = bias - LIMITS_SD * deviation, bias + LIMITS_SD * deviation
     return BlandAltman(
         n,
-        Estimate(bias, bias - reach, bias + reach),
+        Estimate(bias, bias - bias_margin, bias + bias_margin),
         deviation,
-        Estimate(lower, lower - far, lower + far),
-        Estimate(upper, upper - far, upper + far),
+        Estimate(lower, lower - limit_margin, lower + limit_margin),
+        Estimate(upper, upper - limit_margin, upper + limit_margin),
     )
 
 
 def risk_coverage(error: npt.ArrayLike, risk: npt.ArrayLike) -> tuple[Floats, Floats]:
-    """(n,) shares of the cases that are answered, 1/n to 1, and (n,) the mean error of those.
+    """(n,) shares of cases answered, 1/n to 1, and (n,) mean errors of the answered cases.
 
-    The cases of least risk are answered first; among equal risks every order is as likely, and the
-    mean over all of them is given.
+    The cases of least risk are answered first. Among cases of equal risk the curve is the mean over
+    all orders.
 
     Args:
-        error: (n,) what is to be small. risk: (n,) the doubt by which cases are left out.
+        error: (n,) finite, in any unit.
+        risk: (n,) finite, of any scale.
+
+    Raises:
+        ValueError: there is no case, or a number is not finite.
     """
-    errors, risks = _finite(error, 1), _finite(risk, 1)
+    errors, risks = _finite_row(error, 1), _finite_row(risk, 1)
     _, tie, size = np.unique(risks, return_inverse=True, return_counts=True)
     in_order = np.repeat(np.bincount(tie, errors) / size, size)
     answered = np.arange(1, len(errors) + 1)
     return answered / len(errors), np.cumsum(in_order) / answered
 
 
-def area_under_risk_coverage(error: npt.ArrayLike, risk: npt.ArrayLike) -> Areas:
-    """Mean over all shares answered of the mean error of those answered (Geifman et al., 2019).
+def area_under_risk_coverage(error: npt.ArrayLike, risk: npt.ArrayLike) -> RiskCoverageAreas:
+    """Mean of the risk-coverage curve over all shares (Geifman et al., ICLR 2019).
 
-    In random order the error to expect is the mean of all, whatever the share.
+    Arguments and errors are those of `risk_coverage`. In a random order the expected error is the
+    mean of all cases, whatever the share.
     """
     own, best = (float(risk_coverage(error, by)[1].mean()) for by in (risk, error))
-    return Areas(own, best, float(np.mean(error)))
+    return RiskCoverageAreas(own, best, float(np.asarray(error, np.float64).mean()))
 
 
 def error_when_answering(
     error: npt.ArrayLike, risk: npt.ArrayLike, share: float, seed: int = 0
 ) -> tuple[Estimate, Estimate]:
-    """Mean error of the surest share of cases, and by what part it is below that of all.
+    """Mean error if only the surest cases are answered, and its reduction against all cases.
 
-    Bootstrap intervals over cases (percentile method).
+    The reduction is a fraction of the mean error of all cases. Both intervals come from a bootstrap
+    over cases (percentile method).
+
+    Args:
+        error, risk: as in `risk_coverage`.
+        share: of the cases, above 0 and at most 1; the cases of least risk.
+        seed: of the bootstrap.
     """
-    errors, risks = _finite(error, 1), _finite(risk, 1)
-    last = math.ceil(share * len(errors) - 1e-9) - 1
+    errors, risks = _finite_row(error, 1), _finite_row(risk, 1)
+    last = math.ceil(share * len(errors) - 1e-9) - 1  # 1e-9 for rounding: 0.07 * 100 > 7
 
-    def figures(chosen: npt.NDArray[np.int_] | slice) -> tuple[float, float]:
+    def measure(chosen: npt.NDArray[np.int_] | slice) -> tuple[float, float]:
         curve = risk_coverage(errors[chosen], risks[chosen])[1]
         return float(curve[last]), float(1 - curve[last] / curve[-1]) if curve[-1] else 0.0
 
     rng = np.random.default_rng(seed)
-    drawn = [figures(rng.integers(0, len(errors), len(errors))) for _ in range(BOOTSTRAPS)]
-    low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
-    mean, part = (
+    drawn = [measure(rng.integers(0, len(errors), len(errors))) for _ in range(RESAMPLES)]
+    low, high = np.quantile(drawn, [TAIL, 1 - TAIL], axis=0)
+    mean, reduction = (
         Estimate(value, float(a), float(b))
-        for value, a, b in zip(figures(slice(None)), low, high, strict=True)
+        for value, a, b in zip(measure(slice(None)), low, high, strict=True)
     )
-    return mean, part
+    return mean, reduction
 
 
 def coverage_interval(hits: int, n: int) -> tuple[float, float]:
-    """95 % interval of a share of which `hits` in `n` were seen (Clopper & Pearson, 1934)."""
-    if not 0 <= hits <= n or n < 1:
-        raise ValueError(f"expected 0 to n hits in n cases, got {hits} in {n}")
-    tail = (1 - LEVEL) / 2
-    low = beta_quantile(tail, hits, n - hits + 1) if hits else 0.0
-    high = beta_quantile(1 - tail, hits + 1, n - hits) if hits < n else 1.0
-    return low, high
+    """95 % interval of a share (0 to 1) from `hits` in `n` cases.
 
+    Source: Clopper & Pearson, Biometrika 1934; 26: 404-413.
 
-def f_quantile(share: float, above: float, below: float) -> float:
-    """Value that an F variable with these degrees of freedom stays below with a probability."""
-    x = beta_quantile(1 - share, below / 2, above / 2)  # of 1 / F: exact where F is large
-    return below * (1 - x) / (above * x)
-
-
-def beta_quantile(share: float, a: float, b: float) -> float:
-    """Value that a beta variable stays below with a probability, by bisection."""
-    low, high = 0.0, 1.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        below = beta_share(middle, a, b) < share
-        low, high = (middle, high) if below else (low, middle)
-    return (low + high) / 2
-
-
-def beta_share(x: float, a: float, b: float) -> float:
-    """Probability that a beta variable stays below x: the regularised incomplete beta function.
-
-    The continued fraction 8.17.22 of dlmf.nist.gov, from its end.
+    Raises:
+        ValueError: there is no case, or `hits` is not within 0 to n.
     """
-    if x <= 0 or x >= 1:
-        return float(x >= 1)
-    if x > (a + 1) / (a + b + 2):  # there the fraction converges slowly
-        return 1 - beta_share(1 - x, b, a)
-    scale = math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b)
-    front = math.exp(scale + a * math.log(x) + b * math.log1p(-x))
-    fraction = 1.0
-    for term in range(100 + 5 * math.isqrt(math.ceil(a + b)), 0, -1):
-        m = term // 2
-        top = -(a + m) * (a + b + m) if term % 2 else m * (b - m)
-        fraction = 1 + top * x / ((a + term - 1) * (a + term)) / fraction
-    return front / (a * fraction)
+    if not 0 <= hits <= n or n < 1:
+        raise ValueError(f"expected 0 to n hits in n >= 1 cases, got {hits} hits in {n} cases")
+    low = special.betaincinv(hits, n - hits + 1, TAIL) if hits else 0.0
+    high = special.betaincinv(hits + 1, n - hits, 1 - TAIL) if hits < n else 1.0
+    return float(low), float(high)
 
 
-def _finite(values: npt.ArrayLike, least: int) -> Floats:
+def _finite_row(values: npt.ArrayLike, least: int) -> Floats:
+    """The values as a row; ValueError unless `least` or more came and all are finite."""
     array = np.asarray(values, np.float64)
     if array.ndim != 1 or len(array) < least or not np.isfinite(array).all():
         raise ValueError(
