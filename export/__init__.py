@@ -1,1 +1,0 @@
-"""Trained weights -> ONNX files and a Codabench bundle, and measurements of them."""

@@ -1,1 +1,0 @@
-"""Everything that makes a model: case tables, data, recipes and one module a stage."""
