@@ -23,7 +23,9 @@ def tiny(tmp_path_factory) -> Path:
 
 @pytest.mark.slow
 def test_memory_is_the_models_own(tiny):
-    ballast = np.ones(600_000_000, np.uint8)  # a process inherits the peak of the one that starts it
+    ballast = np.ones(
+        600_000_000, np.uint8
+    )  # a process inherits the peak of the one that starts it
     found = timing.measure_footprint(tiny, "cpu", 1)
     assert ballast[0] and found.start_ms > 0 and found.device_memory_mb is None
     if found.peak_memory_mb is not None:
