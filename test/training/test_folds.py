@@ -257,7 +257,7 @@ def test_errors_are_fitted_on_the_answers_of_the_folds(finished, data, monkeypat
     monkeypatch.setattr(calibrate, "PARTS", 2)
     assert found.cases == 10 and [*found.errors] == [*QUANTITIES]
     assert calibrate.main([*flags, "--folds", str(data)]) == 2
-    assert "no finished folds" in capsys.readouterr().err
+    assert "expected finished folds" in capsys.readouterr().err
     assert run_fit(data, data / "other", "--all", "--network.vit_depth", "2") == 0
     flags[1] = str(data / "other" / "best.safetensors")
     assert calibrate.main([*flags, "--folds", str(finished)]) == 2

@@ -166,7 +166,7 @@ def read_jobs(
     find_case = case_finder(cases)
     jobs_of_case: dict[str, list[Job]] = {}
     unmatched = []
-    for number, item in enumerate(_json_items(text, predictions), 1):
+    for number, item in enumerate(_split_list(text, predictions), 1):
         try:
             job = _parse(JOB_SCHEMA, item)
             jobs_of_case.setdefault(_case_of_job(job, find_case, image).file, []).append(job)
@@ -184,9 +184,9 @@ def only_job(jobs: Sequence[Job]) -> Job:
     if len(jobs) != 1:
         raise AnswerError(f"{len(jobs)} jobs are for this case" if jobs else "no job for this case")
     if jobs[0].status.lower() != "succeeded":
-        raise AnswerError(f"the job's status is {_quote(jobs[0].status)}")
+        raise AnswerError(f"the job's status is {_escape(jobs[0].status)}")
     if not re.fullmatch(r"[0-9A-Za-z_-]{1,100}", jobs[0].pk):
-        raise AnswerError(f"the job's pk is {_quote(jobs[0].pk)}, expected letters and digits")
+        raise AnswerError(f"the job's pk is {_escape(jobs[0].pk)}, expected letters and digits")
     return jobs[0]
 
 
@@ -200,7 +200,9 @@ def read_landmarks(root: Path, job: Job, slug: str) -> Floats:
     names = [point.name for point in points]
     if sorted(names) != sorted(LANDMARKS):
         wanted = ", ".join(LANDMARKS)
-        raise AnswerError(f"the points are {_quote(', '.join(names))}, expected {wanted} once each")
+        raise AnswerError(
+            f"the points are {_escape(', '.join(names))}, expected {wanted} once each"
+        )
     return np.array([points[names.index(name)].point for name in LANDMARKS])
 
 
@@ -213,7 +215,7 @@ def read_angle(root: Path, job: Job, slug: str) -> float:
     return _parse(ANGLE_SCHEMA, _read_answer_file(root, job, slug), "the angle")
 
 
-def _json_items(text: str, path: Path) -> Iterator[str]:
+def _split_list(text: str, path: Path) -> Iterator[str]:
     """The text of each item of a JSON list, so that a damaged or deep item costs no other.
 
     Raises:
@@ -239,11 +241,11 @@ def _case_of_job(
     names = [v.image.name for v in job.inputs if v.image and slug in (None, v.socket.slug)]
     if len(names) != 1 or not names[0]:
         which = f"by the slug {slug!r}" if slug else "(--image-slug chooses among several)"
-        raise AnswerError(f"{_quote(job.pk)} names {len(names)} images {which}, expected one")
+        raise AnswerError(f"{_escape(job.pk)} names {len(names)} images {which}, expected one")
     case = find_case(names[0], None)
     if case is None:
         raise AnswerError(
-            f"the image {_quote(names[0])} is not one case of the truth, but none or several"
+            f"the image {_escape(names[0])} is not one case of the truth, but none or several"
         )
     return case
 
@@ -262,7 +264,7 @@ def _read_answer_file(root: Path, job: Job, slug: str) -> bytes:
         raise AnswerError(f"the job has {len(paths)} outputs {slug}, expected one")
     parts = PurePosixPath(paths[0])
     if not parts.name or parts.is_absolute() or ".." in parts.parts or not paths[0].isprintable():
-        raise AnswerError(f"{slug}: relative_path {_quote(paths[0])} leaves the job's folder")
+        raise AnswerError(f"{slug}: relative_path {_escape(paths[0])} leaves the job's folder")
     path = root / job.pk / "output" / parts
     try:
         status = path.lstat()
@@ -286,7 +288,7 @@ def _parse(kind: TypeAdapter[T], data: str | bytes, what: str = "") -> T:
         raise AnswerError(f"{where}: {first['msg']}" if where else first["msg"]) from error
 
 
-def _quote(text: str) -> str:
+def _escape(text: str) -> str:
     """A stranger's text in quotes, shortened, and with control characters escaped."""
     return ascii(text if len(text) < 80 else text[:77] + "...")
 

@@ -227,7 +227,8 @@ def finished_folds(folds: Path) -> list[Path]:
     runs = sorted(folds.glob("fold-*"))
     if not runs or not all((run / "done").exists() for run in runs):
         raise CaseError(
-            f"no finished folds in {folds}, or some unfinished: run training.folds --output {folds}"
+            f"expected finished folds in {folds}, got none or unfinished ones: "
+            f"run training.folds --output {folds}"
         )
     return runs
 

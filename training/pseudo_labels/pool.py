@@ -110,7 +110,7 @@ def find_pool(folders: Sequence[Path], exclusions: Sequence[Exclusion], correlat
     readable: list[tuple[Candidate, Thumbnail]] = []
     rejected: list[tuple[Candidate, Objection]] = []
     for file in tqdm(_list_files(root, folders), "reading", unit="file"):
-        for candidate, frame in _read_frames(file):
+        for candidate, frame in _frames_of_file(file):
             if isinstance(frame, GreyFrame):
                 readable.append((candidate, thumbnail(frame.pixels)))
             else:
@@ -140,7 +140,7 @@ def read_candidates(candidates: Sequence[Candidate]) -> Iterator[tuple[Candidate
     """The candidates with their pixels; each file is opened once."""
     for _, group in groupby(candidates, lambda candidate: candidate.path):
         wanted = {candidate.frame: candidate for candidate in group}
-        for candidate, frame in _read_frames(next(iter(wanted.values()))):
+        for candidate, frame in _frames_of_file(next(iter(wanted.values()))):
             if candidate.frame in wanted and isinstance(frame, GreyFrame):
                 yield wanted[candidate.frame], frame
 
@@ -161,7 +161,7 @@ def _list_files(root: Path, folders: Sequence[Path]) -> list[Candidate]:
     return list(files.values())
 
 
-def _read_frames(file: Candidate) -> Iterator[tuple[Candidate, GreyFrame | str]]:
+def _frames_of_file(file: Candidate) -> Iterator[tuple[Candidate, GreyFrame | str]]:
     """Each frame of a file, or the reason why it cannot be read."""
     try:
         for frame in open_image(file.path).frames():
