@@ -1,10 +1,13 @@
-"""Measure the start and the memory of one model: python -m export.footprint MODEL PROVIDER THREADS
+"""Measure the start and the memory of one model.
 
-THREADS 0 means all that this process may use. The command prints JSON: start_ms, peak_memory_mb and
+    python -m export.footprint model/weights/aop.onnx cpu 2
+
+The command prints JSON: start_ms, peak_memory_mb and
 device_memory_mb, as in the benchmark's Footprint. Its process imports what process.py imports, and
 no torch, so that its peak memory is what a user sees.
 """
 
+import argparse
 import json
 import shutil
 import statistics
@@ -23,12 +26,21 @@ IMAGES, STARTS = 2, 3
 ENOUGH_MS = 2000.0  # after so long, a slow model is not started again
 
 
-def main(arguments: Sequence[str]) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Measure in this process and print the result; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        "export.footprint",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("model", type=Path, help="the ONNX file")
+    parser.add_argument("provider", choices=("cuda", "cpu"), help="processor")
+    parser.add_argument("threads", type=int, help="threads on the CPU; 0: all it may use")
+    args = parser.parse_args(arguments)
     import onnxruntime  # noqa: F401, PLC0415  so that its import is not part of the start
 
-    path, threads = Path(arguments[0]), int(arguments[2]) or None
-    provider: Provider = "cuda" if arguments[1] == "cuda" else "cpu"
+    path, threads = args.model, args.threads or None
+    provider: Provider = args.provider
     before = used_device_mb() if provider == "cuda" else None
     grey = np.random.default_rng(0).integers(0, 256, (NOISE_SIDE_PX, NOISE_SIDE_PX), np.uint8)
     starts, peak, after = [], None, None

@@ -353,6 +353,12 @@ PRETRAIN_COMPACT = PretrainRecipe(
     batch=16,  # few images need many steps: batches of 64 explained 0.10 of the variance, 16 0.16
 )
 PRETRAIN_RECIPES = {"paper": PRETRAIN_PAPER, "compact": PRETRAIN_COMPACT}
+PURPOSES = {
+    "paper": "the paper's settings, corrected",
+    "compact": "the small network of the shipped weights",
+    "finish": "the second training of compact, from --init",
+    "unet": "the paper's settings for the baseline's network",
+}
 
 
 # ---- The command line
@@ -360,11 +366,12 @@ PRETRAIN_RECIPES = {"paper": PRETRAIN_PAPER, "compact": PRETRAIN_COMPACT}
 
 def add_recipe_arguments(parser: argparse.ArgumentParser, recipes: Mapping[str, BaseModel]) -> None:
     """Add `--recipe` and one flag for every field of the recipes, nested ones with a dot."""
+    about = "; ".join(f"{name}: {PURPOSES[name]}" for name in recipes)
     parser.add_argument(
         "--recipe",
         choices=sorted(recipes),
         default="compact",
-        help="recipe whose values the fields below start from (%(default)s)",
+        help=f"recipe whose values the fields below start from (%(default)s): {about}",
     )
     group = parser.add_argument_group(
         "recipe fields",

@@ -1,4 +1,4 @@
-"""MetaImage, NIfTI, NRRD and DICOM, through SimpleITK.
+"""MetaImage, NIfTI, NRRD, and the DICOM frames that dicom.py finds, through SimpleITK.
 
 SimpleITK is imported when it is first needed, because the import takes 0.4 s. "ITK" below is the
 library in C++ that it wraps.

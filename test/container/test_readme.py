@@ -68,5 +68,5 @@ def test_the_tutorials_block_is_what_its_script_takes() -> None:
     taken = subprocess.run(
         ["bash", "-c", extract], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout.splitlines()
-    assert taken[0].startswith("pip install") and taken[-1].endswith("aop --report")
+    assert taken[0].startswith("pip install") and taken[-1].endswith("aop-demo --report")
     assert not [line for line in taken if line.startswith("```")]
