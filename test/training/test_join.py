@@ -72,11 +72,11 @@ def test_every_network_learns_by_its_own_maps() -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"input_size": 32}, r"input_size is \(64, 32\)"),
-        ({"up_widths": (8, 6)}, r"stride is \(4, 8\)"),
-        ({"softmax_sigma_cells": None}, r"softmax_sigma_cells is \(1.5, None\)"),
-        ({"view_channels": 4}, "no view head"),
-        ({"members": (SMALL,)}, "no members"),
+        ({"input_size": 32}, r"same input_size, got \(64, 32\)"),
+        ({"up_widths": (8, 6)}, r"same stride, got \(4, 8\)"),
+        ({"softmax_sigma_cells": None}, r"same softmax_sigma_cells, got \(1.5, None\)"),
+        ({"view_channels": 4}, "without a view head"),
+        ({"members": (SMALL,)}, "without members of their own"),
     ],
 )
 def test_members_of_another_grid_or_with_parts_are_refused(changes: dict, words: str) -> None:
@@ -126,7 +126,7 @@ def test_networks_that_do_not_fit_are_refused(tmp_path: Path, capsys) -> None:
     seconds = [
         (written(tmp_path / "b.safetensors", OTHER, mean=99.0), "take grey values alike"),
         (written(tmp_path / "c.safetensors", OTHER, masks=0), "give the same masks"),
-        (written(tmp_path / "d.safetensors", other), "have no mean"),
+        (written(tmp_path / "d.safetensors", other), "their maps differ"),
         (written(tmp_path / "e.safetensors", OTHER, sigma_cells=9.0), "heatmaps of one width"),
     ]
     for second, sentence in seconds:
