@@ -30,7 +30,7 @@ def gmac(config, side):
 def test_paper_network_stops_at_the_heatmaps_resolution():
     shape, cost = gmac(PAPER.network, 512)
     assert shape == (1, 3, 64, 64) and PAPER.network.stride == 8
-    assert cost == pytest.approx(83, abs=1)  # DESIGN: 83 GMAC; to stride 2 and back it takes 123
+    assert cost == pytest.approx(83, abs=1)  # GMAC; to stride 2 and back it takes 123
 
 
 @pytest.mark.slow
