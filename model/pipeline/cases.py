@@ -58,8 +58,8 @@ def find_cases(
         is_job = (root / "inputs.json").is_file()
     except OSError as error:
         raise InputError(
-            f"the input folder {root} cannot be read ({error.strerror}); pass an existing folder "
-            "by --input DIR, or in a container mount one there that its user may read"
+            f"the input folder {root} cannot be read ({error.strerror}); pass --input DIR with an "
+            "existing folder, or in a container mount one there that its user may read"
         ) from error
     if is_job:
         return [_job_case(root)]

@@ -135,6 +135,7 @@ def outcome(folder: Path) -> Outcome:
     return strict.run(folder, folder.parent / "out", "--latency-budget-ms", "5000")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", FILES)
 def test_file(fault: str, folder: Path, outcome: Outcome) -> None:
     file, _, reason = FILES[fault]
@@ -152,6 +153,7 @@ def test_file(fault: str, folder: Path, outcome: Outcome) -> None:
         assert repr(file) in outcome.out.replace(" frame 0'", "'")
 
 
+@pytest.mark.slow
 def test_all_files_together(folder: Path, outcome: Outcome) -> None:
     entries = outcome.results["cases"]
     assert len({entry["case"] for entry in entries}) == len(FILES) + 1
@@ -333,6 +335,7 @@ def all_whole(folder: Path) -> None:
         assert not name.endswith(".partial")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_signal_in_the_middle_and_resume(tmp_path: Path, number: signal.Signals) -> None:
     source = many(tmp_path)

@@ -231,6 +231,7 @@ def test_frames_are_lazy(tmp_path: Path, suffix: str) -> None:
     assert peak < 12 * stack[0].nbytes
 
 
+@pytest.mark.slow
 def test_small_files_of_large_images_are_answered_one_at_a_time(tmp_path: Path) -> None:
     """A file of some kB may unpack to more than LARGE_BYTES, held until it is answered."""
     side = 4096

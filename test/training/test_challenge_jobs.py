@@ -451,6 +451,7 @@ def test_an_image_that_cannot_be_read_is_named(truth):
         read_pixel_grid(truth / "images", Case("a.png", POINTS, 90.0))
 
 
+@pytest.mark.slow
 def test_scoring_jobs_needs_only_what_its_container_installs():
     """An evaluation container without torch stays small."""
     training = ROOT / "training"
