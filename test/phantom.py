@@ -19,8 +19,8 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-if __name__ == "__main__":  # run as a file, Python looks for modules in test/ only
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if __name__ == "__main__":  # run as a file: Python then looks into test/, which has a training/ too
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from model.anatomy import Floats, angle_of_progression, implausibilities
 

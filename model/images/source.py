@@ -7,8 +7,7 @@ that the faults of this image are raised there too. The frames of a stack are re
 Only one frame is in memory for TIFF, DICOM, and uncompressed MetaImage and NIfTI with one value per
 pixel. Other stacks are read whole.
 
-formats.py recognises a file; pictures.py, volumes.py and dicom.py read it; grey.py makes its values
-grey.
+formats.py recognises a file; pictures.py, volumes.py and dicom.py read it.
 """
 
 import stat
@@ -18,16 +17,17 @@ from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
+import cv2
 import numpy as np
 
 from model.frame import Geometry, Pixels
 from model.images.formats import SUFFIXES, format_of, is_dicom, is_supported_name
-from model.images.grey import to_grey
 from model.images.limits import (
     MAX_FRAMES,
     ImageError,
     ImageFile,
     MemoryBudget,
+    Raw,
     Reader,
     unreadable_error,
 )
@@ -42,7 +42,10 @@ __all__ = [
     "ImageSource",
     "is_supported_name",
     "open_image",
+    "to_grey",
 ]
+
+BT_601 = (0.299, 0.587, 0.114)  # weights of R, G and B in luminance, the same as OpenCV's
 
 
 @dataclass(frozen=True, eq=False)
@@ -198,3 +201,45 @@ def _read_frame(file: ImageFile, k: int, index: int | None, read: Reader) -> Gre
 def _raise(error: ImageError, _: int = 0) -> NoReturn:
     """A stand-in for the `open` or the reader of a file that cannot be opened."""
     raise error
+
+
+# ---- Pixel values of any type and range -> grey levels
+
+
+def to_grey(raw: Raw) -> Pixels:
+    """(H, W[, channels]) of any type -> (H, W) in 0..255.
+
+    Integers that all lie in 0..255 stay as they are, in uint8. Other values are stretched to
+    0..255, in float32.
+
+    Raises:
+        ImageError: a value is not finite, all are equal, or they are too far apart.
+    """
+    raw = raw[..., :3] if raw.ndim == 3 else raw[..., np.newaxis]
+    if raw.dtype.kind == "f":
+        if not np.isfinite(raw).all():
+            raise ImageError("the image has pixels that are NaN or infinite")
+    elif raw.min() >= 0 and raw.max() <= 255:
+        raw = raw.astype(np.uint8, copy=False)
+    grey = _luminance(raw)
+    low, high = float(grey.min()), float(grey.max())
+    if low == high:
+        raise ImageError("the image is constant: all its pixels have the same value")
+    if grey.dtype == np.uint8:
+        return np.ascontiguousarray(grey)
+    if not 1e-300 < high - low < 1e300:
+        raise ImageError(f"values from {low:g} to {high:g} cannot be spread over 256 grey levels")
+    stretched = np.empty(grey.shape, np.float32)
+    for row, values in zip(stretched, grey, strict=True):  # row by row: no whole copy in float64
+        row[:] = (values.astype(np.float64) - low) * (255 / (high - low))
+    return stretched
+
+
+def _luminance(raw: Raw) -> Raw:
+    """(H, W, 1 or 3) -> (H, W); equal channels stay exact."""
+    if all(np.array_equal(raw[..., 0], raw[..., k]) for k in range(1, raw.shape[2])):
+        return raw[..., 0]
+    if raw.dtype == np.uint8:
+        return cv2.cvtColor(np.ascontiguousarray(raw), cv2.COLOR_RGB2GRAY)
+    grey: Raw = np.einsum("hwc,c->hw", raw, BT_601)  # unlike @, it makes no copy in float64
+    return grey

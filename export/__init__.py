@@ -1,0 +1,1 @@
+"""Trained weights -> ONNX files and a Codabench bundle, and measurements of them."""
