@@ -447,7 +447,7 @@ def _describe_model(model: BaseModel | NetworkConfig, prefix: str = "") -> dict[
 
 
 def _value_at(recipe: BaseModel, path: str) -> Any:
-    """The value of a field; None if the recipe's network has no such field."""
+    """The value of a field; None if the recipe's network lacks the field."""
     value: Any = recipe.model_dump(mode="json")
     for name in path.split("."):
         value = value.get(name)

@@ -199,7 +199,7 @@ def cases_of_split(path: Path, split: str | None) -> list[Case]:
     """Read a table's cases of one split, or all of them if `split` is None.
 
     Raises:
-        CaseError: the table cannot be read, or has no such case.
+        CaseError: the table cannot be read, or no case is in this split.
     """
     cases = read_cases(path)
     chosen = [case for case in cases if split in (None, case.split)]

@@ -84,7 +84,7 @@ def parse_exclusion(text: str, images: Path) -> Exclusion:
     """Exclude what `--exclude TABLE[:SPLIT,...] IMAGES` names: a table's cases, or some splits.
 
     Raises:
-        CaseError: the table cannot be used, or has no such case.
+        CaseError: the table cannot be used, or no case is in these splits.
     """
     table, _, splits = text.rpartition(":")
     wanted = set(splits.split(","))
