@@ -106,6 +106,7 @@ class Geometry:
 
     Args:
         spacing_mm: mm per px along x and y, or None if the file does not say.
+        aspect: size of a pixel along x and y up to a common factor, where the file says only that.
         world_spacing, origin, direction: the file's own world frame, or the identity. ITK's
             convention: world = origin + direction @ (spacing * index), direction in row-major
             order.
@@ -115,11 +116,12 @@ class Geometry:
     world_spacing: Triple = (1.0, 1.0, 1.0)
     origin: Triple = (0.0, 0.0, 0.0)
     direction: tuple[float, ...] = field(default=IDENTITY)
+    aspect: Pair | None = None
 
     @property
     def pixel_shape(self) -> Pair:
         """Size of a pixel along x and y up to a common factor; (1, 1) if it is unknown."""
-        return self.spacing_mm or (1.0, 1.0)
+        return self.spacing_mm or self.aspect or (1.0, 1.0)
 
     def to_mm(self, points: npt.ArrayLike) -> Floats | None:
         """(..., 2) image px -> (..., 2) mm from the first pixel's centre; None without spacing."""

@@ -1,12 +1,8 @@
 """What every reader of images shares: the form of what it returns, and what it refuses."""
 
 import math
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
-from threading import RLock
 from typing import Any
 
 import numpy as np
@@ -16,20 +12,14 @@ from model import MAX_PIXELS
 from model.anatomy import Floats
 from model.frame import Geometry
 
-if sys.platform == "linux":
-    import resource
-
 MIN_SIDE = 32  # px
 MAX_FRAMES = 2**14
 MAX_BYTES = 2**29  # pixels held at once: those of one frame, or of a file that is read whole
-LARGE_BYTES = 2**25  # a file or a frame above this is read while no other large one is
-# While an image is read, memory may grow by ROOM_BYTES + COPIES times the bytes of its pixels.
-ROOM_BYTES, COPIES = 2**28, 6
 # Only a damaged header has a length outside this range, which would overflow later on.
 MIN_LENGTH_MM, MAX_LENGTH_MM = 1e-6, 1e6
 
-Raw = npt.NDArray[Any]  # (H, W), or (H, W, channels) in the order RGB
-Reader = Callable[[int], Raw]  # number of the frame in its file -> its pixels
+# (H, W), or (H, W, channels) in the order RGB; the masked values of a masked array are padding
+Raw = npt.NDArray[Any]
 
 
 # ---- What a reader returns
@@ -41,20 +31,26 @@ class ImageError(ValueError):
 
 @dataclass(frozen=True)
 class ImageFile:
-    """What a file's header says, before any pixel is read.
+    """What a file's header says, and how its pixels are read.
 
     Args:
         count: number of frames.
         size: (width, height) of a frame, in px.
-        open: returns the reader of the frames.
+        read: number of the frame in its file -> its pixels. Raises ImageError.
+        is_read_whole: whether `read` returns all frames at once, (count, H, W[, channels]),
+            whatever number it is given.
+        needed: bytes of the pixels that one call of `read` unpacks.
         along_z: whether the frame's number is its z index in the world of `geometry`.
+        warnings: sentences about the whole file, for each of its frames.
         instance_number: DICOM's InstanceNumber, by which the files of a folder are ordered;
             infinite without one.
     """
 
     count: int
     size: tuple[int, int]
-    open: Callable[[], Reader]
+    read: Callable[[int], Raw]
+    needed: int = 0
+    is_read_whole: bool = False
     geometry: Geometry = field(default_factory=Geometry)
     along_z: bool = False
     warnings: tuple[str, ...] = ()
@@ -110,62 +106,3 @@ def are_sane_lengths(lengths_mm: npt.ArrayLike) -> npt.NDArray[np.bool_]:
 def is_pixel_size(lengths_mm: npt.ArrayLike) -> bool:
     """Whether all the lengths can be sides of a pixel: positive and sane."""
     return bool((np.asarray(lengths_mm) > 0).all() and are_sane_lengths(lengths_mm).all())
-
-
-@dataclass(frozen=True)
-class MemoryBudget:
-    """Limits the memory that reading images takes.
-
-    The limit is the process's, so all threads that read at the same time have to share one budget.
-    Each thread enters and leaves its own blocks: the lock belongs to the thread that took it.
-    """
-
-    _turn: AbstractContextManager[Any] = field(default_factory=RLock)
-    _block: ExitStack | None = None  # the block of `admit`, at whose end the turn is released
-
-    @contextmanager
-    def admit(self, size: int) -> Iterator["MemoryBudget"]:
-        """Before a block with a large image, wait until no other thread is in such a block.
-
-        Two large images would take twice the memory. The first would also take the room that
-        reading the second needs.
-
-        Args:
-            size: bytes of the image, as far as they are known before it is read.
-
-        Yields:
-            The budget for what is read in the block. A small file may unpack to a large image:
-            reading it then keeps others out until the block ends.
-        """
-        with ExitStack() as block:
-            if size > LARGE_BYTES:
-                block.enter_context(self._turn)
-            yield MemoryBudget(self._turn, block)
-
-    @contextmanager
-    def limit_growth(self, needed: int) -> Iterator[None]:
-        """In the block the process can grow by no more than ROOM_BYTES + COPIES * needed bytes.
-
-        Some libraries allocate what a file claims before they look at its length: GDCM takes 4 GB
-        for a DICOM file of 150 bytes. For JPEG frames GDCM reserves COPIES and uses half of that.
-        One thread at a time is in such a block. The limit exists on Linux only.
-
-        Args:
-            needed: bytes of the pixels.
-        """
-        if self._block is not None and needed > LARGE_BYTES:
-            self._block.enter_context(self._turn)
-        with self._turn:
-            if sys.platform != "linux":
-                yield
-                return
-            before = resource.getrlimit(resource.RLIMIT_DATA)
-            pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[5])
-            in_use = pages * resource.getpagesize()
-            limit = in_use + ROOM_BYTES + COPIES * min(needed, MAX_BYTES)
-            if not 0 <= before[0] < limit:  # -1 means no limit
-                resource.setrlimit(resource.RLIMIT_DATA, (limit, before[1]))
-            try:
-                yield
-            finally:
-                resource.setrlimit(resource.RLIMIT_DATA, before)
