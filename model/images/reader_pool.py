@@ -92,8 +92,8 @@ class _Reader:
         Raises:
             OSError, EOFError, ValueError: the process ended.
         """
-        stdin, stdout = self._process.stdin, self._process.stdout
-        assert stdin is not None and stdout is not None
+        stdin: Any = self._process.stdin
+        stdout: Any = self._process.stdout
         stdin.write(json.dumps(request).encode() + b"\n")
         stdin.flush()
         head = json.loads(stdout.readline())
@@ -103,9 +103,9 @@ class _Reader:
             return dict(head["file"])
         arrays = [np.empty(shape, dtype) for dtype, shape in head["arrays"]]
         for array in arrays:
-            if stdout.readinto(memoryview(array).cast("B")) < array.nbytes:
+            if stdout.readinto(array.data.cast("B")) < array.nbytes:
                 raise EOFError
-        return arrays[0] if len(arrays) == 1 else np.ma.MaskedArray(*arrays)
+        return arrays[0] if len(arrays) == 1 else np.ma.MaskedArray(arrays[0], mask=arrays[1])
 
     def end(self) -> None:
         """End the process, whatever it does, and remove its temporary files."""

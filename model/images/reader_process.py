@@ -61,7 +61,7 @@ def serve() -> None:
         head, arrays = _answer(json.loads(line))
         _write(answers, json.dumps(head).encode() + b"\n")
         for array in arrays:
-            _write(answers, memoryview(array).cast("B"))
+            _write(answers, array.data.cast("B"))
 
 
 def _write(stream: io.FileIO, data: bytes | memoryview) -> None:
