@@ -26,10 +26,12 @@ LONGEST_S = 60.0  # for one request, as long as many threads share a slow proces
 LARGE_BYTES = 2**25  # a file or a frame above this is read while no other large one is
 
 ROOT = Path(__file__).resolve().parents[2]
-PROGRAM = """import sys
+PROGRAM = """\
+import sys
 sys.path.insert(0, sys.argv[1])
 from model.images.reader_process import serve
-serve()"""
+serve()
+"""
 ONE_THREAD = dict.fromkeys(
     ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS"), "1"
 )

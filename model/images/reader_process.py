@@ -57,6 +57,8 @@ def serve() -> None:
     """Answer requests until stdin ends."""
     requests, answers = sys.stdin.buffer, io.FileIO(os.dup(1), "wb")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what a library prints is no answer
+    if sys.platform == "linux":
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a crash leaves no file behind
     for line in requests:
         head, arrays = _answer(json.loads(line))
         _write(answers, json.dumps(head).encode() + b"\n")
