@@ -33,6 +33,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from model.images.reader_pool import Readers
 from model.pipeline.batch import (
     LoadedModel,
     conclude_run,
@@ -62,20 +63,23 @@ def main(arguments: Sequence[str] | None = None, stop: StopRequest | None = None
     """
     options = parse_options(arguments, __doc__)
     stop = StopRequest() if stop is None else stop
+    readers = Readers()
     try:
         if options.merge:
             return merge_parts(options)
         if options.api_method == "invoke":
-            return serve_jobs(load_model(options, options.threads), options, stop)
+            return serve_jobs(load_model(options, options.threads), options, stop, readers)
         cases = select_cases(options)
         several = len(cases) > 1
         model = load_model(options, 1 if several else options.threads)
         workers = 1
         if several and model.predictor.provider == "cpu":
             workers = options.threads or min(usable_cpus(), MOST_THREADS)
-        return _print_outcome(*run_batch(model, options, cases, stop, workers))
+        return _print_outcome(*run_batch(model, options, cases, stop, readers, workers))
     except (InputError, ModelError, OutputError) as error:
         return _print_outcome(2, str(error))
+    finally:
+        readers.end()
 
 
 def load_model(options: RunOptions, threads: int | None) -> LoadedModel:
@@ -122,17 +126,19 @@ def default_model() -> Path:
     return mounted[0] if mounted else SHIPPED_MODEL
 
 
-def serve_jobs(model: LoadedModel, options: RunOptions, stop: StopRequest) -> int:
+def serve_jobs(model: LoadedModel, options: RunOptions, stop: StopRequest, readers: Readers) -> int:
     """Answer the job in the input folder at each request; returns the exit status."""
     options = replace(options, resume=False)  # every request is a new job
     try:
-        return serve(lambda: answer_job(model, options, stop), options.serve_port, stop)
+        return serve(lambda: answer_job(model, options, stop, readers), options.serve_port, stop)
     except OSError as error:
         port = f"port {options.serve_port} cannot be used ({error.strerror})"
         return _print_outcome(2, f"{port}; choose another --serve-port")
 
 
-def answer_job(model: LoadedModel, options: RunOptions, stop: StopRequest) -> str | None:
+def answer_job(
+    model: LoadedModel, options: RunOptions, stop: StopRequest, readers: Readers
+) -> str | None:
     """Answer the server's current job; returns a sentence about what went wrong, else None."""
     if stop.signal is not None:  # keep the answers of the previous job
         return "the server is stopping"
@@ -140,7 +146,7 @@ def answer_job(model: LoadedModel, options: RunOptions, stop: StopRequest) -> st
         # the previous job's answers must not be taken for this one's
         options.files.remove(options.output)
         options.run_files.remove(options.output)
-        status, sentence = run_batch(model, options, select_cases(options), stop)
+        status, sentence = run_batch(model, options, select_cases(options), stop, readers)
     except (InputError, OutputError, OSError) as error:
         status, sentence = 2, str(error)
     _print_outcome(status, sentence)

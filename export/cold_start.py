@@ -33,11 +33,12 @@ def mark(): marks.append(time.perf_counter())
 import numpy, cv2, pydantic; mark()
 import process; mark()
 import onnxruntime; mark()
+from model.images.reader_pool import Readers
 from model.pipeline import batch, options
 settings = options.parse_options(sys.argv[1:], None)
 cases = batch.select_cases(settings)
 model = process.load_model(settings, settings.threads); mark()
-batch.run_batch(model, settings, cases, process.StopRequest()); mark()
+batch.run_batch(model, settings, cases, process.StopRequest(), Readers()); mark()
 import json, os
 print(json.dumps([b - a for a, b in zip(marks, marks[1:])]), flush=True)
 os._exit(0)  # as process.py ends

@@ -51,6 +51,7 @@ def measure_frame(
         "width": width,
         "height": height,
         "spacing_mm": geometry.spacing_mm,
+        "pixel_aspect": geometry.aspect if geometry.spacing_mm is None else None,
         "warnings": list(frame.warnings),
         "milliseconds": prediction.milliseconds,
     }
@@ -87,7 +88,7 @@ def bad_frame_entry(case: str, file: str, bad: BadFrame) -> CaseEntry:
 
 def failed_entry(entry: CaseEntry, error: str) -> CaseEntry:
     """The entry of a frame that has an answer, but whose files could not be written."""
-    known = {"case", "file", "frame", "width", "height", "spacing_mm", "warnings"}
+    known = {"case", "file", "frame", "width", "height", "spacing_mm", "pixel_aspect", "warnings"}
     return CaseEntry(status="failed", error=error, **entry.model_dump(include=known))
 
 

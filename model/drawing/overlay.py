@@ -133,7 +133,7 @@ def encode_png(picture: Picture) -> bytes:
 def _fit_layout(entry: CaseEntry) -> _Layout:
     assert entry.width and entry.height  # it is answered
     size = np.array([entry.width, entry.height])
-    extent = size * np.array(entry.spacing_mm or (1.0, 1.0))
+    extent = size * np.array(entry.pixel_shape)
     longer = float(np.clip(size.max(), SHORTEST, LONGEST))
     image = np.maximum(1, np.rint(extent * longer / extent.max()))
     canvas = np.maximum(image, (NARROWEST, LOWEST))

@@ -258,7 +258,7 @@ def _case_card(entry: CaseEntry, row: int, stacks: bool, url: str | None) -> str
         "row": list(table_lines([entry], stacks))[1].removesuffix("\n"),
         "index": row,
         "size": (entry.width, entry.height),
-        "pixelShape": entry.spacing_mm or (1, 1),
+        "pixelShape": entry.pixel_shape,
     }
     label = _entry_label(entry)
     return (

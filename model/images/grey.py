@@ -42,8 +42,7 @@ def to_grey(raw: Raw) -> Pixels:
 
 def _grey_without_padding(raw: np.ma.MaskedArray) -> Pixels:
     """Grey levels of the values that are not masked; the others become 0."""
-    padding = np.ma.getmaskarray(raw)
-    padding = padding if raw.ndim == 2 else padding.any(axis=-1)
+    padding = np.atleast_3d(np.ma.getmaskarray(raw)).any(axis=-1)
     if padding.all():
         raise ImageError("the image is constant: all its pixels are padding")
     values = np.array(raw.data)

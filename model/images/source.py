@@ -7,7 +7,8 @@ that the faults of this image are raised there too. The frames of a stack are re
 Only one frame is in memory for TIFF, DICOM, and uncompressed MetaImage and NIfTI with one value per
 pixel. Other stacks are read whole.
 
-formats.py recognises a file; pictures.py, volumes.py and dicom.py read it.
+formats.py recognises a file. pictures.py reads PNG, JPEG and BMP here; tiff.py, dicom.py and
+volumes.py read the others, in a reader process if `open_image` gets one.
 """
 
 import stat
@@ -17,22 +18,15 @@ from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
-import cv2
 import numpy as np
 
 from model.frame import Geometry, Pixels
 from model.images.formats import SUFFIXES, format_of, is_dicom, is_supported_name
-from model.images.limits import (
-    MAX_FRAMES,
-    ImageError,
-    ImageFile,
-    MemoryBudget,
-    Raw,
-    Reader,
-    unreadable_error,
-)
-from model.images.pictures import open_picture, open_tiff
-from model.images.volumes import ITK_NAMES, open_volume
+from model.images.grey import to_grey
+from model.images.limits import MAX_FRAMES, ImageError, ImageFile, unreadable_error
+from model.images.pictures import open_picture
+from model.images.reader_pool import Readers
+from model.images.reader_process import open_file
 
 __all__ = [
     "SUFFIXES",
@@ -42,10 +36,11 @@ __all__ = [
     "ImageSource",
     "is_supported_name",
     "open_image",
-    "to_grey",
 ]
 
-BT_601 = (0.299, 0.587, 0.114)  # weights of R, G and B in luminance, the same as OpenCV's
+PICTURES = {"PNG", "JPEG", "BMP"}  # whose decoders have proved safe, so that they run here
+# Among the pixels that are not black, the largest share that may differ in three planes of colour.
+MOST_COLOURED = 0.1
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,62 +94,64 @@ class ImageSource:
             return
         index = 0
         for file in self._files:
-            try:
-                read = file.open()
-            except ImageError as error:
-                read = partial(_raise, error)
             for k in range(file.count):
                 item: GreyFrame | BadFrame
                 try:
-                    item = _read_frame(file, k, index, read)
+                    item = _read_frame(file, k, index)
                 except ImageError as error:
                     item = BadFrame(index, str(error))
                 yield item
                 index += 1
 
 
-def open_image(path: Path, budget: MemoryBudget | None = None) -> ImageSource:
+def open_image(path: Path, readers: Readers | None = None) -> ImageSource:
     """Open one case: a file, or a folder whose DICOM files are its frames.
 
-    A stack of three equal planes is one image: PSFHS ships its images like that.
+    Three slices that are the red, green and blue of one image are one image: PSFHS ships its images
+    like that.
 
     Args:
-        budget: limits the memory that reading takes, now and for the frames. Threads of one process
-            have to share one budget; by default this image has its own.
+        readers: read what could end this process, now and for the frames, and bound the memory.
+            Threads of one process have to share one. By default everything is read in this
+            process, which is right for files that one trusts.
 
     Raises:
         ImageError: the file as a whole, or the single image in it, cannot be used.
     """
-    budget = MemoryBudget() if budget is None else budget
     try:
-        return _open_folder(path, budget) if path.is_dir() else _open_single_file(path, budget)
+        if path.is_dir():
+            return _open_folder(path, readers)
+        return _open_single_file(path, readers)
     except OSError as error:
         raise unreadable_error(error) from error
 
 
-def _open_single_file(path: Path, budget: MemoryBudget) -> ImageSource:
-    file = _read_header(path, budget)
-    read = file.open()
-    if file.count == 3 and _are_equal_planes(read):
-        file = replace(file, count=1)
+def _open_single_file(path: Path, readers: Readers | None) -> ImageSource:
+    file = _open_file(path, readers)
+    if file.is_read_whole:
+        frames = file.read(0)
+        file = replace(file, read=lambda k: frames[k])
+    if file.count == 3:
+        file = _as_one_colour_image(file)
     if file.count == 1:
-        single = _read_frame(file, 0, None, read)
-        return ImageSource(*file.size, file.geometry, 1, (), single)
-    return _stack_of((replace(file, open=lambda: read),))
+        single = _read_frame(file, 0, None)
+        height, width = single.pixels.shape
+        return ImageSource(width, height, file.geometry, 1, (), single)
+    return _stack_of((file,))
 
 
-def _open_folder(folder: Path, budget: MemoryBudget) -> ImageSource:
+def _open_folder(folder: Path, readers: Readers | None) -> ImageSource:
     """The DICOM files of a folder as frames, ordered by InstanceNumber, then by name."""
     paths = [path for path in sorted(folder.iterdir()) if path.is_file() and is_dicom(path)]
     if not paths:
         count = sum(is_supported_name(path) for path in folder.iterdir())
         raise ImageError(f"the folder holds {count} images: expected one, or DICOM files")
     if len(paths) == 1:
-        return _open_single_file(paths[0], budget)
+        return _open_single_file(paths[0], readers)
     files, errors = [], []
     for path in paths:
         try:
-            files.append(_read_header(path, budget))
+            files.append(_open_file(path, readers))
         except ImageError as error:
             errors.append(error)
             files.append(ImageFile(1, (0, 0), partial(_raise, error)))
@@ -172,74 +169,50 @@ def _stack_of(files: tuple[ImageFile, ...]) -> ImageSource:
     return ImageSource(*first.size, first.geometry, count, files)
 
 
-def _read_header(path: Path, budget: MemoryBudget) -> ImageFile:
+def _open_file(path: Path, readers: Readers | None) -> ImageFile:
     try:
         if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for its writer
             raise ImageError("the file cannot be read: it is a pipe, a socket or a device")
         kind = format_of(path)
-        if kind in ITK_NAMES:
-            return open_volume(path, kind, budget)
-        return open_tiff(path, budget) if kind == "TIFF" else open_picture(path, kind, budget)
+        if kind in PICTURES:
+            file = open_picture(path, kind)
+        else:
+            file = open_file(path, kind) if readers is None else readers.open(path, kind)
     except OSError as error:
         raise unreadable_error(error) from error
+    return file if readers is None else readers.wait_for_turn(file)
 
 
-def _are_equal_planes(read: Reader) -> bool:
+def _as_one_colour_image(file: ImageFile) -> ImageFile:
+    """A file of three frames as one image, if they are its red, green and blue.
+
+    They are if they are equal, or differ only where something coloured was drawn.
+    """
     try:
-        first = read(0)
-        return all(np.array_equal(first, read(k)) for k in (1, 2))
+        planes = [np.squeeze(file.read(k)) for k in range(3)]
     except ImageError:  # a stack with a bad frame, which `frames` will report
-        return False
+        return file
+    first = planes[0]
+    if first.ndim != 2 or any(plane.shape != first.shape for plane in planes):
+        return file
+    pixels = np.stack(planes, axis=-1)
+    differs = (pixels != first[..., np.newaxis]).any(axis=-1)
+    share = differs.sum() / max(1, np.count_nonzero((pixels != pixels.min()).any(axis=-1)))
+    if not share:
+        return replace(file, count=1, read=lambda _: first)
+    if share > MOST_COLOURED:
+        return file
+    warning = "three slices that differ in few pixels are read as the colours of one image"
+    warnings = (*file.warnings, warning)
+    return replace(file, count=1, read=lambda _: pixels, warnings=warnings)
 
 
-def _read_frame(file: ImageFile, k: int, index: int | None, read: Reader) -> GreyFrame:
+def _read_frame(file: ImageFile, k: int, index: int | None) -> GreyFrame:
     """The k-th frame of a file, which is frame `index` of its stack."""
     slice_index = k if file.along_z else 0
-    return GreyFrame(to_grey(read(k)), index, slice_index, file.geometry, file.warnings)
+    return GreyFrame(to_grey(file.read(k)), index, slice_index, file.geometry, file.warnings)
 
 
 def _raise(error: ImageError, _: int = 0) -> NoReturn:
-    """A stand-in for the `open` or the reader of a file that cannot be opened."""
+    """Stands in for the `read` of a file that cannot be opened."""
     raise error
-
-
-# ---- Pixel values of any type and range -> grey levels
-
-
-def to_grey(raw: Raw) -> Pixels:
-    """(H, W[, channels]) of any type -> (H, W) in 0..255.
-
-    Integers that all lie in 0..255 stay as they are, in uint8. Other values are stretched to
-    0..255, in float32.
-
-    Raises:
-        ImageError: a value is not finite, all are equal, or they are too far apart.
-    """
-    raw = raw[..., :3] if raw.ndim == 3 else raw[..., np.newaxis]
-    if raw.dtype.kind == "f":
-        if not np.isfinite(raw).all():
-            raise ImageError("the image has pixels that are NaN or infinite")
-    elif raw.min() >= 0 and raw.max() <= 255:
-        raw = raw.astype(np.uint8, copy=False)
-    grey = _luminance(raw)
-    low, high = float(grey.min()), float(grey.max())
-    if low == high:
-        raise ImageError("the image is constant: all its pixels have the same value")
-    if grey.dtype == np.uint8:
-        return np.ascontiguousarray(grey)
-    if not 1e-300 < high - low < 1e300:
-        raise ImageError(f"values from {low:g} to {high:g} cannot be spread over 256 grey levels")
-    stretched = np.empty(grey.shape, np.float32)
-    for row, values in zip(stretched, grey, strict=True):  # row by row: no whole copy in float64
-        row[:] = (values.astype(np.float64) - low) * (255 / (high - low))
-    return stretched
-
-
-def _luminance(raw: Raw) -> Raw:
-    """(H, W, 1 or 3) -> (H, W); equal channels stay exact."""
-    if all(np.array_equal(raw[..., 0], raw[..., k]) for k in range(1, raw.shape[2])):
-        return raw[..., 0]
-    if raw.dtype == np.uint8:
-        return cv2.cvtColor(np.ascontiguousarray(raw), cv2.COLOR_RGB2GRAY)
-    grey: Raw = np.einsum("hwc,c->hw", raw, BT_601)  # unlike @, it makes no copy in float64
-    return grey

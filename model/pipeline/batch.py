@@ -17,7 +17,7 @@ import cv2
 from pydantic import ValidationError
 
 from model.drawing.report import write_run_report
-from model.images.limits import MemoryBudget
+from model.images.reader_pool import Readers
 from model.pipeline.case_runner import Stopped, StopRequest, answer_case, frame_folder
 from model.pipeline.cases import InputCase, InputError, find_cases
 from model.pipeline.options import RunOptions
@@ -63,6 +63,7 @@ def run_batch(
     options: RunOptions,
     cases: Sequence[InputCase],
     stop: StopRequest,
+    readers: Readers,
     workers: int = 1,
 ) -> tuple[int, str]:
     """Answer these cases and write the results; returns the exit status and what went wrong.
@@ -85,7 +86,7 @@ def run_batch(
     if journal.done:
         print_line(f"{len(journal.done)} of {len(cases)} cases are answered already")
     try:
-        answer_cases(cases, model.predictor, options, journal, stop, workers)
+        answer_cases(cases, model.predictor, options, journal, stop, readers, workers)
         if stop.signal is not None and len(journal.done) < len(cases):
             return 128 + stop.signal, _stop_sentence(stop.signal, len(journal.done), len(cases))
         tally = count_outcomes(journal.entries())
@@ -133,37 +134,42 @@ def answer_cases(
     options: RunOptions,
     journal: Journal,
     stop: StopRequest,
+    readers: Readers,
     workers: int,
 ) -> None:
     """Answer the cases that the journal lacks, until all are done or a stop is requested.
+
+    The progress lines count the answered cases, in whatever order they are answered.
 
     Args:
         workers: number of cases answered at a time. While one waits for its file or for Python's
             lock, others compute.
     """
-    budget = MemoryBudget()
     done = journal.done
-    waiting = iter([item for item in enumerate(cases, 1) if item[1].name not in done])
-    lock = Lock()  # guards `waiting` and the journal
+    waiting = iter([case for case in cases if case.name not in done])
+    ended = len(done)
+    lock = Lock()  # guards `waiting`, `ended` and the journal
 
-    def record(number: int, entry: CaseEntry) -> None:
+    def record(entry: CaseEntry) -> None:
         journal.add(entry)
-        print_line(f"[{number}/{len(cases)}] {_progress_line(entry)}")
+        print_line(f"[{ended + 1}/{len(cases)}] {_progress_line(entry)}")
 
     def work() -> None:
+        nonlocal ended
         while stop.signal is None:
             with lock:
-                number, case = next(waiting, (0, None))
+                case = next(waiting, None)
             if case is None:
                 return
             entries: list[CaseEntry] = []
-            keep = entries.append if workers > 1 else partial(record, number)
-            with budget.admit(_file_bytes(case.path)) as admitted:
+            keep = entries.append if workers > 1 else record
+            with readers.admit(_file_bytes(case.path)) as admitted:
                 loop = answer_case(case, predictor, options, journal, keep, admitted, stop)
             with lock:  # the journal keeps the entries of a case together
                 for entry in entries:
-                    record(number, entry)
+                    record(entry)
                 journal.end(case.name, loop)
+                ended += 1
 
     if workers > 1:
         cv2.setNumThreads(1)
@@ -171,8 +177,8 @@ def answer_cases(
         try:
             working = {pool.submit(work) for _ in range(workers)}
             while working:  # waking up each second lets the main thread handle signals
-                ended, working = wait(working, 1, FIRST_COMPLETED)
-                for worker in ended:
+                finished, working = wait(working, 1, FIRST_COMPLETED)
+                for worker in finished:
                     worker.result()
         finally:  # after an error in one worker, the others find nothing left to do
             with lock:

@@ -14,7 +14,7 @@ import numpy as np
 from model.drawing.contact_sheet import LoopSummary
 from model.drawing.overlay import LONGEST, encode_png, overlay_picture
 from model.drawing.text import Picture
-from model.images.limits import MemoryBudget
+from model.images.reader_pool import Readers
 from model.images.source import BadFrame, GreyFrame, ImageError, ImageSource, open_image
 from model.measure import (
     bad_frame_entry,
@@ -77,7 +77,7 @@ def answer_case(
     options: RunOptions,
     journal: Journal,
     record: Record,
-    budget: MemoryBudget,
+    readers: Readers,
     stop: StopRequest,
 ) -> Loop | None:
     """Predict and write one case. A fault in one frame fails that frame alone.
@@ -85,7 +85,7 @@ def answer_case(
     Args:
         journal: reserves room on the disk for the entries of further frames.
         record: is called with the entry of each frame in turn.
-        budget: the memory that this case may use.
+        readers: read what could end this process.
 
     Returns:
         The summary of a stack or cine loop; None for a single image.
@@ -97,13 +97,13 @@ def answer_case(
     folder = options.output / case.folder
     try:
         options.files.remove(folder)
-        source = open_image(case.path, budget)
+        source = open_image(case.path, readers)
         journal.reserve(source.frame_count - 1)
     except (ImageError, OSError) as error:
         reason = str(error) if isinstance(error, ImageError) else _write_fault(error)
         record(bad_frame_entry(case.name, case.file, BadFrame(None, reason)))
         return None
-    answers = _answer_frames(case, source, start, predictor, options, budget, stop)
+    answers = _answer_frames(case, source, start, predictor, options, readers, stop)
     empty_loop = partial(LoopSummary, case.name, case.file, source.frame_count)
     write = _write_together if case.is_job else _write_each
     loop = write(answers, folder, options, record, empty_loop)
@@ -124,7 +124,7 @@ def _answer_frames(
     start: float,
     predictor: Predictor,
     options: RunOptions,
-    budget: MemoryBudget,
+    readers: Readers,
     stop: StopRequest,
 ) -> Iterator[Answer]:
     """The answer for each frame in turn, computed when the caller asks for it.
@@ -134,7 +134,7 @@ def _answer_frames(
     """
     for frame, read_ms in _frames_with_read_ms(source, start):
         stop.raise_if_asked()
-        with budget.admit(0 if isinstance(frame, BadFrame) else frame.pixels.nbytes):
+        with readers.admit(0 if isinstance(frame, BadFrame) else frame.pixels.nbytes):
             answer = _answer_frame(case, frame, read_ms, predictor, options)
         yield answer
 

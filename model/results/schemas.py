@@ -58,7 +58,8 @@ class ThreePointAngle(_Strict):
 class CaseEntry(_Strict):
     """An entry of results.json: one single image, or one frame of a stack or cine loop.
 
-    frame counts from 0. Landmarks are (x, y), landmarks_px with integers at pixel centres.
+    frame counts from 0. pixel_aspect is the size of a pixel up to a factor if the file tells only
+    that; the angle is taken in pixels of that shape. Landmarks are (x, y), landmarks_px with integers at pixel centres.
     expected_error_* and expected_aop_error_deg are mean errors to expect. aop_interval_deg should
     hold the true angle nine times in ten. view_score says how much the image looks like the view
     that the model is for. These fields are None if the model is not calibrated, and the interval
@@ -72,6 +73,7 @@ class CaseEntry(_Strict):
     width: int | None = None
     height: int | None = None
     spacing_mm: Point2 | None = None
+    pixel_aspect: Point2 | None = None
     landmarks_px: dict[str, Point2] | None = None
     landmarks_mm: dict[str, Point2] | None = None
     aop_deg: Finite | None = None
@@ -87,6 +89,11 @@ class CaseEntry(_Strict):
     warnings: list[str] = []
     milliseconds: dict[str, Finite] = {}
     error: str | None = None
+
+    @property
+    def pixel_shape(self) -> Pair:
+        """Size of a pixel along x and y up to a common factor, as in `Geometry`."""
+        return self.spacing_mm or self.pixel_aspect or (1.0, 1.0)
 
 
 class Loop(_Strict):
@@ -161,8 +168,7 @@ def table_lines(entries: Iterable[CaseEntry], stacks: bool) -> Iterator[str]:
         if entry.landmarks_px is None:  # failed
             continue
         points = np.array([entry.landmarks_px[name] for name in LANDMARKS]).round(PX_DECIMALS)
-        pixel_shape: Pair = entry.spacing_mm or (1.0, 1.0)
-        angle = float(angle_of_progression(points, pixel_shape))
+        angle = float(angle_of_progression(points, entry.pixel_shape))
         cells = [f"({x:.{PX_DECIMALS}f}, {y:.{PX_DECIMALS}f})" for x, y in points]
         frame = [entry.frame if entry.frame is not None else ""] if stacks else []
         doubt = "; ".join(entry.reasons)

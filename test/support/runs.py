@@ -14,6 +14,7 @@ import SimpleITK as sitk
 
 import process
 from model.frame import input_to_cells
+from model.images.reader_pool import Readers
 from model.pipeline.case_runner import StopRequest
 from model.predictor import Output, Predictor, load_predictor
 from model.spec import ModelSpec
@@ -23,6 +24,16 @@ POINTS, ANGLE, THREE = "aop-landmarks.json", "angle-of-progression.json", "aop-a
 ANSWERS = sorted([POINTS, ANGLE, "overlay.png"])
 HEIGHT, WIDTH = 192, 240
 load_once = functools.cache(load_predictor)
+
+
+class SharedReaders(Readers):
+    """Readers whose processes go on from run to run, since each takes half a second to start."""
+
+    def end(self) -> None:
+        """Leave them to the next run; they end with the tests."""
+
+
+SHARED_READERS = SharedReaders()
 
 
 def shipped() -> Predictor:
@@ -74,7 +85,9 @@ def run(
     """
     loader = (lambda *_: predictor) if predictor else load_once
     out, err = io.StringIO(), io.StringIO()
-    patch = mock.patch.multiple(process, load_predictor=loader, MOUNTED_MODELS=models)
+    patch = mock.patch.multiple(
+        process, load_predictor=loader, MOUNTED_MODELS=models, Readers=lambda: SHARED_READERS
+    )
     with patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
             arguments = ["--input", str(source), "--output", str(folder), *options]
