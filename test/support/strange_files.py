@@ -195,7 +195,7 @@ def dicom_fields(data: bytes) -> list[tuple[int, int]]:
         warnings.simplefilter("ignore")
         dataset = pydicom.dcmread(io.BytesIO(data), force=True)
         for part in (dataset.file_meta, dataset):
-            for tag in part.keys():
+            for tag in list(part.keys()):
                 element = part.get_item(tag)
                 if isinstance(element, pydicom.dataelem.RawDataElement) and element.length:
                     length = len(element.value or b"")
