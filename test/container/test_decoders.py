@@ -52,9 +52,9 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("threads", [1, 2, 32, 64])
 def test_any_number_of_threads(mixed: Path, tmp_path: Path, threads: int) -> None:
-    for k in range(RUNS):
+    for run in range(RUNS):
         options = ("--no-overlay", "--threads", str(threads))
-        found = strict.run(mixed, tmp_path / str(k), *options)
+        found = strict.run(mixed, tmp_path / str(run), *options)
         assert (found.status, found.err) == (0, "")
         angles = {entry["file"]: entry["aop_deg"] for entry in found.results["cases"]}
         assert len(angles) == 150
