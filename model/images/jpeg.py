@@ -26,6 +26,7 @@ _READABLE_FRAMES = {0xC0, 0xC1, _PROGRESSIVE}
 _WITHOUT_LENGTH = {0x01, *range(0xD0, 0xDA)}
 _MARKER = re.compile(rb"\xff(?=[^\x00\xff])", re.DOTALL)
 _MARKER_AFTER_SCAN = re.compile(rb"\xff(?=[^\x00\xff\xd0-\xd7])", re.DOTALL)
+_MAX_SEGMENTS = 2**14
 _MAX_SCANS = 100  # each takes time for the whole image; real files have about ten
 _REMEDY = "save it as an ordinary JPEG of 8 bits (baseline), or as .png"
 
@@ -47,13 +48,28 @@ class JpegFrame(NamedTuple):
 
 
 def find_jpeg_frame(data: bytes) -> JpegFrame | None:
-    """The first frame header; None if the data is damaged or ends before it."""
+    """The first frame header, of any kind of JPEG; None if the data is damaged or ends before."""
     try:
-        return next(
-            _read_frame(marker, payload) for marker, payload in _segments(data) if marker in _FRAMES
-        )
-    except (StopIteration, ImageError):
+        return _first_frame(_segments(data))
+    except ImageError:
         return None
+
+
+def read_jpeg_header(data: bytes) -> tuple[JpegFrame, bytes]:
+    """The first frame header, and the EXIF data before it, which may be empty.
+
+    Raises:
+        ImageError: `decode_jpeg` cannot read the data, as far as the header tells.
+    """
+    exif = b""
+    for marker, payload in _segments(data):
+        if marker == _APP0 + 1 and bytes(payload[2:8]) == b"Exif\0\0" and not exif:
+            exif = bytes(payload[8:])
+        if marker in _FRAMES:
+            frame = _read_frame(marker, payload)
+            _check_readable(frame)
+            return frame, exif
+    raise _truncated("it ends within its header")
 
 
 def decode_jpeg(data: bytes, colours: Colours = "as marked") -> Raw:
@@ -69,11 +85,9 @@ def decode_jpeg(data: bytes, colours: Colours = "as marked") -> Raw:
     import simplejpeg  # noqa: PLC0415
 
     segments = list(_segments(data))
-    frame = next((_read_frame(*segment) for segment in segments if segment[0] in _FRAMES), None)
-    if frame is None:
-        raise damaged_error("JPEG")
+    frame = _first_frame(segments)
     _check_readable(frame, segments)
-    _check_complete(frame, [payload for marker, payload in segments if marker == _SOS])
+    _check_complete(frame, segments)
     is_grey = len(frame.components) == 1
     adobe = b"" if is_grey else _adobe_segment(_are_rgb(frame, segments, colours))
     needed = (
@@ -104,9 +118,11 @@ def _segments(data: bytes) -> Iterator[Segment]:
     """
     if not data.startswith(_SOI):
         raise damaged_error("JPEG")
-    view, at, marker = memoryview(data), 2, _COM
+    view, at, marker, count = memoryview(data), 2, _COM, 0
     while found := _MARKER.search(data, at):
-        if data[at : found.start()].strip(b"\xff") and not _is_remark(marker):
+        count += 1
+        is_gap = bool(data[at : found.start()].strip(b"\xff"))
+        if (is_gap and not _is_remark(marker)) or count > _MAX_SEGMENTS:
             raise damaged_error("JPEG")
         start = found.end() + 1
         marker = data[start - 1]
@@ -126,6 +142,13 @@ def _segments(data: bytes) -> Iterator[Segment]:
 def _is_remark(marker: int) -> bool:
     """Whether a segment is APPn or COM, which libjpeg does not need for the pixels."""
     return _APP0 <= marker < _APP0 + 16 or marker == _COM
+
+
+def _first_frame(segments: Iterable[Segment]) -> JpegFrame:
+    for marker, payload in segments:
+        if marker in _FRAMES:
+            return _read_frame(marker, payload)
+    raise _truncated("it ends within its header")
 
 
 def _read_frame(marker: int, payload: memoryview) -> JpegFrame:
@@ -148,7 +171,7 @@ def _truncated(what: str) -> ImageError:
     return ImageError(f"the JPEG data is truncated: {what}")
 
 
-def _check_readable(frame: JpegFrame, segments: Iterable[Segment]) -> None:
+def _check_readable(frame: JpegFrame, segments: Iterable[Segment] = ()) -> None:
     """Raise ImageError for a JPEG of a kind that libjpeg does not read, or not safely.
 
     Arithmetic coding may leave out zeros at the end of its data: nobody can tell whether it is cut.
@@ -164,19 +187,18 @@ def _check_readable(frame: JpegFrame, segments: Iterable[Segment]) -> None:
             "the image is a JPEG in CMYK, the colours of print: save it in grey or RGB"
         )
     check_channels(len(frame.components))
-    heights = {
-        int.from_bytes(payload[2:4], "big") for marker, payload in segments if marker == _DNL
-    }
-    if heights | {frame.size[1]} != {frame.size[1] or None}:
+    told = [int.from_bytes(payload[2:4], "big") for marker, payload in segments if marker == _DNL]
+    if frame.size[1] == 0 or any(height != frame.size[1] for height in told):
         raise _unreadable("that tells its height behind its pixels (DNL)")
 
 
-def _check_complete(frame: JpegFrame, scans: list[memoryview]) -> None:
+def _check_complete(frame: JpegFrame, segments: Iterable[Segment]) -> None:
     """Raise ImageError unless the scans hold every component, and each of its 64 coefficients.
 
     A progressive scan holds coefficients `first` to `last` down to bit `low`, the others all bits.
     """
     low_bits = {identifier: [1] * 64 for identifier, _ in frame.components}
+    scans = [payload for marker, payload in segments if marker == _SOS]
     for scan in scans:
         count = scan[2]
         if len(scan) < 6 + 2 * count:

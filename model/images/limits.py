@@ -18,6 +18,10 @@ MAX_BYTES = 2**29  # pixels held at once: those of one frame, or of a file that 
 # Only a damaged header has a length outside this range, which would overflow later on.
 MIN_LENGTH_MM, MAX_LENGTH_MM = 1e-6, 1e6
 
+UPRIGHT = (
+    "the file's orientation tag was applied: landmarks are in the upright picture that viewers show"
+)
+
 # (H, W), or (H, W, channels) in the order RGB; the masked values of a masked array are padding
 Raw = npt.NDArray[Any]
 
@@ -55,6 +59,18 @@ class ImageFile:
     along_z: bool = False
     warnings: tuple[str, ...] = ()
     instance_number: float = math.inf
+
+
+def turn_upright(pixels: Raw, orientation: int) -> Raw:
+    """Pixels as stored, (H, W[, channels]) -> as viewers show them.
+
+    Args:
+        orientation: 1 to 8, as the tag of TIFF and EXIF tells it; from 5 on the axes are exchanged.
+    """
+    if orientation >= 5:
+        pixels = pixels.swapaxes(0, 1)
+    flips_x, flips_y = orientation in (2, 3, 6, 7), orientation in (3, 4, 7, 8)
+    return pixels[:: -1 if flips_y else 1, :: -1 if flips_x else 1]
 
 
 # ---- What is refused
