@@ -18,21 +18,35 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from model.images import reader_pool
 from model.images.formats import SUFFIXES
 from model.results.schemas import MultiplePoints, Results
+from test.support import runs
+from test.support.faulty_decoder import CONTENT, FAULTY_PROGRAM
 from test.support.runs import ANGLE, POINTS, job, load, png, predictor_at, run, tree
-from test.support.strange_files import DAMAGES, RAW, TYPES, by_library, changed_inside, valid
+from test.support.strange_files import (
+    DAMAGES,
+    RAW,
+    TYPES,
+    bits_flipped,
+    by_library,
+    changed_inside,
+    valid,
+    with_a_hole,
+)
 
 pytestmark = pytest.mark.slow  # hundreds of files each
 
 COUNT = int(os.environ.get("AOP_FUZZ", "300"))
 LONGEST_S, HANGS_S, MOST_BYTES = 5, 60, 3 << 30  # the container has 4 GiB
+FAULTS = ["crash", "crash-at-frame", "exit", "hang", "hang-at-frame", "memory", "raises"]
 PREDICTOR = predictor_at([(40, 20), (20, 22), (45, 40)])
 
 
@@ -62,6 +76,17 @@ def stderr(request: pytest.FixtureRequest) -> Iterator[int]:
         copy = os.dup(2)
     yield copy
     os.close(copy)
+
+
+@pytest.fixture(scope="module")
+def faulty() -> Iterator[None]:
+    """Reader processes with a decoder that does what a file's name says."""
+    patches = (
+        mock.patch.multiple(reader_pool, PROGRAM=FAULTY_PROGRAM, LONGEST_S=3.0),
+        mock.patch.object(runs, "SHARED_READERS", runs.SharedReaders()),
+    )
+    with patches[0], patches[1]:
+        yield
 
 
 def emptied(folder: Path) -> Path:
@@ -154,6 +179,59 @@ def test_damaged_files(
     data = valid()[name]
     (folder / name).write_bytes(changed_inside(name, data, change) if inside else change(data))
     assert check(place, stderr) < 2
+
+
+@tried(0.3)
+@given(NAME, st.lists(st.tuples(PLACE, st.integers(0, 2**14)), min_size=1, max_size=3))
+def test_damage_within_a_valid_structure(
+    place: Path, stderr: int, name: str, changes: list[tuple[int, int]]
+) -> None:
+    """A healthy file beside the damaged one is answered, whatever happens to that one."""
+    folder = emptied(place / "in")
+    for other, data in valid().items():
+        if Path(other).stem == Path(name).stem:
+            (folder / other).write_bytes(data)
+    data = valid()[name]
+    for which, n in changes:
+        data = bits_flipped(name, data, which, n)
+    (folder / name).write_bytes(changed_inside(name, data, lambda data: data))
+    (folder / "healthy.dcm").write_bytes(valid()["jpeg-2000.dcm"])
+    assert check(place, stderr) < 2
+    entries = load(place / "out" / "results.json")["cases"]
+    assert [entry["status"] for entry in entries if entry["file"] == "healthy.dcm"] == ["ok"]
+
+
+@tried(0.2)
+@given(NAME, st.floats(0.3, 0.8), st.floats(0.1, 0.2))
+def test_a_file_with_a_hole_is_not_answered(
+    place: Path, stderr: int, name: str, start: float, share: float
+) -> None:
+    """Half a picture is never answered as if it were whole."""
+    folder = emptied(place / "in")
+    for other, data in valid().items():
+        if Path(other).stem == Path(name).stem:
+            (folder / other).write_bytes(data)
+    (folder / name).write_bytes(with_a_hole(valid()[name], start, share))
+    assert check(place, stderr) == 1
+
+
+@tried(0.03)
+@given(st.lists(st.sampled_from(FAULTS), min_size=1, max_size=4), st.integers(1, 8))
+def test_decoders_that_crash_hang_or_eat_memory(
+    place: Path, faulty: None, faults: list[str], threads: int
+) -> None:
+    """Each costs its own file, and no healthy one beside it, with any number of threads."""
+    folder = emptied(place / "in")
+    for k, fault in enumerate(faults):
+        (folder / f"{fault}.{k}.dcm").write_bytes(CONTENT)
+    healthy = ["grey.tif", "jpeg-2000.dcm", "stack-of-mha.mha", "grey.png"]
+    for name in healthy:
+        (folder / name).write_bytes(valid()[name])
+    options = ("--no-overlay", "--threads", str(threads))
+    result = run(place / "in", emptied(place / "out"), *options, predictor=PREDICTOR)
+    assert result.status == 1
+    failed = {entry["file"] for entry in result.results["cases"] if entry["status"] == "failed"}
+    assert failed == {f"{fault}.{k}.dcm" for k, fault in enumerate(faults)}
 
 
 # ---- Valid images that nobody expects

@@ -15,7 +15,7 @@ import pytest
 from model.images import reader_pool
 from model.images.limits import ImageError
 from model.images.reader_pool import Readers
-from test.support.faulty_decoder import FAULTY_PROGRAM
+from test.support.faulty_decoder import CONTENT, FAULTY_PROGRAM
 
 pytestmark = pytest.mark.slow  # each starts processes
 
@@ -35,7 +35,7 @@ def readers(monkeypatch: pytest.MonkeyPatch) -> Iterator[Readers]:
 def named(folder: Path, name: str) -> Path:
     """A file by whose name the faulty decoder knows what to do."""
     path = folder / name
-    path.touch()
+    path.write_bytes(CONTENT)
     return path
 
 
@@ -170,5 +170,5 @@ def test_large_images_take_turns(readers: Readers, tmp_path: Path) -> None:
 def test_odd_paths(readers: Readers, tmp_path: Path) -> None:
     for name in (b"healthy-\xff\xfe.dcm", "healthy \n\u2028 \u00e4".encode()):
         path = tmp_path / os.fsdecode(name)
-        path.touch()
+        path.write_bytes(CONTENT)
         np.testing.assert_array_equal(read(readers, path), PIXELS)

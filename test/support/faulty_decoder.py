@@ -17,6 +17,7 @@ from test.support import faulty_decoder
 faulty_decoder.serve()
 """
 PIXELS = np.arange(20 * 30, dtype=np.uint8).reshape(20, 30)
+CONTENT = b"for the faulty decoder"  # of its files
 HARMED: list[Path] = []  # files that have harmed this process
 
 
@@ -46,9 +47,9 @@ def misbehave(name: str) -> None:
 
 
 def open_faulty(path: Path) -> ImageFile | None:
-    """A file of two frames for names that this decoder knows; its InstanceNumber is the process."""
+    """A file of two frames; its InstanceNumber is the number of the process."""
     name = path.name
-    if path.stat().st_size:
+    if not path.read_bytes().startswith(CONTENT):
         return None
     if name == "harms":
         HARMED.append(path)

@@ -2,8 +2,10 @@
 
 import functools
 import gzip
+import io
 import re
 import struct
+import warnings
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +13,8 @@ from tempfile import TemporaryDirectory
 
 import cv2
 import numpy as np
+import pydicom
+import tifffile
 
 from test.support.image_files import (
     BIG,
@@ -151,6 +155,70 @@ def changed_inside(name: str, data: bytes, change: Callable[[bytes], bytes]) -> 
         data = data[:end] + struct.pack(">I", zlib.crc32(data[at + 4 : end])) + data[end + 4 :]
         at = end + 4
     return data
+
+
+# ---- Damage within a valid structure
+
+
+def fields(name: str, data: bytes) -> list[tuple[int, int]]:
+    """Where the values of a file's structure lie: DICOM elements, TIFF tags, segments, chunks.
+
+    Returns:
+        offsets of the first byte and of the one behind the last.
+    """
+    suffix = name.rpartition(".")[2]
+    if suffix == "dcm":
+        return dicom_fields(data)
+    if suffix == "tif":
+        with tifffile.TiffFile(io.BytesIO(data)) as file:
+            tags = [tag for page in file.pages for tag in page.tags]
+            found = [(tag.offset, tag.offset + 12) for tag in tags]  # code, type, count, value
+            return found + [(tag.valueoffset, tag.valueoffset + tag.valuebytecount) for tag in tags]
+    if suffix == "jpg":
+        starts = [at for at in range(len(data) - 1) if data[at] == 255 and data[at + 1] > 0xBF]
+        return list(zip(starts, [*starts[1:], len(data)], strict=True))
+    if suffix == "png":
+        at, found = 8, []
+        while at + 12 <= len(data):
+            length = int.from_bytes(data[at : at + 4], "big")
+            found.append((at + 8, at + 8 + length))
+            at += 12 + length
+        return found
+    lines = [match.span() for match in re.finditer(rb"[^\n]+\n", data[:2048])]  # of a text header
+    return lines if len(lines) > 3 else [(at, at + 4) for at in range(0, min(len(data), 352), 4)]
+
+
+def dicom_fields(data: bytes) -> list[tuple[int, int]]:
+    """The values of all elements, those within sequences and fragments of pixels among them."""
+    found = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dataset = pydicom.dcmread(io.BytesIO(data), force=True)
+        for part in (dataset.file_meta, dataset):
+            for tag in list(part.keys()):
+                element = part.get_item(tag)
+                if isinstance(element, pydicom.dataelem.RawDataElement) and element.length:
+                    length = len(element.value or b"")
+                    found.append((element.value_tell, element.value_tell + length))
+    return found
+
+
+def bits_flipped(name: str, data: bytes, which: int, n: int) -> bytes:
+    """Flip a bit in a value of the structure, or put an extreme number there."""
+    spans = [span for span in fields(name, data) if span[0] < span[1] <= len(data)]
+    if not spans:
+        return data
+    start, end = spans[which % len(spans)]
+    at = start + n % (end - start)
+    if n % 3:
+        return overwritten(data, at, bytes([data[at] ^ 1 << n % 8]))
+    return overwritten(data, start, extreme(n // 3)[: end - start])
+
+
+def with_a_hole(data: bytes, start: float, share: float) -> bytes:
+    """Lose a part in the middle, as a transfer that was interrupted does."""
+    first = round(len(data) * start)
+    return data[:first] + data[first + round(len(data) * share) :]
 
 
 # ---- Strange images
