@@ -81,7 +81,8 @@ def test_jpeg(tmp_path: Path, progressive: int) -> None:
 @pytest.mark.parametrize("suffix", [".png", ".bmp", ".tif"])
 @pytest.mark.parametrize("alpha", [False, True])
 def test_colour_pictures(tmp_path: Path, suffix: str, alpha: bool) -> None:
-    image = np.dstack([RGB[..., ::-1], GREY]) if alpha else RGB[..., ::-1]
+    opaque = np.full((H, W), 255, np.uint8)
+    image = np.dstack([RGB[..., ::-1], opaque]) if alpha else RGB[..., ::-1]
     frame = single(write(tmp_path / f"a{suffix}", image))
     np.testing.assert_array_equal(frame.pixels, cv2.cvtColor(RGB, cv2.COLOR_RGB2GRAY))
 
