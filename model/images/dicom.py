@@ -32,7 +32,7 @@ from pydicom.filereader import read_dataset
 
 from model.anatomy import Floats
 from model.frame import Geometry, Pair
-from model.images.jpeg import decode_jpeg, find_jpeg_frame
+from model.images.jpeg import SEQUENTIAL_OR_PROGRESSIVE, decode_jpeg, find_jpeg_frame
 from model.images.limits import (
     MAX_BYTES,
     MAX_FRAMES,
@@ -123,12 +123,12 @@ def _open(path: Path) -> ImageFile:
             raise damaged_error("DICOM") from error
 
     return ImageFile(
-        layout.count,
+        layout.frames,
         size,
         read,
         needed=layout.frame_bytes,
         geometry=replace(world, spacing_mm=spacing_mm, aspect=aspect),
-        along_z=layout.count > 1,
+        along_z=layout.frames > 1,
         warnings=warnings,
         instance_number=number[0] if number and math.isfinite(number[0]) else math.inf,
     )
@@ -163,7 +163,12 @@ class _Header:
         self.file.seek(at)
         head = self.file.read(12).ljust(12, b"\0")
         group, number, kind = struct.unpack_from(self.order + "HH2s", head)
-        self.is_whole = at >= self.end
+        ends = [
+            element.value_tell + element.length
+            for element in map(self.elements.get_item, self.elements.keys())
+            if isinstance(element, RawDataElement)
+        ]
+        self.is_whole = max(ends, default=0) == self.end
         if group << 16 | number != _PIXEL_DATA:
             return None, False
         is_long = is_explicit and kind in _LONG_TYPES
@@ -297,7 +302,7 @@ class _Layout(NamedTuple):
     """What a header says of the pixels of a frame.
 
     Args:
-        count: number of frames.
+        frames: how many there are.
         samples: values in a pixel: 1, or 3 for colours.
         colours: the photometric interpretation.
         by_plane: whether the colours lie in planes, one behind the other.
@@ -310,7 +315,7 @@ class _Layout(NamedTuple):
         is_packed: whether frames are compressed.
     """
 
-    count: int
+    frames: int
     rows: int
     columns: int
     samples: int
@@ -361,7 +366,7 @@ def _read_layout(header: _Header) -> _Layout:
         *header.numbers("PixelPaddingRangeLimit", code)[:1],
     ]
     layout = _Layout(
-        count=max(1, int(count[0])) if count and math.isfinite(count[0]) else 1,
+        frames=max(1, int(count[0])) if count and math.isfinite(count[0]) else 1,
         rows=rows,
         columns=columns,
         samples=samples,
@@ -394,22 +399,22 @@ def _follow_length(header: _Header, layout: _Layout) -> _Layout:
     """
     assert header.pixels is not None
     length = header.pixels[1] - header.pixels[0]
-    if layout.count > length:
+    if layout.frames > length:
         raise damaged_error("DICOM")
     if layout.is_packed:
         return layout
     if layout.colours.endswith("_422") and layout.samples == 3:
         shared = layout._replace(is_shared=True)
-        if length < layout.frame_bytes * layout.count:
+        if length < layout.frame_bytes * layout.frames:
             layout = shared
-    surplus = length - layout.frame_bytes * layout.count
+    surplus = length - layout.frame_bytes * layout.frames
     is_one_plane = layout.samples == 1 and layout.colours.startswith(("RGB", "YBR"))
-    if is_one_plane and surplus >= 2 * layout.frame_bytes * layout.count:
+    if is_one_plane and surplus >= 2 * layout.frame_bytes * layout.frames:
         return layout._replace(samples=3)
     if surplus >= max(2, layout.frame_bytes):
         raise ImageError(
             f"the DICOM file holds {length} bytes of pixels, but its header describes "
-            f"{layout.frame_bytes * layout.count}: save it anew with a right header"
+            f"{layout.frame_bytes * layout.frames}: save it anew with a right header"
         )
     return layout
 
@@ -423,7 +428,7 @@ def _find_spans(header: _Header, layout: _Layout) -> list[list[Span]]:
     start, end = header.pixels
     if not layout.is_packed:
         length = layout.frame_bytes
-        starts = (start + k * length for k in range(min(layout.count, MAX_FRAMES)))
+        starts = (start + k * length for k in range(min(layout.frames, MAX_FRAMES)))
         return [[(at, at + length)] for at in starts]
     items: list[Span] = []  # the table of offsets, then the fragments (PS3.5, A.4)
     at = start
@@ -434,9 +439,9 @@ def _find_spans(header: _Header, layout: _Layout) -> list[list[Span]]:
         items.append((at + 8, at + 8 + length))
         at += 8 + length
     fragments = items[1:]
-    if layout.count == 1:
+    if layout.frames == 1:
         return [fragments]
-    first_ones = set(_first_fragments(header.file, items, layout.count))
+    first_ones = set(_first_fragments(header.file, items, layout.frames))
     frames: list[list[Span]] = []
     for fragment in fragments:
         if fragment in first_ones or not frames:
@@ -480,17 +485,14 @@ def _decode(layout: _Layout, data: bytes) -> Raw:
         stored = _decode_native(layout, data)
     elif layout.syntax == _RLE:
         stored = _decode_rle(layout, data)
-    elif _is_everyday_jpeg(data):
-        return decode_jpeg(data, "RGB" if layout.colours == "RGB" else "YCbCr")
     else:
+        frame = find_jpeg_frame(data) if data.startswith(b"\xff\xd8") else None
+        if frame is not None and frame.marker in SEQUENTIAL_OR_PROGRESSIVE and frame.bits == 8:
+            return decode_jpeg(data, "RGB" if layout.colours == "RGB" else "YCbCr")
+        if frame is not None and frame.bits > 16:  # GDCM would crash
+            raise damaged_error("DICOM")
         return _decode_by_gdcm(layout, data)
     return _to_rgb(stored, layout.colours) if stored.ndim == 3 else stored
-
-
-def _is_everyday_jpeg(data: bytes) -> bool:
-    """Whether libjpeg reads it: sequential or progressive, of 8 bits."""
-    frame = find_jpeg_frame(data) if data.startswith(b"\xff\xd8") else None
-    return frame is not None and frame.marker in (0xC0, 0xC1, 0xC2) and frame.bits == 8
 
 
 def _decode_native(layout: _Layout, data: bytes) -> Raw:
@@ -507,8 +509,8 @@ def _decode_native(layout: _Layout, data: bytes) -> Raw:
         return np.dstack([luma, chroma])
     if layout.samples == 1:
         # bits above and below those that count belong to overlays
-        values = np.left_shift(values, allocated - 1 - high)
-        return np.right_shift(values, allocated - stored).reshape(layout.rows, layout.columns)
+        shifted = np.right_shift(np.left_shift(values, allocated - 1 - high), allocated - stored)
+        return np.asarray(shifted).reshape(layout.rows, layout.columns)
     if layout.by_plane:
         planes = values.reshape(layout.samples, layout.rows, layout.columns)
         return np.moveaxis(planes, 0, 2)
@@ -517,23 +519,22 @@ def _decode_native(layout: _Layout, data: bytes) -> Raw:
 
 def _decode_rle(layout: _Layout, data: bytes) -> Raw:
     from pydicom.encaps import encapsulate  # noqa: PLC0415
-    from pydicom.pixels.decoders import RLELosslessDecoder  # noqa: PLC0415
+    from pydicom.pixels.decoders.base import get_decoder  # noqa: PLC0415
 
-    pixels, _ = RLELosslessDecoder.as_array(
-        encapsulate([data]),
-        index=0,
-        raw=True,
-        decoding_plugin="pydicom",
-        rows=layout.rows,
-        columns=layout.columns,
-        number_of_frames=1,
-        samples_per_pixel=layout.samples,
-        bits_allocated=layout.bits[0],
-        bits_stored=layout.bits[0],
-        pixel_representation=int(layout.is_signed),
-        photometric_interpretation="RGB" if layout.samples == 3 else "MONOCHROME2",
-        planar_configuration=0,
-        pixel_keyword="PixelData",
+    options: dict[str, Any] = {
+        "rows": layout.rows,
+        "columns": layout.columns,
+        "number_of_frames": 1,
+        "samples_per_pixel": layout.samples,
+        "bits_allocated": layout.bits[0],
+        "bits_stored": layout.bits[0],
+        "pixel_representation": int(layout.is_signed),
+        "photometric_interpretation": "RGB" if layout.samples == 3 else "MONOCHROME2",
+        "planar_configuration": 0,
+        "pixel_keyword": "PixelData",
+    }
+    pixels, _ = get_decoder(_RLE).as_array(
+        encapsulate([data]), index=0, raw=True, decoding_plugin="pydicom", **options
     )
     return np.asarray(pixels)
 
@@ -569,7 +570,7 @@ def _decode_by_gdcm(layout: _Layout, data: bytes) -> Raw:
         messages.seek(0)
         if messages.read(1):
             raise damaged_error("DICOM")
-    return np.asarray(np.squeeze(simpleitk.GetArrayFromImage(image), axis=0))
+    return np.asarray(simpleitk.GetArrayFromImage(image))[0]
 
 
 def _about_pixels(layout: _Layout) -> dict[int, bytes]:
@@ -651,7 +652,7 @@ def _read_palette(header: _Header) -> Callable[[Raw], Raw]:
     """
     names = [f"{colour}PaletteColorLookupTable" for colour in ("Red", "Green", "Blue")]
     if any(f"Segmented{name}Data" in header.elements for name in names):
-        from pydicom.pixels import apply_color_lut  # noqa: PLC0415
+        from pydicom.pixels.processing import apply_color_lut  # noqa: PLC0415
 
         return lambda numbers: _as_bytes(apply_color_lut(numbers, header.elements))
     is_signed = header.integer("PixelRepresentation") == 1

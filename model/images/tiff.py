@@ -30,6 +30,7 @@ from model.images.limits import (
     check_bytes,
     check_size,
     damaged_error,
+    turn_upright,
 )
 
 logging.getLogger("tifffile").setLevel(logging.CRITICAL + 1)  # its guesses are checked here
@@ -203,7 +204,7 @@ def _read_page(tiff: TiffFile, page: TiffPage, shift: int) -> Raw:
         pixels = pixels[..., 0]
     if padding.any():
         pixels = np.ma.MaskedArray(pixels, np.broadcast_to(padding.T, pixels.T.shape).T)
-    return _upright(pixels, _orientation(page))
+    return turn_upright(pixels, _orientation(page))
 
 
 def _photometric(page: TiffPage) -> int:
@@ -313,13 +314,6 @@ def _scaled(pixels: Raw, bits: int) -> Raw:
     if pixels.dtype == np.uint16 and bits < 16:
         return np.asarray(pixels << (16 - bits))
     return pixels.astype(np.float32) if pixels.dtype == np.float16 else pixels
-
-
-def _upright(pixels: Raw, orientation: int) -> Raw:
-    """The picture as viewers show it, by the numbers of the tag: 6 is turned clockwise."""
-    pixels = pixels.swapaxes(0, 1) if orientation > 4 else pixels
-    pixels = pixels[:, ::-1] if orientation in (2, 3, 6, 7) else pixels
-    return pixels[::-1] if orientation in (3, 4, 7, 8) else pixels
 
 
 # ---- Strips and tiles

@@ -77,7 +77,7 @@ def open_volume(path: Path, kind: str) -> ImageFile:
     may_be_channels = channels == 1 and len(lengths) > 2 and lengths[0] in (1, 3, 4)
     x_axis = 1 if may_be_channels and min(lengths[1:3]) >= MIN_SIDE else 0
     stacked = [axis for axis in range(x_axis + 2, len(lengths)) if lengths[axis] > 1]
-    geometry, warnings, itk_accepts = _read_geometry(header, x_axis)
+    geometry, warnings, itk_accepts = read_geometry(header, x_axis)
     pixel_bytes = channels * value.GetSizeOfPixelComponent()
     volume = _Volume(path, kind, lengths, channels, pixel_bytes, x_axis, stacked, itk_accepts)
     volume.check()
@@ -209,7 +209,7 @@ def _find_padding(frame: Raw) -> npt.NDArray[np.bool_] | None:
 # ---- Geometry
 
 
-def _read_geometry(header: Any, x_axis: int) -> tuple[Geometry, tuple[str, ...], bool]:
+def read_geometry(header: Any, x_axis: int = 0) -> tuple[Geometry, tuple[str, ...], bool]:
     """The geometry, warnings about it, and whether ITK reads pixels with such a geometry.
 
     Args:
