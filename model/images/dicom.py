@@ -165,8 +165,8 @@ class _Header:
         group, number, kind = struct.unpack_from(self.order + "HH2s", head)
         ends = [
             element.value_tell + element.length
-            for element in map(self.elements.get_item, self.elements.keys())
-            if isinstance(element, RawDataElement)
+            for tag in self.elements.keys()
+            if isinstance(element := self.elements.get_item(tag), RawDataElement)
         ]
         self.is_whole = max(ends, default=0) == self.end
         if group << 16 | number != _PIXEL_DATA:
@@ -548,7 +548,8 @@ def _to_rgb(pixels: Raw, colours: str) -> Raw:
     if "PARTIAL" in colours:
         y, blue, red = (y - 16) * 255 / 219, blue * 255 / 224, red * 255 / 224
     rgb = y + 1.402 * red, y - 0.344136 * blue - 0.714136 * red, y + 1.772 * blue
-    return np.clip(np.rint(np.dstack(rgb)), 0, 255).astype(np.uint8)
+    rounded: Raw = np.clip(np.rint(np.dstack(rgb)), 0, 255).astype(np.uint8)
+    return rounded
 
 
 def _decode_by_gdcm(layout: _Layout, data: bytes) -> Raw:
@@ -570,7 +571,8 @@ def _decode_by_gdcm(layout: _Layout, data: bytes) -> Raw:
         messages.seek(0)
         if messages.read(1):
             raise damaged_error("DICOM")
-    return np.asarray(simpleitk.GetArrayFromImage(image))[0]
+    pixels: Raw = simpleitk.GetArrayFromImage(image)[0]
+    return pixels
 
 
 def _about_pixels(layout: _Layout) -> dict[int, bytes]:
