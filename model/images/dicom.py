@@ -165,8 +165,8 @@ class _Header:
         group, number, kind = struct.unpack_from(self.order + "HH2s", head)
         ends = [
             element.value_tell + element.length
-            for tag in self.elements.keys()
-            if isinstance(element := self.elements.get_item(tag), RawDataElement)
+            for element in self.elements.values()
+            if isinstance(element, RawDataElement)
         ]
         self.is_whole = max(ends, default=0) == self.end
         if group << 16 | number != _PIXEL_DATA:
@@ -248,7 +248,7 @@ def _open_data(path: Path) -> Iterator[tuple[BinaryIO, int, str, int]]:
             return
         file.seek(start)
         try:
-            data = zlib.decompressobj(wbits=-15).decompress(file.read(MAX_BYTES), MAX_BYTES)
+            data = zlib.decompressobj(wbits=-15).decompress(file.read(), MAX_BYTES)
         except zlib.error as error:
             raise damaged_error("DICOM") from error
         yield io.BytesIO(data), len(data), syntax, 0
