@@ -59,7 +59,8 @@ class CaseEntry(_Strict):
     """An entry of results.json: one single image, or one frame of a stack or cine loop.
 
     frame counts from 0. pixel_aspect is the size of a pixel up to a factor if the file tells only
-    that; the angle is taken in pixels of that shape. Landmarks are (x, y), landmarks_px with integers at pixel centres.
+    that; the angle is taken in pixels of that shape. Landmarks are (x, y), landmarks_px with
+    integers at pixel centres.
     expected_error_* and expected_aop_error_deg are mean errors to expect. aop_interval_deg should
     hold the true angle nine times in ten. view_score says how much the image looks like the view
     that the model is for. These fields are None if the model is not calibrated, and the interval
@@ -115,11 +116,18 @@ class Loop(_Strict):
     doubtful_frames: int
 
 
+class LeftOut(_Strict):
+    """Files of one suffix that are no images: how many, and the first one's path."""
+
+    count: int
+    first: str
+
+
 class RunSummary(_Strict):
     """The head of results.json: model, settings and counts.
 
     shard: "K/N" for the results of one part. missing: after --merge, the parts and files that have
-    no entry.
+    no entry. left_out: by suffix, the files of the whole input folder that are no images.
     """
 
     model: str
@@ -129,6 +137,7 @@ class RunSummary(_Strict):
     settings: dict[str, str | bool | float | None]
     shard: str | None = None
     missing: list[str] = []
+    left_out: dict[str, LeftOut] = {}
     answered: int
     failed: int
     doubtful: int
