@@ -28,7 +28,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from model.images.source import to_grey
+from model.images.grey import to_grey
 from training.evaluation.predict import torch_predictor
 from training.learning.checkpoint import Checkpoint, CheckpointError, load_weights
 

@@ -1,35 +1,38 @@
 """DICOM: one image, or a loop whose frames are read one at a time.
 
-SimpleITK reads DICOM with GDCM, which unpacks all frames of a file at once and does not pass on the
-pixel size that an ultrasound machine writes. So the header is read here, and GDCM gets a small file
-for each frame, with only those elements that describe pixels. A loop then takes the memory of one
-frame, a damaged frame costs no other, and nothing that names a patient goes any further.
+pydicom reads the header up to the pixels. Where the frames lie in the file is found here, because
+a damaged file must still give its whole frames. Each is decoded by what reads it right: numpy,
+jpeg.py, pydicom's RLE, and GDCM within SimpleITK for the lossless kinds of JPEG. Nothing that names
+a patient goes any further.
 
 Values are as stored, after RescaleSlope and RescaleIntercept. WindowCenter is ignored: it says what
 a viewer showed, and may cut values off.
 """
 
-from __future__ import annotations
-
 import io
+import logging
 import math
+import os
 import re
 import struct
 import zlib
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
-from functools import cached_property
-from itertools import takewhile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import BinaryIO, NamedTuple
+from tempfile import TemporaryDirectory, TemporaryFile
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
+import pydicom
+from pydicom.datadict import dictionary_VR, tag_for_keyword
+from pydicom.dataelem import RawDataElement
+from pydicom.filereader import read_dataset
 
 from model.anatomy import Floats
-from model.frame import Pair
-from model.images.formats import find_jpeg_frame
+from model.frame import Geometry, Pair
+from model.images.jpeg import SEQUENTIAL_OR_PROGRESSIVE, decode_jpeg, find_jpeg_frame
 from model.images.limits import (
     MAX_BYTES,
     MAX_FRAMES,
@@ -37,475 +40,188 @@ from model.images.limits import (
     ImageFile,
     Raw,
     check_bytes,
+    check_channels,
+    check_size,
     damaged_error,
     is_pixel_size,
-    unreadable_error,
 )
+from model.images.volumes import import_simpleitk, read_geometry
+
+pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
+logging.getLogger("pydicom").setLevel(logging.CRITICAL + 1)
 
 # ---- Transfer syntaxes: how a file is encoded (PS3.5, annex A)
 
-_SYNTAX_ROOT = "1.2.840.10008.1.2"
-_DEFLATED = _SYNTAX_ROOT + ".1.99"
-_RLE = _SYNTAX_ROOT + ".5"
-_JPEG = {_SYNTAX_ROOT + f".4.{k}" for k in (50, 51, 57, 70, 80, 81, 90, 91)}
+_ROOT = "1.2.840.10008.1.2"
+_EXPLICIT, _DEFLATED, _RLE = _ROOT + ".1", _ROOT + ".1.99", _ROOT + ".5"
+_NATIVE = {_ROOT, _EXPLICIT, _ROOT + ".2", _DEFLATED, ""}  # "": the file has no header
+_JPEG = {_ROOT + f".4.{k}" for k in (50, 51, 57, 70, 80, 81, 90, 91)}
 _UNREADABLE_SYNTAXES = {  # the start of the rest of their UIDs -> their name
     ".4.10": "video",
     ".4.11": "JPEG XL",
     ".4.20": "High-Throughput JPEG 2000",
-    ".5": "RLE of colours with more than 8 bits",
 }
 
-# ---- Data elements by their keyword (PS3.6)
+_PIXEL_DATA, _FIRST_OF_PIXELS = 0x7FE00010, 0x7FE00008  # the latter: pixels that are floats
+_UNDEFINED_LENGTH = 0xFFFFFFFF  # of an element that goes on until an end mark
+_ITEM = 0xE000FFFE  # as it is read in little endian
+_LONG_TYPES = b"OB OD OF OL OV OW SQ SV UC UN UR UT UV".split()  # with a length of 4 bytes
 
-_TRANSFER_SYNTAX_UID = 0x00020010
-_SOP_CLASS_UID = 0x00080016  # the kind of image
-_INSTANCE_NUMBER = 0x00200013
-_IMAGE_POSITION, _IMAGE_ORIENTATION = 0x00200032, 0x00200037
-
-_SAMPLES_PER_PIXEL, _PHOTOMETRIC_INTERPRETATION = 0x00280002, 0x00280004
-_PLANAR_CONFIGURATION, _NUMBER_OF_FRAMES = 0x00280006, 0x00280008
-_ROWS, _COLUMNS = 0x00280010, 0x00280011
-_BITS_ALLOCATED, _BITS_STORED, _HIGH_BIT = 0x00280100, 0x00280101, 0x00280102
-_PIXEL_REPRESENTATION = 0x00280103  # signed or not
-_RESCALE_INTERCEPT, _RESCALE_SLOPE = 0x00281052, 0x00281053
-_PALETTE_DESCRIPTORS = 0x00281101, 0x00281102, 0x00281103  # red, green, blue
-_PALETTES = 0x00281201, 0x00281202, 0x00281203
-_PIXEL_DATA = 0x7FE00010
-
-_SLICE_THICKNESS, _SPACING_BETWEEN_SLICES = 0x00180050, 0x00180088
-_IMAGER_PIXEL_SPACING, _NOMINAL_SCANNED_PIXEL_SPACING = 0x00181164, 0x00182010
-_PIXEL_SPACING, _PIXEL_ASPECT_RATIO = 0x00280030, 0x00280034
-_SHARED_GROUPS, _PER_FRAME_GROUPS, _PIXEL_MEASURES = 0x52009229, 0x52009230, 0x00289110
-_ULTRASOUND_REGIONS = 0x00186011
-_REGION_UNITS, _REGION_DELTAS = (0x00186024, 0x00186026), (0x0018602C, 0x0018602E)  # x, y
-_CENTIMETRES = 3  # among _REGION_UNITS
-
-# What GDCM is told: what the pixels mean, and, apart from that, where they lie.
-_ABOUT_PIXELS = {
-    *(_SOP_CLASS_UID, _SAMPLES_PER_PIXEL, _PHOTOMETRIC_INTERPRETATION, _PLANAR_CONFIGURATION),
-    *(_ROWS, _COLUMNS, _BITS_ALLOCATED, _BITS_STORED, _HIGH_BIT, _PIXEL_REPRESENTATION),
-    *(_RESCALE_INTERCEPT, _RESCALE_SLOPE, *_PALETTE_DESCRIPTORS, *_PALETTES),
-}
-_ABOUT_PLACE = {
-    *(_SLICE_THICKNESS, _SPACING_BETWEEN_SLICES, _IMAGER_PIXEL_SPACING),
-    *(_NOMINAL_SCANNED_PIXEL_SPACING, _PIXEL_SPACING, _PIXEL_ASPECT_RATIO),
-    *(_IMAGE_POSITION, _IMAGE_ORIENTATION),
-}
-_MAX_COPIED_BYTES = 2**18  # of an element; more than the longest palette
-_MAX_VALUE_BYTES = 2**17  # of a value that is read: the longest palette
-
-
-# ---- Opening a file
-
-
-def open_dicom(path: Path, open_frame: Callable[[Path], ImageFile]) -> ImageFile:
-    """A DICOM file of one frame or several.
-
-    Args:
-        open_frame: opens a file of one frame, or of a header only.
-    """
-    try:
-        with open_data_set(path) as (syntax, data):
-            _check_readable(syntax, data)
-            count = max(1, int(_first_number(data, _NUMBER_OF_FRAMES, 1)))
-            frames = _find_frames(path, syntax, data, count)
-            spacing_mm, warnings = _read_spacing_mm(data)
-            instance_number = _first_number(data, _INSTANCE_NUMBER, math.inf)
-    except RecursionError as error:  # sequences in sequences in sequences
-        raise damaged_error("DICOM") from error
-    with frames.header_file() as file:
-        header = open_frame(file)
-
-    def read(k: int) -> Raw:
-        try:
-            with frames.frame_file(k) as file:
-                frame = open_frame(file)
-                if frame.size != header.size:  # a JPEG of another size than the header's
-                    raise damaged_error("DICOM")
-                return frame.open()(0)
-        except OSError as error:  # the file is gone, or the disk has no room for the frame's
-            raise unreadable_error(error) from error
-
-    geometry = replace(header.geometry, spacing_mm=spacing_mm)
-    return ImageFile(
-        count, header.size, lambda: read, geometry, count > 1, warnings, instance_number
-    )
-
-
-def _check_readable(syntax: str, data: DataSet) -> None:
-    """
-    Raises:
-        ImageError: there are no pixels, or GDCM cannot decode the transfer syntax.
-    """
-    if _PIXEL_DATA not in data.elements:
-        if data.is_whole:
-            raise ImageError(
-                "the DICOM file holds no pixels: it is not an image, or it was cut off"
-            )
-        raise damaged_error("DICOM")
-    samples, bits = (data.number(tag) or 0 for tag in (_SAMPLES_PER_PIXEL, _BITS_ALLOCATED))
-    is_known = syntax in {"", _DEFLATED, _RLE, *_JPEG, *_NATIVE_SYNTAXES.values()}  # "": no header
-    is_deep_rle = syntax == _RLE and samples > 1 and bits > 8  # whose bytes GDCM mixes up
-    if is_known and not is_deep_rle:
-        return
-    # A damaged header may have anything in this place, such as a patient's name.
-    is_uid = re.fullmatch(re.escape(_SYNTAX_ROOT) + r"(\.\d{1,3}){1,3}", syntax)
-    names = (
-        f" ({name})"
-        for start, name in _UNREADABLE_SYNTAXES.items()
-        if syntax.startswith(_SYNTAX_ROOT + start)
-    )
-    raise ImageError(
-        f"the transfer syntax {syntax if is_uid else 'of the file'}{next(names, '')} cannot be "
-        "read: save the file without compression, as gdcmconv --raw or dcmdjpeg do, or its frames "
-        "as .png"
-    )
-
-
-def _first_number(data: DataSet, tag: int, default: float) -> float:
-    """The first number of a value; the default if that is missing or not finite."""
-    values = data.decimals(tag)
-    return values[0] if values and math.isfinite(values[0]) else default
-
-
-# ---- The size of a pixel
-
-
-def _read_spacing_mm(data: DataSet) -> tuple[Pair | None, tuple[str, ...]]:
-    """mm per px along x and y, or None if the file does not tell them; and warnings.
-
-    PixelSpacing comes first; it gives y before x. If it is missing, or 1 x 1 because its writer
-    knew nothing better, the ultrasound regions decide. ImagerPixelSpacing and
-    NominalScannedPixelSpacing do not count: they are lengths on a detector and on film, not in the
-    body. Warnings do not repeat an impossible value: in a damaged header it can be anything.
-    """
-    written = next((part.decimals(_PIXEL_SPACING) for part in _pixel_measures(data)), [])
-    regions = data.items(_ULTRASOUND_REGIONS)
-    sizes = np.array([size for region in regions for size in _region_pixel_mm(region)])
-    if written and not (written == [1, 1] and len(sizes)):
-        if len(written) != 2 or not is_pixel_size(written):
-            return None, ("the header's PixelSpacing is impossible: lengths are given in px only",)
-        return (written[1], written[0]), ()
-    if not len(sizes):
-        return None, ()
-    if (sizes.max(0) > 1.001 * sizes.min(0)).any():
-        return None, (
-            "the header's ultrasound regions differ in pixel size: lengths are given in px only",
-        )
-    return (float(sizes[0, 0]), float(sizes[0, 1])), ()
-
-
-def _pixel_measures(data: DataSet) -> Iterator[DataSet]:
-    """The data sets with a PixelSpacing: the file's own, the one for all frames, the first's."""
-    groups = [group for tag in (_SHARED_GROUPS, _PER_FRAME_GROUPS) for group in data.items(tag)[:1]]
-    for part in (data, *(part for group in groups for part in group.items(_PIXEL_MEASURES))):
-        if part.text(_PIXEL_SPACING):
-            yield part
-
-
-def _region_pixel_mm(region: DataSet) -> list[Floats]:
-    """[(x, y)] of a pixel in an ultrasound region; [] if the region is not measured in cm."""
-    size_mm = 10 * np.abs([region.number(tag, "d") or 0 for tag in _REGION_DELTAS])
-    in_cm = all(region.number(tag) == _CENTIMETRES for tag in _REGION_UNITS)
-    return [size_mm] if in_cm and is_pixel_size(size_mm) else []
-
-
-# ---- The frames, each as a file for GDCM
+_ABOUT_PLACE = (
+    *("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "PixelAspectRatio"),
+    *("SliceThickness", "SpacingBetweenSlices", "ImagerPixelSpacing"),
+    "NominalScannedPixelSpacing",
+)
+_MAX_TEXT_BYTES = 2**10  # of a value about the place
+_TISSUE, _FLAT, _CENTIMETRES = 1, 1, 3  # a region's data type, spatial format and units
+_MOST_OBLONG = 20.0  # a pixel's sides differ by less, or the header is damaged
 
 Span = tuple[int, int]  # offsets in the file: of the first byte, and of the one after the last
 
 
-@dataclass(frozen=True)
-class _Frames:
-    """Where the frames of a file lie, and what GDCM has to know of them.
-
-    Args:
-        syntax: the UID of the transfer syntax.
-        native_syntax: the UID of the uncompressed syntax with the same encoding.
-        byte_order: in the notation of struct.
-        about_pixels: the elements that GDCM needs for a frame, as they are written.
-        about_all: these, and those that say where the pixels lie.
-        pixel_data_head: the PixelData element up to its length.
-        spans: for each frame its pieces, several if it is compressed; a damaged file has too few.
-    """
-
-    path: Path
-    syntax: str
-    native_syntax: str
-    byte_order: str
-    about_pixels: bytes
-    about_all: bytes
-    pixel_data_head: bytes
-    spans: list[list[Span]]
-
-    def header_file(self) -> AbstractContextManager[Path]:
-        """A file that describes the pixels and their place, and has none."""
-        return _write_dicom(self.native_syntax, self.about_all + self._pixel_data(0))
-
-    def frame_file(self, k: int) -> AbstractContextManager[Path]:
-        """A file of the k-th frame. It does not say where the frame lies: GDCM might refuse that.
-
-        Raises:
-            ImageError: the frame is cut off, too large, or would crash GDCM.
-        """
-        spans = self.spans[k] if k < len(self.spans) else []
-        with open_data_set(self.path) as (_, data):
-            if not spans or spans[-1][1] > data.end:
-                raise damaged_error("DICOM")
-            check_bytes(sum(end - start for start, end in spans))
-            pixels = b"".join(data.read(start, end) for start, end in spans)
-        if _would_crash_gdcm(self.syntax, pixels):
-            raise damaged_error("DICOM")
-        pixels += b"\0" * (len(pixels) % 2)
-        if self.syntax == self.native_syntax:
-            content = self._pixel_data(len(pixels)) + pixels
-        else:
-            fragments = _pack_item(0xE000) + _pack_item(0xE000, pixels) + _pack_item(0xE0DD)
-            content = self._pixel_data(_UNDEFINED_LENGTH) + fragments
-        return _write_dicom(self.syntax, self.about_pixels + content)
-
-    def _pixel_data(self, length: int) -> bytes:
-        return self.pixel_data_head + struct.pack(self.byte_order + "I", length)
-
-
-def _pack_item(number: int, value: bytes = b"") -> bytes:
-    return struct.pack("<HHI", 0xFFFE, number, len(value)) + value
-
-
-@contextmanager
-def _write_dicom(syntax: str, data_set: bytes) -> Iterator[Path]:
-    """A temporary file of a data set, with the header that names its syntax."""
-    uid = syntax.encode() + b"\0" * (len(syntax) % 2)
-    with TemporaryDirectory() as folder:
-        path = Path(folder) / "a.dcm"
-        head = bytes(128) + b"DICM" + struct.pack("<HH2sH", 2, 0x10, b"UI", len(uid)) + uid
-        path.write_bytes(head + data_set)
-        yield path
-
-
-def _would_crash_gdcm(syntax: str, frame: bytes) -> bool:
-    """Whether the frame is RLE without segments, or JPEG with more than 16 bits for a value."""
-    if syntax == _RLE:
-        return not any(frame[:4])
-    if syntax not in _JPEG or not frame.startswith(b"\xff\xd8"):
-        return False
-    at = find_jpeg_frame(frame)
-    return at is not None and frame[at + 4] > 16
-
-
-def _find_frames(path: Path, syntax: str, data: DataSet, count: int) -> _Frames:
-    """
-    Args:
-        data: the file's data set, with pixels.
-        count: the number of frames that it claims.
+def open_dicom(path: Path) -> ImageFile:
+    """A DICOM file of one frame or several.
 
     Raises:
-        ImageError: there cannot be that many, or they are compressed in an unknown way.
+        ImageError, OSError: it cannot be used.
     """
-    pixels, native_syntax = data.elements[_PIXEL_DATA], _NATIVE_SYNTAXES.get(data.encoding)
-    is_compressed = pixels.length == _UNDEFINED_LENGTH
-    if count > pixels.end - pixels.value_start or native_syntax is None:
-        raise damaged_error("DICOM")
-    if is_compressed and syntax not in {_RLE, *_JPEG}:
-        raise damaged_error("DICOM")
-    return _Frames(
-        path,
-        syntax if is_compressed else native_syntax,
-        native_syntax,
-        data.encoding.byte_order,
-        data.copy(_ABOUT_PIXELS),
-        data.copy(_ABOUT_PIXELS | _ABOUT_PLACE),
-        data.read(pixels.start, pixels.value_start - 4),
-        _compressed_spans(data, count) if is_compressed else _native_spans(data, count),
+    try:
+        return _open(path)
+    except (ImageError, OSError):
+        raise
+    except Exception as error:  # pydicom raises anything at damaged values
+        raise damaged_error("DICOM") from error
+
+
+def _open(path: Path) -> ImageFile:
+    with _open_header(path) as header:
+        _check_readable(header)
+        layout = _read_layout(header)
+        spans = _find_spans(header, layout)
+        spacing_mm, aspect, warnings = _read_pixel_size(header)
+        number = header.decimals("InstanceNumber")
+        world = _read_world(header, layout)
+        palette = _read_palette(header) if layout.colours == "PALETTE COLOR" else None
+    size = layout.columns, layout.rows
+
+    def read(k: int) -> Raw:
+        if k >= len(spans) or not spans[k]:
+            raise damaged_error("DICOM")
+        check_bytes(sum(end - start for start, end in spans[k]))
+        try:
+            with _open_data(path) as (file, end, _, _):
+                if spans[k][-1][1] > end:
+                    raise damaged_error("DICOM")
+                data = b"".join(_read_span(file, span) for span in spans[k])
+            stored = _decode(layout, data)
+            if stored.shape[:2] != (layout.rows, layout.columns):  # as a JPEG's header may say
+                raise damaged_error("DICOM")
+            return _to_pixels(layout, stored, palette)
+        except (ImageError, OSError):
+            raise
+        except Exception as error:  # decoders raise anything at damaged data
+            raise damaged_error("DICOM") from error
+
+    return ImageFile(
+        layout.frames,
+        size,
+        read,
+        needed=layout.frame_bytes,
+        geometry=replace(world, spacing_mm=spacing_mm, aspect=aspect),
+        along_z=layout.frames > 1,
+        warnings=warnings,
+        instance_number=number[0] if number and math.isfinite(number[0]) else math.inf,
     )
 
 
-def _native_spans(data: DataSet, count: int) -> list[list[Span]]:
-    """The spans of uncompressed frames: equally long, one behind the other."""
-    rows, columns, samples, bits = (
-        int(data.number(tag) or 0) for tag in (_ROWS, _COLUMNS, _SAMPLES_PER_PIXEL, _BITS_ALLOCATED)
-    )
-    if data.text(_PHOTOMETRIC_INTERPRETATION).endswith("_422"):  # two pixels share their colour
-        samples = 2
-    first = data.elements[_PIXEL_DATA].value_start
-    length = rows * columns * samples * bits // 8
-    starts = (first + k * length for k in range(min(count, MAX_FRAMES)))
-    return [[(start, start + length)] for start in starts if length]
+# ---- The header
 
 
-def _compressed_spans(data: DataSet, count: int) -> list[list[Span]]:
-    """The fragments of each frame (PS3.5, A.4)."""
-    fragments = [(item.start, item.end) for item in data.items(_PIXEL_DATA)[1:]]
-    first_ones = set(fragments[:1] if count == 1 else _first_fragments(data, fragments, count))
-    frames: list[list[Span]] = []
-    for fragment in fragments:
-        if fragment in first_ones or not frames:
-            frames.append([])
-        frames[-1].append(fragment)
-    return frames
-
-
-def _first_fragments(data: DataSet, fragments: list[Span], count: int) -> list[Span]:
-    """The first fragment of each frame.
-
-    The table of offsets says which ones they are. If it is missing or wrong, they are the fragments
-    that begin as a JPEG stream does.
-    """
-    if len(fragments) == count or not fragments:
-        return fragments
-    table = data.items(_PIXEL_DATA)[0]
-    packed = data.read(table.start, min(table.end, table.start + 4 * count))
-    offsets = struct.iter_unpack("<I", packed[: len(packed) & ~3])
-    starts = {fragments[0][0] + offset for (offset,) in offsets}
-    in_table = [fragment for fragment in fragments if fragment[0] in starts]
-    if len(in_table) == count:
-        return in_table
-    jpeg_starts = b"\xff\xd8", b"\xff\x4f"  # of JPEG and JPEG-LS; of JPEG 2000
-    return [part for part in fragments if data.read(part[0], part[0] + 2) in jpeg_starts] or (
-        fragments
-    )
-
-
-# ---- The data elements (PS3.5, section 7); a value is read when it is asked for
-
-_UNDEFINED_LENGTH = 0xFFFFFFFF  # of an element that goes on until an end mark
-_ITEM, _END_MARKS = 0xFFFEE000, (0xFFFEE00D, 0xFFFEE0DD)
-_LONG_TYPES = b"OB OD OF OL OV OW SQ SV UC UN UR UT UV".split()  # with a length of 4 bytes
-
-
-class Encoding(NamedTuple):
-    """How elements are written.
+class _Header:
+    """The elements of a file up to its pixels, and where those lie.
 
     Args:
-        is_explicit: whether each element names the type of its value.
-        byte_order: in the notation of struct.
+        syntax: the UID of the transfer syntax, "" without one.
+        pixels: offsets of the value of PixelData; None if the file has none.
+        is_packed: whether the pixels are compressed, in fragments.
     """
 
-    is_explicit: bool
-    byte_order: str
-
-
-_LITTLE_ENDIAN, _IMPLICIT = Encoding(True, "<"), Encoding(False, "<")
-_NATIVE_SYNTAXES = {  # encoding -> the UID of the syntax without compression
-    _IMPLICIT: _SYNTAX_ROOT,
-    _LITTLE_ENDIAN: _SYNTAX_ROOT + ".1",
-    Encoding(True, ">"): _SYNTAX_ROOT + ".2",
-}
-
-
-class Element(NamedTuple):
-    """Where an element lies: offsets in the file of itself, of its value, and of what follows.
-
-    Args:
-        encoding: that of the elements inside it.
-        length: as written; `_UNDEFINED_LENGTH` if an end mark ends it.
-    """
-
-    tag: int
-    start: int
-    value_start: int
-    end: int
-    encoding: Encoding
-    length: int
-
-
-class DataSet:
-    """The elements between two offsets of a file, by tag.
-
-    The last element may be cut off: its value is then shorter than its length says.
-    """
-
-    def __init__(self, file: BinaryIO, start: int, end: int, encoding: Encoding) -> None:
-        self.file, self.start, self.end, self.encoding = file, start, end, encoding
-
-    @cached_property
-    def elements(self) -> dict[int, Element]:
-        elements = {}
-        for element in _walk_elements(self.file, self.start, self.end, self.encoding):
-            elements[element.tag] = element
-            if element.tag == _PIXEL_DATA:  # what follows is of no use
-                break
-        return elements
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether it ends with its last element."""
-        return max((element.end for element in self.elements.values()), default=0) == self.end
-
-    def read(self, start: int, end: int) -> bytes:
-        """The bytes between two offsets in the file."""
-        self.file.seek(start)
-        return self.file.read(end - start)
-
-    def copy(self, tags: Iterable[int]) -> bytes:
-        """The elements of these tags as they are written, each up to `_MAX_COPIED_BYTES`."""
-        elements = (self.elements[tag] for tag in sorted(tags) if tag in self.elements)
-        return b"".join(
-            self.read(element.start, min(element.end, element.start + _MAX_COPIED_BYTES))
-            for element in elements
+    def __init__(self, file: BinaryIO, end: int, syntax: str, start: int) -> None:
+        self.file, self.end, self.syntax = file, end, syntax
+        file.seek(start)
+        head = file.read(6)
+        # what the header says of its encoding can be wrong or missing
+        is_explicit = re.fullmatch(b"[A-Z]{2}", head[4:]) is not None
+        self.order = ">" if is_explicit and head[:1] == b"\0" else "<"
+        file.seek(start)
+        self.elements = read_dataset(
+            file, not is_explicit, self.order == "<", stop_when=_is_behind_header
         )
+        self.pixels, self.is_packed = self._find_pixels(file.tell(), is_explicit)
 
-    def value(self, tag: int) -> bytes:
-        """The value up to `_MAX_VALUE_BYTES`; b"" if there is none."""
-        element = self.elements.get(tag)
-        if element is None:
-            return b""
-        end = min(element.end, element.value_start + _MAX_VALUE_BYTES)
-        return self.read(element.value_start, end)
+    def _find_pixels(self, at: int, is_explicit: bool) -> tuple[Span | None, bool]:
+        self.file.seek(at)
+        head = self.file.read(12).ljust(12, b"\0")
+        group, number, kind = struct.unpack_from(self.order + "HH2s", head)
+        ends = [
+            element.value_tell + element.length
+            for element in self.elements.values()
+            if isinstance(element, RawDataElement)
+        ]
+        self.is_whole = max(ends, default=0) == self.end
+        if group << 16 | number != _PIXEL_DATA:
+            return None, False
+        is_long = is_explicit and kind in _LONG_TYPES
+        value_start = at + (12 if is_long else 8)
+        code, place = ("H", 6) if is_explicit and not is_long else ("I", 8 if is_long else 4)
+        (length,) = struct.unpack_from(self.order + code, head, place)
+        if length == _UNDEFINED_LENGTH:
+            return (value_start, self.end), True
+        return (value_start, value_start + length), False
 
-    def text(self, tag: int) -> str:
+    def value(self, keyword: str, within: pydicom.Dataset | None = None) -> bytes:
+        """The value as it is written; b"" without one."""
+        element = (self.elements if within is None else within).get_item(keyword)
+        value = element.value if isinstance(element, RawDataElement) else None
+        return value if isinstance(value, bytes) else b""
+
+    def text(self, keyword: str) -> str:
         """The value as text without padding."""
-        return self.value(tag).decode("latin-1").strip(" \0")
+        return self.value(keyword).decode("latin-1").strip(" \0")
 
-    def decimals(self, tag: int) -> list[float]:
+    def decimals(self, keyword: str, within: pydicom.Dataset | None = None) -> list[float]:
         """The numbers of a value that is text; NaN for parts that are not numbers."""
-        text = self.text(tag)
+        text = self.value(keyword, within).decode("latin-1").strip(" \0")
         return [_parse_decimal(part) for part in text.split("\\")] if text else []
 
-    def number(self, tag: int, kind: str = "H") -> float | None:
-        """A binary value of one of struct's kinds; None if it is missing or of another length."""
-        value = self.value(tag)
-        if len(value) != struct.calcsize("=" + kind):
-            return None
-        return float(struct.unpack(self.encoding.byte_order + kind, value)[0])
+    def numbers(
+        self, keyword: str, code: str = "H", within: pydicom.Dataset | None = None
+    ) -> list[Any]:
+        """The numbers of a binary value, of one of struct's kinds."""
+        value = self.value(keyword, within)
+        size = struct.calcsize("=" + code)
+        count = len(value) // size
+        return list(struct.unpack_from(f"{self.order}{count}{code}", value))
 
-    def items(self, tag: int) -> list[DataSet]:
-        """The items of a sequence, or the offset table and the fragments of compressed pixels."""
-        element = self.elements.get(tag)
-        if element is None:
-            return []
-        inside = _walk_elements(self.file, element.value_start, element.end, element.encoding)
-        items = takewhile(lambda part: part.tag == _ITEM, inside)
-        return [DataSet(self.file, item.value_start, item.end, item.encoding) for item in items]
+    def integer(self, keyword: str, default: int = 0, within: pydicom.Dataset | None = None) -> int:
+        """The first number of a binary value."""
+        return int(next(iter(self.numbers(keyword, within=within)), default))
 
-
-@contextmanager
-def open_data_set(path: Path) -> Iterator[tuple[str, DataSet]]:
-    """The UID of a file's transfer syntax, "" without one, and its data set.
-
-    Raises:
-        ImageError: the file cannot be uncompressed.
-        OSError: it cannot be read.
-    """
-    with path.open("rb") as file:
-        end = file.seek(0, io.SEEK_END)
-        file.seek(128)
-        header_start = data_start = 132 if file.read(4) == b"DICM" else 0
-        for element in _walk_elements(file, header_start, end, _LITTLE_ENDIAN):
-            if element.tag >> 16 != 2:  # the header's group
-                break
-            data_start = element.end
-        header = DataSet(file, header_start, data_start, _LITTLE_ENDIAN)
-        syntax = header.text(_TRANSFER_SYNTAX_UID)
-        file.seek(data_start)
-        if syntax != _DEFLATED:
-            yield syntax, DataSet(file, data_start, end, _guess_encoding(file.read(6)))
-            return
+    def items(self, keyword: str, within: pydicom.Dataset | None = None) -> list[pydicom.Dataset]:
+        """The items of a sequence; [] if it is missing or damaged."""
+        part = self.elements if within is None else within
         try:
-            data = zlib.decompressobj(wbits=-15).decompress(file.read(MAX_BYTES), MAX_BYTES)
-        except zlib.error as error:
-            raise damaged_error("DICOM") from error
-        yield syntax, DataSet(io.BytesIO(data), 0, len(data), _LITTLE_ENDIAN)
+            value = part[keyword].value if keyword in part else []
+            return list(value) if isinstance(value, pydicom.Sequence) else []
+        except RecursionError:
+            raise
+        except Exception:  # it is damaged, but the pixels may be whole
+            return []
+
+
+def _is_behind_header(tag: int, _type: str | None, _length: int) -> bool:
+    """Whether the header ends before this element: at the pixels, or where nothing was written."""
+    return tag >= _FIRST_OF_PIXELS or tag >> 16 == 0
 
 
 def _parse_decimal(text: str) -> float:
@@ -515,32 +231,546 @@ def _parse_decimal(text: str) -> float:
         return math.nan
 
 
-def _guess_encoding(head: bytes) -> Encoding:
-    """The encoding that the first 6 bytes show: what the header says can be wrong or missing."""
-    is_explicit = re.fullmatch(b"[A-Z]{2}", head[4:]) is not None
-    return Encoding(is_explicit, ">" if head[:1] == b"\0" else "<")
+@contextmanager
+def _open_data(path: Path) -> Iterator[tuple[BinaryIO, int, str, int]]:
+    """The file, unpacked if it is deflated; its length, transfer syntax and first element."""
+    with path.open("rb") as file:
+        end = file.seek(0, io.SEEK_END)
+        file.seek(128)
+        file.seek(132 if file.read(4) == b"DICM" else 0)
+        about = read_dataset(file, False, True, stop_when=lambda tag, *_: tag >> 16 != 2)
+        start = file.tell()
+        element = about.get_item("TransferSyntaxUID")
+        value = element.value if isinstance(element, RawDataElement) else b""
+        syntax = (value or b"").decode("latin-1").strip(" \0")
+        if syntax != _DEFLATED:
+            yield file, end, syntax, start
+            return
+        file.seek(start)
+        try:
+            data = zlib.decompressobj(wbits=-15).decompress(file.read(), MAX_BYTES)
+        except zlib.error as error:
+            raise damaged_error("DICOM") from error
+        yield io.BytesIO(data), len(data), syntax, 0
 
 
-def _walk_elements(file: BinaryIO, at: int, end: int, encoding: Encoding) -> Iterator[Element]:
-    """The elements from offset `at` to `end`, or to the mark that ends an item or a sequence."""
+@contextmanager
+def _open_header(path: Path) -> Iterator[_Header]:
+    with _open_data(path) as (file, end, syntax, start):
+        yield _Header(file, end, syntax, start)
+
+
+def _read_span(file: BinaryIO, span: Span) -> bytes:
+    file.seek(span[0])
+    return file.read(span[1] - span[0])
+
+
+def _check_readable(header: _Header) -> None:
+    """
+    Raises:
+        ImageError: there are no pixels, or they are encoded in a way that is not read.
+    """
+    if header.pixels is None:
+        if header.is_whole or header.elements.get("FloatPixelData"):
+            raise ImageError(
+                "the DICOM file holds no pixels: it is not an image, or it was cut off"
+            )
+        raise damaged_error("DICOM")
+    syntax = header.syntax
+    if syntax in {_RLE, *_JPEG, *_NATIVE}:
+        if header.is_packed and syntax in _NATIVE:
+            raise damaged_error("DICOM")
+        return
+    # A damaged header may have anything in this place, such as a patient's name.
+    is_uid = re.fullmatch(re.escape(_ROOT) + r"(\.\d{1,3}){1,3}", syntax)
+    names = (
+        f" ({name})"
+        for start, name in _UNREADABLE_SYNTAXES.items()
+        if syntax.startswith(_ROOT + start)
+    )
+    raise ImageError(
+        f"the transfer syntax {syntax if is_uid else 'of the file'}{next(names, '')} cannot be "
+        "read: save the file without compression, as gdcmconv --raw or dcmdjpeg do, or its frames "
+        "as .png"
+    )
+
+
+# ---- Where the frames lie
+
+
+class _Layout(NamedTuple):
+    """What a header says of the pixels of a frame.
+
+    Args:
+        frames: how many there are.
+        samples: values in a pixel: 1, or 3 for colours.
+        colours: the photometric interpretation.
+        by_plane: whether the colours lie in planes, one behind the other.
+        bits: that a value takes, those of them that count, and the number of the highest one.
+        is_signed: whether values are signed.
+        is_shared: whether two neighbours share their colours (YBR_FULL_422), uncompressed.
+        slope, intercept: a value is slope * what is stored + intercept.
+        padding: the lowest and the highest stored value that mean: no image here.
+        syntax: the UID of the transfer syntax; order: of bytes, in the notation of struct.
+        is_packed: whether frames are compressed.
+    """
+
+    frames: int
+    rows: int
+    columns: int
+    samples: int
+    colours: str
+    by_plane: bool
+    bits: tuple[int, int, int]
+    is_signed: bool
+    is_shared: bool
+    slope: float
+    intercept: float
+    padding: tuple[int, int] | None
+    syntax: str
+    order: str
+    is_packed: bool
+
+    @property
+    def frame_bytes(self) -> int:
+        """Bytes of a frame that is not compressed."""
+        samples = 2 if self.is_shared else self.samples
+        return self.rows * self.columns * samples * self.bits[0] // 8
+
+    @property
+    def sample_type(self) -> np.dtype[Any]:
+        """The type of a stored value, in the order of its bytes."""
+        return np.dtype(f"{self.order}{'i' if self.is_signed else 'u'}{max(1, self.bits[0] // 8)}")
+
+
+def _read_layout(header: _Header) -> _Layout:
+    rows, columns = header.integer("Rows"), header.integer("Columns")
+    count = header.decimals("NumberOfFrames")
+    samples, colours = (
+        header.integer("SamplesPerPixel", 1),
+        header.text("PhotometricInterpretation"),
+    )
+    allocated = header.integer("BitsAllocated")
+    stored = header.integer("BitsStored", allocated)
+    high = header.integer("HighBit", stored - 1)
+    is_signed = header.integer("PixelRepresentation") == 1
+    slope, intercept = (
+        next((x for x in header.decimals(keyword)[:1] if math.isfinite(x)), default)
+        for keyword, default in (("RescaleSlope", 1.0), ("RescaleIntercept", 0.0))
+    )
+    if not 0 < stored <= high + 1 <= allocated:
+        stored, high = allocated, allocated - 1
+    code = "h" if is_signed else "H"
+    padding = [
+        *header.numbers("PixelPaddingValue", code)[:1],
+        *header.numbers("PixelPaddingRangeLimit", code)[:1],
+    ]
+    layout = _Layout(
+        frames=max(1, int(count[0])) if count and math.isfinite(count[0]) else 1,
+        rows=rows,
+        columns=columns,
+        samples=samples,
+        colours=colours,
+        by_plane=samples > 1 and header.integer("PlanarConfiguration") == 1,
+        bits=(allocated, stored, high),
+        is_signed=is_signed,
+        is_shared=False,
+        slope=slope or 1.0,
+        intercept=intercept,
+        padding=(min(padding), max(padding)) if padding and samples == 1 else None,
+        syntax=header.syntax,
+        order=header.order,
+        is_packed=header.is_packed,
+    )
+    check_channels(samples)
+    check_size(columns, rows)
+    if allocated not in (1, 8, 16, 32):
+        raise ImageError(f"a value takes {allocated} bits: expected 1, 8, 16 or 32")
+    layout = _follow_length(header, layout)
+    check_bytes(layout.frame_bytes)
+    return layout
+
+
+def _follow_length(header: _Header, layout: _Layout) -> _Layout:
+    """The layout as the length of the pixels shows it, where the header contradicts that.
+
+    Raises:
+        ImageError: the header describes other pixels than there are.
+    """
+    assert header.pixels is not None
+    length = header.pixels[1] - header.pixels[0]
+    if layout.frames > length:
+        raise damaged_error("DICOM")
+    if layout.is_packed:
+        return layout
+    if layout.colours.endswith("_422") and layout.samples == 3:
+        shared = layout._replace(is_shared=True)
+        if length < layout.frame_bytes * layout.frames:
+            layout = shared
+    surplus = length - layout.frame_bytes * layout.frames
+    is_one_plane = layout.samples == 1 and layout.colours.startswith(("RGB", "YBR"))
+    if is_one_plane and surplus >= 2 * layout.frame_bytes * layout.frames:
+        return layout._replace(samples=3)
+    if surplus >= max(2, layout.frame_bytes):
+        raise ImageError(
+            f"the DICOM file holds {length} bytes of pixels, but its header describes "
+            f"{layout.frame_bytes * layout.frames}: save it anew with a right header"
+        )
+    return layout
+
+
+def _find_spans(header: _Header, layout: _Layout) -> list[list[Span]]:
+    """For each frame its pieces in the file, several if it is compressed.
+
+    A damaged file has too few, or a frame's last piece exceeds it.
+    """
+    assert header.pixels is not None
+    start, end = header.pixels
+    if not layout.is_packed:
+        length = layout.frame_bytes
+        starts = (start + k * length for k in range(min(layout.frames, MAX_FRAMES)))
+        return [[(at, at + length)] for at in starts]
+    items: list[Span] = []  # the table of offsets, then the fragments (PS3.5, A.4)
+    at = start
     while at + 8 <= end:
-        file.seek(at)
-        head = file.read(12).ljust(12, b"\0")
-        group, number, kind, length = struct.unpack_from(encoding.byte_order + "HH2sH", head)
-        tag, value_start, inside = group << 16 | number, at + 8, encoding
-        if not group:  # no element has group 0: the rest of the file was never written
-            return
-        if not encoding.is_explicit or group == 0xFFFE:
-            (length,) = struct.unpack_from(encoding.byte_order + "I", head, 4)
-        elif kind in _LONG_TYPES:
-            (length,) = struct.unpack_from(encoding.byte_order + "I", head, 8)
-            value_start += 4
-            inside = _IMPLICIT if kind == b"UN" else encoding
-        after = value_start + length
-        if length == _UNDEFINED_LENGTH:
-            parts = _walk_elements(file, value_start, end, inside)
-            after = max([value_start, *(part.end for part in parts)])
-        yield Element(tag, at, value_start, after, inside, length)
-        if tag in _END_MARKS:
-            return
-        at = after
+        mark, length = struct.unpack("<II", _read_span(header.file, (at, at + 8)))
+        if mark != _ITEM:
+            break
+        items.append((at + 8, at + 8 + length))
+        at += 8 + length
+    fragments = items[1:]
+    if layout.frames == 1:
+        return [fragments]
+    first_ones = set(_first_fragments(header.file, items, layout.frames))
+    frames: list[list[Span]] = []
+    for fragment in fragments:
+        if fragment in first_ones or not frames:
+            frames.append([])
+        frames[-1].append(fragment)
+    return frames
+
+
+def _first_fragments(file: BinaryIO, items: list[Span], count: int) -> list[Span]:
+    """The first fragment of each frame.
+
+    The table of offsets says which ones they are. If it is missing or wrong, they are the fragments
+    that begin as a JPEG stream does.
+    """
+    fragments = items[1:]
+    if len(fragments) == count or not fragments:
+        return fragments
+    table_start, table_end = items[0]
+    packed = _read_span(file, (table_start, min(table_end, table_start + 4 * count)))
+    offsets = struct.iter_unpack("<I", packed[: len(packed) & ~3])
+    starts = {fragments[0][0] + offset for (offset,) in offsets}
+    in_table = [fragment for fragment in fragments if fragment[0] in starts]
+    if len(in_table) == count:
+        return in_table
+    jpeg_starts = b"\xff\xd8", b"\xff\x4f"  # of JPEG and JPEG-LS; of JPEG 2000
+    found = [part for part in fragments if _read_span(file, (part[0], part[0] + 2)) in jpeg_starts]
+    return found or fragments
+
+
+# ---- A frame's bytes -> pixels
+
+
+def _decode(layout: _Layout, data: bytes) -> Raw:
+    """(rows, columns[, 3]): the values as stored; colours as RGB, a palette's as its numbers.
+
+    Raises:
+        ImageError: the frame is damaged.
+        Exception: what a library raises.
+    """
+    if not layout.is_packed:
+        stored = _decode_native(layout, data)
+    elif layout.syntax == _RLE:
+        stored = _decode_rle(layout, data)
+    else:
+        frame = find_jpeg_frame(data) if data.startswith(b"\xff\xd8") else None
+        if frame is not None and frame.marker in SEQUENTIAL_OR_PROGRESSIVE and frame.bits == 8:
+            return decode_jpeg(data, "RGB" if layout.colours == "RGB" else "YCbCr")
+        if frame is not None and frame.bits > 16:  # GDCM would crash
+            raise damaged_error("DICOM")
+        return _decode_by_gdcm(layout, data)
+    return _to_rgb(stored, layout.colours) if stored.ndim == 3 else stored
+
+
+def _decode_native(layout: _Layout, data: bytes) -> Raw:
+    allocated, stored, high = layout.bits
+    if allocated == 1:
+        bits = np.unpackbits(np.frombuffer(data, np.uint8), bitorder="little")
+        return bits[: layout.rows * layout.columns].reshape(layout.rows, layout.columns)
+    values = np.frombuffer(data, layout.sample_type)
+    values = values.astype(values.dtype.newbyteorder("="), copy=False)
+    if layout.is_shared:  # Y Y Cb Cr
+        pairs = values.reshape(layout.rows, -1, 4)
+        luma = pairs[..., :2].reshape(layout.rows, -1)
+        chroma = pairs[..., 2:].repeat(2, axis=1)
+        return np.dstack([luma, chroma])
+    if layout.samples == 1:
+        # bits above and below those that count belong to overlays
+        shifted = np.right_shift(np.left_shift(values, allocated - 1 - high), allocated - stored)
+        return np.asarray(shifted).reshape(layout.rows, layout.columns)
+    if layout.by_plane:
+        planes = values.reshape(layout.samples, layout.rows, layout.columns)
+        return np.moveaxis(planes, 0, 2)
+    return values.reshape(layout.rows, layout.columns, layout.samples)
+
+
+def _decode_rle(layout: _Layout, data: bytes) -> Raw:
+    from pydicom.encaps import encapsulate  # noqa: PLC0415
+    from pydicom.pixels.decoders.base import get_decoder  # noqa: PLC0415
+
+    options: dict[str, Any] = {
+        "rows": layout.rows,
+        "columns": layout.columns,
+        "number_of_frames": 1,
+        "samples_per_pixel": layout.samples,
+        "bits_allocated": layout.bits[0],
+        "bits_stored": layout.bits[0],
+        "pixel_representation": int(layout.is_signed),
+        "photometric_interpretation": "RGB" if layout.samples == 3 else "MONOCHROME2",
+        "planar_configuration": 0,
+        "pixel_keyword": "PixelData",
+    }
+    pixels, _ = get_decoder(_RLE).as_array(
+        encapsulate([data]), index=0, raw=True, decoding_plugin="pydicom", **options
+    )
+    return np.asarray(pixels)
+
+
+def _to_rgb(pixels: Raw, colours: str) -> Raw:
+    """(H, W, 3) as stored -> RGB (PS3.3, C.7.6.3.1.2)."""
+    if not colours.startswith("YBR") or pixels.dtype != np.uint8:
+        return pixels
+    y, blue, red = np.moveaxis(pixels.astype(np.float64), 2, 0)
+    blue, red = blue - 128, red - 128
+    if "PARTIAL" in colours:
+        y, blue, red = (y - 16) * 255 / 219, blue * 255 / 224, red * 255 / 224
+    rgb = y + 1.402 * red, y - 0.344136 * blue - 0.714136 * red, y + 1.772 * blue
+    rounded: Raw = np.clip(np.rint(np.dstack(rgb)), 0, 255).astype(np.uint8)
+    return rounded
+
+
+def _decode_by_gdcm(layout: _Layout, data: bytes) -> Raw:
+    """JPEG without loss or of 12 bits, JPEG-LS, JPEG 2000.
+
+    GDCM gets a file of this frame alone, whose values it is to take as they are. It goes on where
+    its decoders only warn of damage, so that a warning is an error here.
+    """
+    elements = _about_pixels(layout)
+    fragments = _item(b"") + _item(data) + struct.pack("<HHI", 0xFFFE, 0xE0DD, 0)
+    head = struct.pack("<HH2s2xI", 0x7FE0, 0x10, b"OB", _UNDEFINED_LENGTH)
+    elements[_PIXEL_DATA] = head + fragments
+    with _dicom_file(layout.syntax, elements) as path, _captured_messages() as messages:
+        simpleitk = import_simpleitk()
+        try:
+            image = simpleitk.ReadImage(str(path), imageIO="GDCMImageIO")
+        except RuntimeError as error:
+            raise damaged_error("DICOM") from error
+        messages.seek(0)
+        if messages.read(1):
+            raise damaged_error("DICOM")
+    pixels: Raw = simpleitk.GetArrayFromImage(image)[0]
+    return pixels
+
+
+def _about_pixels(layout: _Layout) -> dict[int, bytes]:
+    """The elements that tell GDCM how the values lie, but not what they mean."""
+    numbers = {
+        **dict(zip((0x00280002, 0x00280006), (layout.samples, 0), strict=True)),
+        **dict(zip((0x00280010, 0x00280011), (layout.rows, layout.columns), strict=True)),
+        **dict(zip((0x00280100, 0x00280101, 0x00280102), layout.bits, strict=True)),
+        0x00280103: int(layout.is_signed),
+    }
+    colours = layout.colours if layout.samples == 3 else "MONOCHROME2"
+    elements = {tag: _element(tag, b"US", struct.pack("<H", n)) for tag, n in numbers.items()}
+    elements[0x00280004] = _element(0x00280004, b"CS", colours.encode("latin-1"))
+    return elements
+
+
+def _item(value: bytes) -> bytes:
+    value += b"\0" * (len(value) % 2)
+    return struct.pack("<HHI", 0xFFFE, 0xE000, len(value)) + value
+
+
+def _element(tag: int, kind: bytes, value: bytes) -> bytes:
+    value += (b"\0" if kind == b"UI" else b" ") * (len(value) % 2)
+    return struct.pack("<HH2sH", tag >> 16, tag & 0xFFFF, kind, len(value)) + value
+
+
+@contextmanager
+def _dicom_file(syntax: str, elements: dict[int, bytes]) -> Iterator[Path]:
+    """A temporary file of these elements, with the header that names its syntax."""
+    elements = {0x00080016: _element(0x00080016, b"UI", b"1.2.840.10008.5.1.4.1.1.7"), **elements}
+    head = bytes(128) + b"DICM" + _element(0x00020010, b"UI", syntax.encode())
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "a.dcm"
+        path.write_bytes(head + b"".join(elements[tag] for tag in sorted(elements)))
+        yield path
+
+
+@contextmanager
+def _captured_messages() -> Iterator[BinaryIO]:
+    """What reaches stderr in the block, where the decoders of GDCM print their warnings."""
+    before = os.dup(2)
+    try:
+        with TemporaryFile() as messages:
+            os.dup2(messages.fileno(), 2)
+            yield messages
+    finally:
+        os.dup2(before, 2)
+        os.close(before)
+
+
+# ---- What the values mean
+
+
+def _to_pixels(layout: _Layout, stored: Raw, palette: Callable[[Raw], Raw] | None) -> Raw:
+    """Stored values -> grey or RGB; padding is masked."""
+    if stored.ndim == 3:
+        return stored
+    if palette is not None:
+        return palette(stored)
+    pixels = stored
+    if layout.colours == "MONOCHROME1":
+        pixels = ~stored if layout.is_signed else 2 ** layout.bits[1] - 1 - stored.astype(np.int64)
+    if (layout.slope, layout.intercept) != (1, 0):
+        is_whole = layout.slope.is_integer() and layout.intercept.is_integer()
+        kind = np.int64 if is_whole and abs(layout.intercept) < 2**31 else np.float64
+        pixels = pixels.astype(kind) * kind(layout.slope) + kind(layout.intercept)
+    if layout.padding is None:
+        return pixels
+    low, high = layout.padding
+    padding = (stored >= low) & (stored <= high)
+    return np.ma.MaskedArray(pixels, padding) if padding.any() else pixels
+
+
+def _read_palette(header: _Header) -> Callable[[Raw], Raw]:
+    """A function of (H, W) numbers that gives (H, W, 3) RGB (PS3.3, C.7.6.3.1.5 and 6).
+
+    Numbers below the first one that is mapped have its colour, those beyond the last one that's.
+    Descriptors are known to tell wrong bits, so the length of the entries decides.
+    """
+    names = [f"{colour}PaletteColorLookupTable" for colour in ("Red", "Green", "Blue")]
+    if any(f"Segmented{name}Data" in header.elements for name in names):
+        from pydicom.pixels.processing import apply_color_lut  # noqa: PLC0415
+
+        return lambda numbers: _as_bytes(apply_color_lut(numbers, header.elements))
+    is_signed = header.integer("PixelRepresentation") == 1
+    tables, firsts = [], []
+    for name in names:
+        count, first, _ = header.numbers(f"{name}Descriptor")
+        firsts.append(first - 2**16 if is_signed and first >= 2**15 else first)
+        data = header.value(f"{name}Data")
+        words = np.frombuffer(data[: len(data) & ~1], f"{header.order}u2")
+        if len(words) < (count or 2**16):  # bytes, two to a word
+            words = words.astype("<u2").view(np.uint8)
+        tables.append(words[: count or 2**16].astype(np.uint16))
+    entries = [_as_bytes(table, max(other.max() for other in tables)) for table in tables]
+
+    def apply(numbers: Raw) -> Raw:
+        places = (
+            np.clip(numbers.astype(np.int64) - first, 0, len(table) - 1)
+            for table, first in zip(entries, firsts, strict=True)
+        )
+        return np.dstack([table[place] for table, place in zip(entries, places, strict=True)])
+
+    return apply
+
+
+def _as_bytes(values: Raw, largest: int | None = None) -> npt.NDArray[np.uint8]:
+    """Values of 16 bits by their upper byte, unless all are small."""
+    largest = int(values.max()) if largest is None else int(largest)
+    return np.asarray(values >> (8 if largest > 255 else 0)).astype(np.uint8)
+
+
+# ---- The size and the place of a pixel
+
+
+def _read_pixel_size(header: _Header) -> tuple[Pair | None, Pair | None, tuple[str, ...]]:
+    """mm per px along x and y, the shape of a pixel, each None if the file does not tell; warnings.
+
+    PixelSpacing comes first; it gives y before x. If it is missing, or 1 x 1 because its writer
+    knew nothing better, the ultrasound regions decide. ImagerPixelSpacing and
+    NominalScannedPixelSpacing are lengths on a detector and on film, not in the body: like
+    PixelAspectRatio they tell the shape. Warnings do not repeat an impossible value: in a damaged
+    header it can be anything.
+    """
+    written = next((part for part in _written_spacings(header) if part), [])
+    sizes = _region_sizes_mm(header)
+    if written and not (written == [1, 1] and (len(sizes) or _written_shape(header))):
+        if len(written) != 2 or not is_pixel_size(written):
+            warning = "the header's PixelSpacing is impossible: lengths are given in px only"
+            return None, _written_shape(header), (warning,)
+        return (written[1], written[0]), None, ()
+    if not len(sizes):
+        return None, _written_shape(header), ()
+    x, y = (float(side) for side in sizes[0])
+    if (sizes.max(0) <= 1.001 * sizes.min(0)).all():
+        return (x, y), None, ()
+    warning = "the header's ultrasound regions differ in pixel size: lengths are given in px only"
+    shapes = sizes[:, 0] / sizes[:, 1]
+    is_one_shape = shapes.max() <= 1.001 * shapes.min()
+    return None, (x, y) if is_one_shape else _written_shape(header), (warning,)
+
+
+def _written_spacings(header: _Header) -> Iterator[list[float]]:
+    """PixelSpacing of the file, of all its frames, and of the first one."""
+    yield header.decimals("PixelSpacing")
+    for keyword in ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"):
+        for group in header.items(keyword)[:1]:
+            for part in header.items("PixelMeasuresSequence", group):
+                yield header.decimals("PixelSpacing", part)
+
+
+def _written_shape(header: _Header) -> Pair | None:
+    """The size of a pixel along x and y up to a factor; None if nothing usable tells it."""
+    for keyword in ("PixelAspectRatio", "NominalScannedPixelSpacing", "ImagerPixelSpacing"):
+        written = header.decimals(keyword)
+        if len(written) == 2 and is_pixel_size(written):  # the vertical side comes first
+            ratio = written[1] / written[0]
+            if 1 / _MOST_OBLONG < ratio < _MOST_OBLONG:
+                return written[1], written[0]
+    return None
+
+
+def _region_sizes_mm(header: _Header) -> Floats:
+    """(regions, 2): mm per px along x and y in the regions of tissue that are measured in cm.
+
+    Other regions show curves, scales or graphics: they count only if none is marked as tissue.
+    """
+    sizes, are_tissue = [], []
+    for region in header.items("SequenceOfUltrasoundRegions"):
+        units = [header.integer(f"PhysicalUnits{axis}Direction", within=region) for axis in "XY"]
+        deltas = [header.numbers(f"PhysicalDelta{axis}", "d", region) for axis in "XY"]
+        if units != [_CENTIMETRES] * 2 or not all(deltas):
+            continue
+        size_mm = 10 * np.abs([delta[0] for delta in deltas])
+        if is_pixel_size(size_mm):
+            sizes.append(size_mm)
+            are_tissue.append(
+                header.integer("RegionDataType", _TISSUE, region) == _TISSUE
+                and header.integer("RegionSpatialFormat", _FLAT, region) == _FLAT
+            )
+    found: Floats = np.array(sizes).reshape(-1, 2)
+    return found[are_tissue] if any(are_tissue) else found
+
+
+def _read_world(header: _Header, layout: _Layout) -> Geometry:
+    """The world frame, as ITK takes it from a file of this header alone."""
+    place = {keyword: header.value(keyword)[:_MAX_TEXT_BYTES] for keyword in _ABOUT_PLACE}
+    if not any(place.values()):
+        return Geometry()
+    elements = _about_pixels(layout)
+    for keyword, value in {**place, "SOPClassUID": header.value("SOPClassUID")}.items():
+        tag = int(tag_for_keyword(keyword) or 0)
+        if value:
+            elements[tag] = _element(tag, dictionary_VR(tag).encode(), value)
+    elements[_PIXEL_DATA] = struct.pack("<HH2s2xI", 0x7FE0, 0x10, b"OW", 0)
+    with _dicom_file(_EXPLICIT, elements) as path, _captured_messages():
+        reader = import_simpleitk().ImageFileReader()
+        reader.SetImageIO("GDCMImageIO")
+        reader.SetFileName(str(path))
+        reader.ReadImageInformation()
+        return read_geometry(reader)[0]

@@ -37,14 +37,35 @@ _BARE_DICOM = re.compile(
 _DICOMDIR = re.compile(
     rb".{128}DICM.{0,200}?\x02\0\x02\0UI..1\.2\.840\.10008\.1\.3\.10\x02", re.DOTALL
 )
+_TO_PNG, _FRAMES_TO_PNG = "save it as .png", "save its frames as .png"
+_OTHERS = (  # what else has a picture's name, what to do with it, a pattern of its first bytes
+    ("JPEG 2000", _TO_PNG, rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51"),
+    ("JPEG XL", _TO_PNG, rb"\0\0\0\x0cJXL |\xff\x0a"),
+    ("GIF", _TO_PNG, rb"GIF8[79]a"),
+    ("WebP", _TO_PNG, rb"RIFF....WEBP"),
+    ("HEIC or AVIF", _TO_PNG, rb"....ftyp(?:hei|hev|mif1|msf1|avi)"),
+    ("an MP4 or QuickTime video", _FRAMES_TO_PNG, rb"....(?:ftyp|moov|mdat)"),
+    ("an AVI video", _FRAMES_TO_PNG, rb"RIFF....AVI "),
+    ("a Matroska or WebM video", _FRAMES_TO_PNG, rb"\x1a\x45\xdf\xa3"),
+    ("an MPEG video", _FRAMES_TO_PNG, rb"\0\0\x01[\xb3\xba]"),
+    ("a Windows Media video", _FRAMES_TO_PNG, rb"\x30\x26\xb2\x75\x8e\x66\xcf\x11"),
+    ("PDF", "save its images as .png", rb"\s{0,9}%PDF-"),
+    ("SVG, HTML or XML text", _TO_PNG, rb"(?:\xef\xbb\xbf)?\s{0,9}<(?i:\?xml|!doctype|html|svg)"),
+    ("a Photoshop image", _TO_PNG, rb"8BPS\0"),
+    ("HDF5", _TO_PNG, rb"\x89HDF\r\n"),
+    ("a NumPy array", _TO_PNG, rb"\x93NUMPY"),
+    ("a ZIP archive", "unpack it", rb"PK(?:\x03\x04|\x05\x06)"),
+    ("a 7-Zip or RAR archive", "unpack it", rb"7z\xbc\xaf\x27\x1c|Rar!\x1a"),
+)
 _HEAD_BYTES = 2**16  # long, because SimpleITK copies the fields of a DICOM file into headers
+_NIFTI_HEADER_BYTES = 348
 _METAIMAGE = re.compile(rb"(?:\w+[ \t]*=.*\n)*?NDims[ \t]*=[ \t]*[1-9]\s")
 # All fields to the last, which names the data file. To ITK a colon ends a field's name as well.
 _FIELDS = re.compile(rb"(?:\s*[^\s=:][^\n=:]*=.*\n)*?\s*ElementDataFile\s*=(?P<data_file>.*)\n?")
 _NDIMS = re.compile(rb"NDims\s*=[ \t]*(\S+\s)")
 _NUMBERED_FILES = re.compile(rb"([^%\s]*%\d{0,2}d[^%\s]*)((?:[ \t]+\d{1,5}){3})")
 _NRRD_DATA_FILE = re.compile(rb"(?im)^[ \t]*data ?file[ \t]*:(.*)")
-_JPEG_FRAME_MARKERS = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # SOF0 to SOF15
+_WINDOWS_ROOT = re.compile(rb"[A-Za-z]:|\\")
 
 
 def is_supported_name(path: Path) -> bool:
@@ -75,7 +96,8 @@ def format_of(path: Path) -> str:
     head = read_head(path)
     if not head:
         raise ImageError("the file is empty")
-    if is_gzip(path):  # NIfTI is the only one of these formats that is compressed as a whole
+    is_packed = is_gzip(path)
+    if is_packed:
         try:
             head = zlib.decompressobj(wbits=31).decompress(head, _HEAD_BYTES)
         except zlib.error as error:
@@ -85,10 +107,16 @@ def format_of(path: Path) -> str:
         kind = "DICOM"
     if not kind and _METAIMAGE.match(head):
         kind = "MetaImage"
-    if _is_harmful(path, kind, head):
-        raise damaged_error(kind)
+    if is_packed and len(head) < _NIFTI_HEADER_BYTES:
+        raise damaged_error("gzip")
+    if is_packed and kind != "NIfTI":  # the only one of the formats that is compressed as a whole
+        raise ImageError("the content is packed by gzip, and is not NIfTI: unpack it")
+    _check_for_itk(path, kind, head)
     if kind:
         return kind
+    for name, remedy, pattern in _OTHERS:
+        if re.match(pattern, head, re.DOTALL):
+            raise ImageError(f"the content is {name}: {remedy}")
     if path.suffix.lower() == ".dcm":  # old DICOM files have no magic bytes
         return "DICOM"
     raise ImageError(
@@ -108,39 +136,31 @@ def is_gzip(path: Path) -> bool:
     return read_head(path).startswith(b"\x1f\x8b")
 
 
-def find_jpeg_frame(data: bytes) -> int | None:
-    """The offset of the marker of JPEG's frame header; None where the data ends before it.
-
-    The header has at least 3 bytes behind the marker: its length, then the bits of a value.
-    """
-    at = 2
-    while at + 4 < len(data):
-        if data[at + 1] in _JPEG_FRAME_MARKERS:
-            return at
-        at += 1 if data[at + 1] == 0xFF else 2 + int.from_bytes(data[at + 2 : at + 4], "big")
-    return None
-
-
 # ---- Headers that ITK must not see
 
 
-def _is_harmful(path: Path, kind: str, head: bytes) -> bool:
-    """Whether ITK must not read the file, whose first bytes, uncompressed, are `head`."""
+def _check_for_itk(path: Path, kind: str, head: bytes) -> None:
+    """Raise ImageError if ITK must not read the file.
+
+    Args:
+        head: the file's first bytes, uncompressed.
+    """
     if kind == "NIfTI":  # ITK never ends on axes of infinite length that span no space
         axes = head[280:328].ljust(48, b"\0")
-        return any(map(math.isinf, struct.unpack("<12f", axes) + struct.unpack(">12f", axes)))
-    if kind == "NRRD":
+        if any(map(math.isinf, struct.unpack("<12f", axes) + struct.unpack(">12f", axes))):
+            raise damaged_error(kind)
+    elif kind == "NRRD":
         data_file = _NRRD_DATA_FILE.search(re.split(rb"\r?\n\r?\n", head)[0])
-        return data_file is not None and not _are_safe_files(path, [data_file[1].strip()])
-    if kind != "MetaImage":
-        return False
-    fields = _FIELDS.match(head)
-    # NDims above 10 corrupts ITK's heap.
-    if fields is None or not re.fullmatch(rb"[1-9]\s", b"".join(_NDIMS.findall(fields[0]))):
-        return True
-    name, rest = fields["data_file"].strip(), head[fields.end() :]
-    is_local = name in (b"LOCAL", b"Local", b"local")
-    return not is_local and not _are_safe_files(path, _data_file_names(name, rest))
+        if data_file is not None:
+            _check_data_files(path, kind, [data_file[1].strip()])
+    elif kind == "MetaImage":
+        fields = _FIELDS.match(head)
+        # NDims above 10 corrupts ITK's heap.
+        if fields is None or not re.fullmatch(rb"[1-9]\s", b"".join(_NDIMS.findall(fields[0]))):
+            raise damaged_error(kind)
+        name, rest = fields["data_file"].strip(), head[fields.end() :]
+        if name not in (b"LOCAL", b"Local", b"local"):
+            _check_data_files(path, kind, _data_file_names(name, rest))
 
 
 def _data_file_names(name: bytes, rest: bytes) -> list[bytes]:
@@ -159,15 +179,25 @@ def _data_file_names(name: bytes, rest: bytes) -> list[bytes]:
     return [numbered[1] % k for k in range(first, last + 1, max(1, step))]
 
 
-def _are_safe_files(path: Path, names: list[bytes]) -> bool:
-    """Whether ITK may open the files: regular ones in the header's folder or below it.
+def _check_data_files(path: Path, kind: str, names: list[bytes]) -> None:
+    """Raise ImageError unless ITK may open the files: regular ones in the header's folder or below.
 
     ITK would wait for a pipe, and it takes a name with % for a format to print with.
     """
-    return all(
-        b"%" not in name
-        and not name.startswith(b"/")
-        and b".." not in name.split(b"/")
-        and (path.parent / os.fsdecode(name)).is_file()
-        for name in names
-    )
+    for name in names:
+        if not name or b"%" in name or b"\0" in name or name.startswith(b"LIST"):
+            raise damaged_error(kind)
+        if name.startswith(b"/") or b".." in name.split(b"/") or _WINDOWS_ROOT.match(name):
+            raise ImageError(
+                "the header names a data file that is not in its folder: copy the file there, and "
+                "write its bare name into the header"
+            )
+        file, text = path.parent / os.fsdecode(name), name.decode(errors="replace")
+        is_plain = (
+            text.isprintable() and "/" not in text and "\N{REPLACEMENT CHARACTER}" not in text
+        )
+        what = f"data file {text}" if is_plain and len(text) < 100 else "data file"
+        if not file.exists():
+            raise ImageError(f"the header's {what} is missing: copy it beside the header")
+        if not file.is_file():
+            raise ImageError(f"the header's {what} is not a file but a folder, a pipe or a device")

@@ -22,7 +22,7 @@ _SOI, _EOI, _SOS, _DNL, _COM = b"\xff\xd8", 0xD9, 0xDA, 0xDC, 0xFE
 _APP0, _APP14 = 0xE0, 0xEE
 _FRAMES = {*range(0xC0, 0xD0), 0xF7} - {0xC4, 0xC8, 0xCC}  # SOF0 to SOF15, and JPEG-LS
 _PROGRESSIVE = 0xC2
-_READABLE_FRAMES = {0xC0, 0xC1, _PROGRESSIVE}
+SEQUENTIAL_OR_PROGRESSIVE = {0xC0, 0xC1, _PROGRESSIVE}
 _WITHOUT_LENGTH = {0x01, *range(0xD0, 0xDA)}
 _MARKER = re.compile(rb"\xff(?=[^\x00\xff])", re.DOTALL)
 _MARKER_AFTER_SCAN = re.compile(rb"\xff(?=[^\x00\xff\xd0-\xd7])", re.DOTALL)
@@ -176,7 +176,7 @@ def _check_readable(frame: JpegFrame, segments: Iterable[Segment] = ()) -> None:
 
     Arithmetic coding may leave out zeros at the end of its data: nobody can tell whether it is cut.
     """
-    if frame.marker not in _READABLE_FRAMES:
+    if frame.marker not in SEQUENTIAL_OR_PROGRESSIVE:
         kinds = {0xC3: "without loss (lossless)", 0xF7: "of the kind JPEG-LS"}
         other = "with arithmetic coding" if frame.marker > 0xC8 else "in layers (hierarchical)"
         raise _unreadable(kinds.get(frame.marker, other))

@@ -120,10 +120,12 @@ def _read_png_header(data: bytes) -> Header:
                 "the image is a PNG of Apple's own kind (CgBI), which cannot be read: save it "
                 "again as an ordinary PNG"
             )
+        if not _is_intact(chunk):
+            if kind[:1].isupper():  # a chunk that the image needs
+                raise damaged_error("PNG")
+            continue
         if kind[:1].isupper() or kind == b"tRNS":
             needed.append(chunk)
-        if not _is_intact(chunk):
-            continue  # libpng refuses the image or ignores the chunk
         if kind in (b"eXIf", b"tEXt", b"zTXt") and orientation == 1:
             orientation = _orientation(_exif_of_png(kind, bytes(chunk[8:-4])))
         elif kind == b"acTL":

@@ -195,7 +195,8 @@ def _as_one_colour_image(file: ImageFile) -> ImageFile:
     first = planes[0]
     if first.ndim != 2 or any(plane.shape != first.shape for plane in planes):
         return file
-    pixels = np.stack(planes, axis=-1)
+    has_padding = any(hasattr(plane, "mask") for plane in planes)
+    pixels = (np.ma.stack if has_padding else np.stack)(planes, axis=-1)
     differs = (pixels != first[..., np.newaxis]).any(axis=-1)
     share = differs.sum() / max(1, np.count_nonzero((pixels != pixels.min()).any(axis=-1)))
     if not share:
@@ -209,8 +210,11 @@ def _as_one_colour_image(file: ImageFile) -> ImageFile:
 
 def _read_frame(file: ImageFile, k: int, index: int | None) -> GreyFrame:
     """The k-th frame of a file, which is frame `index` of its stack."""
-    slice_index = k if file.along_z else 0
-    return GreyFrame(to_grey(file.read(k)), index, slice_index, file.geometry, file.warnings)
+    try:
+        grey = to_grey(file.read(k))
+    except OSError as error:  # the file has disappeared
+        raise unreadable_error(error) from error
+    return GreyFrame(grey, index, k if file.along_z else 0, file.geometry, file.warnings)
 
 
 def _raise(error: ImageError, _: int = 0) -> NoReturn:

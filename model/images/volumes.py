@@ -1,8 +1,4 @@
-"""MetaImage, NIfTI, NRRD, and the DICOM frames that dicom.py finds, through SimpleITK.
-
-SimpleITK is imported when it is first needed, because the import takes 0.4 s. "ITK" below is the
-library in C++ that it wraps.
-"""
+"""MetaImage, NIfTI and NRRD, through SimpleITK. "ITK" below is the library in C++ that it wraps."""
 
 import gzip
 import importlib
@@ -14,23 +10,22 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from model.frame import IDENTITY, Geometry
-from model.images.dicom import open_dicom
 from model.images.formats import is_gzip, read_head
 from model.images.limits import (
     MAX_LENGTH_MM,
     MIN_SIDE,
     ImageError,
     ImageFile,
-    MemoryBudget,
     Raw,
-    Reader,
     are_sane_lengths,
     check_bytes,
     check_channels,
@@ -40,7 +35,17 @@ from model.images.limits import (
     unreadable_error,
 )
 
-ITK_NAMES = {"MetaImage": "Meta", "NIfTI": "Nifti", "NRRD": "Nrrd", "DICOM": "GDCM"}
+_ITK_NAMES = {"MetaImage": "Meta", "NIfTI": "Nifti", "NRRD": "Nrrd"}
+
+# What writers put where no signal is: CT's values, and the types' lowest. Such values count as
+# padding if this share of the pixels has them, and if the next value is far: this part of the range
+# of the others away.
+_PADDING = (
+    *(-1024, -2000, -2048, -3024),
+    *(np.iinfo(kind).min for kind in (np.int16, np.int32, np.int64)),
+    *(float(np.finfo(kind).min) for kind in (np.float32, np.float64)),
+)
+_LEAST_PADDED, _LEAST_GAP = 0.01, 1 / 8
 
 # Beyond these a direction matrix is damaged, or its axes do not span three dimensions.
 _MAX_DIRECTION, _MIN_DETERMINANT = 1e6, 1e-6
@@ -59,18 +64,11 @@ _RELATIVE_DATA_FILE = re.compile(rb"(?m)^(ElementDataFile[ \t]*=[ \t]*)(?![ \t]|
 # ---- Opening a file
 
 
-def open_volume(path: Path, kind: str, budget: MemoryBudget) -> ImageFile:
-    """A file of one of the `ITK_NAMES`: one image, or a stack of them."""
-    if kind == "DICOM":
-        return open_dicom(path, lambda frame: _open_with_itk(frame, kind, budget))
-    return _open_with_itk(path, kind, budget)
-
-
-def _open_with_itk(path: Path, kind: str, budget: MemoryBudget) -> ImageFile:
-    """A file as ITK understands it. A DICOM file must have one frame."""
-    with _itk_reader(path, kind, budget, path.stat().st_size) as header:
+def open_volume(path: Path, kind: str) -> ImageFile:
+    """A MetaImage, NIfTI or NRRD file: one image, or a stack of them."""
+    with _itk_reader(path, kind) as header:
         header.ReadImageInformation()
-        value = _import_simpleitk().Image([1, 1], header.GetPixelID())
+        value = import_simpleitk().Image([1, 1], header.GetPixelID())
     lengths, channels = header.GetSize(), header.GetNumberOfComponents()
     if len(lengths) < 2 or 0 in lengths:
         raise damaged_error(kind)
@@ -79,15 +77,20 @@ def _open_with_itk(path: Path, kind: str, budget: MemoryBudget) -> ImageFile:
     may_be_channels = channels == 1 and len(lengths) > 2 and lengths[0] in (1, 3, 4)
     x_axis = 1 if may_be_channels and min(lengths[1:3]) >= MIN_SIDE else 0
     stacked = [axis for axis in range(x_axis + 2, len(lengths)) if lengths[axis] > 1]
-    geometry, warnings, itk_accepts = _read_geometry(header, x_axis)
+    geometry, warnings, itk_accepts = read_geometry(header, x_axis)
     pixel_bytes = channels * value.GetSizeOfPixelComponent()
-    volume = _Volume(
-        path, kind, budget, lengths, channels, pixel_bytes, x_axis, stacked, itk_accepts
-    )
+    volume = _Volume(path, kind, lengths, channels, pixel_bytes, x_axis, stacked, itk_accepts)
     volume.check()
-    count = lengths[stacked[0]] if stacked else 1
-    size = lengths[x_axis], lengths[x_axis + 1]
-    return ImageFile(count, size, volume.open, geometry, stacked == [2], warnings)
+    return ImageFile(
+        lengths[stacked[0]] if stacked else 1,
+        (lengths[x_axis], lengths[x_axis + 1]),
+        volume.read_whole if volume.is_read_whole else volume.read_frame,
+        volume.needed,
+        volume.is_read_whole,
+        geometry,
+        stacked == [2],
+        warnings,
+    )
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,6 @@ class _Volume:
 
     path: Path
     kind: str
-    budget: MemoryBudget
     lengths: tuple[int, ...]
     channels: int
     pixel_bytes: int
@@ -121,50 +123,49 @@ class _Volume:
             raise ImageError(
                 f"the file's shape is {shape}: expected one image or one stack of images"
             )
-        check_bytes(self.frame_bytes)
+        if self.is_read_whole and self.stacked:
+            remedy = "save them as .mha without compression, which is read by frames"
+            check_bytes(self.needed, remedy)
+        check_bytes(self.needed)
 
-    @property
-    def total_bytes(self) -> int:
-        return math.prod(self.lengths) * self.pixel_bytes
-
-    @property
-    def frame_bytes(self) -> int:
-        return self.total_bytes // math.prod(self.lengths[axis] for axis in self.stacked)
-
-    def open(self) -> Reader:
-        """A reader of single frames, or of the whole file.
-
-        The whole file is read at once if ITK cannot read single frames of it, or would uncompress
-        the file anew for each.
-        """
+    @cached_property
+    def is_read_whole(self) -> bool:
+        """Whether ITK cannot read single frames, or would uncompress the file anew for each."""
         by_frames = bool(self.stacked) and self.itk_accepts and self._has_readable_frames()
-        if by_frames and not _is_compressed(self.path, self.kind):
-            return self._read_frame
-        needed = max(self.total_bytes, self.path.stat().st_size)
-        check_bytes(needed, "save them as .mha without compression, which is read by frames")
-        if _is_truncated(self.path, self.kind, self.total_bytes):
-            raise damaged_error(self.kind)
-        frames = self._read(needed)
-        return lambda k: frames[k]
+        return not by_frames or _is_compressed(self.path, self.kind)
 
-    def _read_frame(self, k: int) -> Raw:
-        frame: Raw = self._read(self.frame_bytes, k)[0]
+    @property
+    def needed(self) -> int:
+        """Bytes of the pixels that are read at once, or of the file if that is larger."""
+        total = math.prod(self.lengths) * self.pixel_bytes
+        if self.is_read_whole:
+            return max(total, self.path.stat().st_size)
+        return total // math.prod(self.lengths[axis] for axis in self.stacked)
+
+    def read_whole(self, _: int) -> Raw:
+        """(frames, H, W, channels)."""
+        if _is_truncated(self.path, self.kind, math.prod(self.lengths) * self.pixel_bytes):
+            raise damaged_error(self.kind)
+        return _mask_padding(self._read())
+
+    def read_frame(self, k: int) -> Raw:
+        """(H, W, channels)."""
+        frame: Raw = _mask_padding(self._read({self.stacked[0]: (k, 1)}))[0]
         return frame
 
-    def _read(self, needed: int, only: int | None = None) -> Raw:
-        """(frames, H, W, channels): all frames, or only one.
+    def _read(self, part: dict[int, tuple[int, int]] | None = None) -> Raw:
+        """(frames, H, W, channels) of the whole file or a part of it.
 
         Args:
-            needed: bytes of the pixels that are read.
+            part: of an axis the first index, and how many.
         """
-        with _itk_reader(self.path, self.kind, self.budget, needed, not self.itk_accepts) as reader:
-            if only is not None:
-                part = {self.stacked[0]: (only, 1)}
+        with _itk_reader(self.path, self.kind, not self.itk_accepts) as reader:
+            if part is not None:
                 region = [part.get(axis, (0, n)) for axis, n in enumerate(self.lengths)]
                 reader.SetExtractIndex([start for start, _ in region])
                 reader.SetExtractSize([length for _, length in region])
             image = reader.Execute()
-        array: Raw = _import_simpleitk().GetArrayFromImage(image)
+        array: Raw = import_simpleitk().GetArrayFromImage(image)
         width, height = self.lengths[self.x_axis : self.x_axis + 2]
         return array.reshape(-1, height, width, self.lengths[0] if self.x_axis else self.channels)
 
@@ -179,10 +180,36 @@ class _Volume:
         return self.kind == "NIfTI" and self.channels == 1
 
 
+# ---- Padding
+
+
+def _mask_padding(frames: Raw) -> Raw:
+    """Frames (n, H, W, channels) whose padding, if there is any, is masked."""
+    paddings = [_find_padding(frame) for frame in frames]
+    if all(padding is None for padding in paddings):
+        return frames
+    nothing = np.zeros(frames.shape[1:], np.bool_)
+    mask = np.stack([nothing if padding is None else padding for padding in paddings])
+    return np.ma.MaskedArray(frames, mask)
+
+
+def _find_padding(frame: Raw) -> npt.NDArray[np.bool_] | None:
+    """Where a frame (H, W, channels) holds padding; None if nothing there surely is."""
+    lowest = frame.min().item()
+    if frame.shape[-1] > 1 or lowest not in _PADDING:
+        return None
+    is_lowest: npt.NDArray[np.bool_] = frame == lowest
+    if not _LEAST_PADDED <= is_lowest.mean() < 1:
+        return None
+    others = frame[~is_lowest]
+    low, high = float(others.min()), float(others.max())
+    return is_lowest if low - lowest > _LEAST_GAP * (high - low) > 0 else None
+
+
 # ---- Geometry
 
 
-def _read_geometry(header: Any, x_axis: int) -> tuple[Geometry, tuple[str, ...], bool]:
+def read_geometry(header: Any, x_axis: int = 0) -> tuple[Geometry, tuple[str, ...], bool]:
     """The geometry, warnings about it, and whether ITK reads pixels with such a geometry.
 
     Args:
@@ -222,23 +249,16 @@ def _read_geometry(header: Any, x_axis: int) -> tuple[Geometry, tuple[str, ...],
 
 
 @contextmanager
-def _itk_reader(
-    path: Path, kind: str, budget: MemoryBudget, needed: int, without_geometry: bool = False
-) -> Iterator[Any]:
+def _itk_reader(path: Path, kind: str, without_geometry: bool = False) -> Iterator[Any]:
     """An ImageFileReader of the file. ITK's errors in the block become ImageErrors.
 
     Args:
-        needed: bytes of the pixels, or of the file, which limit the memory of the block.
         without_geometry: ITK does not see the geometry, because it would refuse it.
     """
-    reader = _import_simpleitk().ImageFileReader()
-    reader.SetImageIO(f"{ITK_NAMES[kind]}ImageIO")
+    reader = import_simpleitk().ImageFileReader()
+    reader.SetImageIO(f"{_ITK_NAMES[kind]}ImageIO")
     try:
-        with (
-            _acceptable_file(path, kind, without_geometry) as file,
-            budget.limit_growth(needed),
-            _silence_stderr(),
-        ):
+        with _acceptable_file(path, kind, without_geometry) as file:
             reader.SetFileName(str(file))
             yield reader
     except RuntimeError as error:
@@ -247,24 +267,11 @@ def _itk_reader(
         raise unreadable_error(error) from error
 
 
-def _import_simpleitk() -> Any:
-    """SimpleITK without its warnings."""
+def import_simpleitk() -> Any:
+    """SimpleITK without its warnings; the import takes 0.4 s."""
     sitk: Any = importlib.import_module("SimpleITK")
     sitk.ProcessObject.SetGlobalWarningDisplay(False)
     return sitk
-
-
-@contextmanager
-def _silence_stderr() -> Iterator[None]:
-    """Nothing reaches stderr in the block. Libraries such as OpenJPEG print there directly."""
-    before = os.dup(2)
-    try:
-        with Path(os.devnull).open("wb") as nowhere:
-            os.dup2(nowhere.fileno(), 2)
-        yield
-    finally:
-        os.dup2(before, 2)
-        os.close(before)
 
 
 @contextmanager

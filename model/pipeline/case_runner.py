@@ -143,12 +143,9 @@ def _frames_with_read_ms(
     source: ImageSource, start: float
 ) -> Iterator[tuple[GreyFrame | BadFrame, float]]:
     """Each frame, and the milliseconds that reading it took."""
-    try:
-        for frame in source.frames():
-            yield frame, _ms_since(start)
-            start = time.perf_counter()
-    except OSError as error:  # the file has disappeared
-        yield BadFrame(None, f"the file cannot be read: {error.strerror}"), 0.0
+    for frame in source.frames():
+        yield frame, _ms_since(start)
+        start = time.perf_counter()
 
 
 def _answer_frame(

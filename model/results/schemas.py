@@ -60,11 +60,10 @@ class CaseEntry(_Strict):
 
     frame counts from 0. pixel_aspect is the size of a pixel up to a factor if the file tells only
     that; the angle is taken in pixels of that shape. Landmarks are (x, y), landmarks_px with
-    integers at pixel centres.
-    expected_error_* and expected_aop_error_deg are mean errors to expect. aop_interval_deg should
-    hold the true angle nine times in ten. view_score says how much the image looks like the view
-    that the model is for. These fields are None if the model is not calibrated, and the interval
-    also if the view is doubted or no outlines were found.
+    integers at pixel centres. expected_error_* and expected_aop_error_deg are mean errors to
+    expect. aop_interval_deg should hold the true angle nine times in ten. view_score says how much
+    the image looks like the view that the model is for. These fields are None if the model is not
+    calibrated, and the interval also if the view is doubted or no outlines were found.
     """
 
     case: str

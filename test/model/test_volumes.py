@@ -95,7 +95,7 @@ def test_packed_metaimage_with_less_than_it_claims(tmp_path: Path, suffix: str) 
 def test_header_without_pixels(tmp_path: Path) -> None:
     path = save(tmp_path / "a.mhd", GREY)
     (tmp_path / "a.raw").unlink()
-    with pytest.raises(ImageError, match="MetaImage data is damaged"):
+    with pytest.raises(ImageError, match=r"data file a\.raw is missing: copy it beside the header"):
         open_image(path)
 
 
@@ -120,6 +120,53 @@ def test_shapes_that_are_no_image(tmp_path: Path) -> None:
     sitk.WriteImage(complex_image, str(path))
     with pytest.raises(ImageError, match="a pixel has 2 values"):
         open_image(path)
+
+
+# ---- Padding
+
+OUTSIDE = np.add(*np.indices((H, W))) < 30  # a corner
+SIGNAL = GREY.astype(np.int16) * 4 - 100
+
+
+@pytest.mark.parametrize("suffix", [".mha", ".nii", ".nii.gz", ".nrrd"])
+@pytest.mark.parametrize(
+    ("padding", "kind"),
+    [
+        *((padding, np.int16) for padding in (-1024, -2000, -2048, -3024, -32768)),
+        *((-(2**31), np.int32), (-1024, np.float32), (float(np.finfo("f").min), np.float32)),
+    ],
+)
+def test_padding_is_black(tmp_path: Path, suffix: str, padding: float, kind: type) -> None:
+    array = np.where(OUTSIDE, kind(padding), SIGNAL.astype(kind))
+    pixels = single(save(tmp_path / f"a{suffix}", array)).pixels
+    assert not pixels[OUTSIDE].any()
+    np.testing.assert_allclose(pixels[~OUTSIDE], stretched(SIGNAL[~OUTSIDE]), atol=1e-4)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_padding_of_a_stack(tmp_path: Path, packed: bool) -> None:
+    array = STACK.astype(np.int16)
+    array[1, OUTSIDE] = -1024
+    expected = STACK.copy()
+    expected[1, OUTSIDE] = 0
+    assert_stack(save(tmp_path / "a.mha", array, packed=packed), expected)
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.where(OUTSIDE, -1024, SIGNAL * 12),  # the next value is not far, for so wide a range
+        np.where(OUTSIDE, -1024, GREY.astype(np.int16) - 1025),
+        np.where(np.arange(H * W).reshape(H, W) < 20, -1024, SIGNAL),  # less than 1 %
+        np.where(OUTSIDE, -1000, SIGNAL),  # a value that nobody pads with
+        np.where(OUTSIDE, -128, GREY.astype(np.int16) // 4).astype(np.int8),
+        np.where(OUTSIDE, -1024, 7),  # nothing but padding
+    ],
+)
+def test_what_is_not_padding(tmp_path: Path, array: np.ndarray) -> None:
+    array = array if array.dtype == np.int8 else array.astype(np.int16)
+    pixels = single(save(tmp_path / "a.mha", array)).pixels
+    np.testing.assert_allclose(pixels, stretched(array), atol=1e-4)
 
 
 # ---- Geometry
