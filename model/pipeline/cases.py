@@ -66,7 +66,8 @@ def find_cases(
         return [_job_case(root)]
     if output is not None and _is_same(root, output):
         raise InputError(f"{root} is the input and the output folder; choose another --output")
-    paths, others = [], []
+    paths: list[Path] = []
+    others: list[Path] = []
     for path, is_image in _walk(root, output):
         (paths if is_image else others).append(path)
     if not paths:
