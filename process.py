@@ -69,13 +69,13 @@ def main(arguments: Sequence[str] | None = None, stop: StopRequest | None = None
             return merge_parts(options)
         if options.api_method == "invoke":
             return serve_jobs(load_model(options, options.threads), options, stop, readers)
-        cases = select_cases(options)
-        several = len(cases) > 1
+        selection = select_cases(options)
+        several = len(selection.cases) > 1
         model = load_model(options, 1 if several else options.threads)
         workers = 1
         if several and model.predictor.provider == "cpu":
             workers = options.threads or min(usable_cpus(), MOST_THREADS)
-        return _print_outcome(*run_batch(model, options, cases, stop, readers, workers))
+        return _print_outcome(*run_batch(model, options, selection, stop, readers, workers))
     except (InputError, ModelError, OutputError) as error:
         return _print_outcome(2, str(error))
     finally:

@@ -1,8 +1,9 @@
-"""One grey image in, three landmarks out: preprocess -> run -> decode -> back to image px.
+"""One image in, three landmarks out: preprocess -> run -> decode -> back to image px.
 
 `Predictor` is the same for every engine; `load_predictor` runs an ONNX file in ONNX Runtime.
 """
 
+import math
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -16,11 +17,18 @@ import numpy.typing as npt
 from model.anatomy import LANDMARKS, Floats
 from model.frame import Letterbox, Pair, Pixels, cells_to_input
 from model.heatmap import Decode, Heatmaps
+from model.images.grey import to_grey
+from model.images.limits import ImageError, check_size
 from model.masks import MaskError, landmarks_from_shares
 from model.spec import METADATA_KEY, ModelSpec, SpecError, parse_spec
 from model.uncertainty import REFERENCE_PX, ExpectedErrors, error_terms, expected_errors
 
 MOST_THREADS = 64  # a container may not start many more, and would then wait for ever
+PIL_MODES = ("L", "I", "I;16", "I;16B", "F", "RGB", "RGBA")  # whose values are grey levels or RGB
+EXPECTED_PIXELS = (
+    "expected (height, width) or (height, width, 3) pixels in uint8, uint16 or float, with values "
+    "from 0 to 255 or from 0 to 1"
+)
 Provider = Literal["auto", "cuda", "cpu"]
 
 ORT_PROVIDERS = {"cuda": "CUDAExecutionProvider", "cpu": "CPUExecutionProvider"}
@@ -108,20 +116,29 @@ class Predictor:
 
     def predict(
         self,
-        grey: Pixels,
+        image: npt.ArrayLike,
         pixel_shape: Pair = (1.0, 1.0),
         decode: Decode | None = None,
     ) -> Prediction:
-        """Landmarks in a (height, width) grey image with values 0..255.
+        """Landmarks in an image, which `grey_levels` takes to 0..255.
 
         Args:
+            image: (height, width), or (height, width, 1, 3 or 4) as RGB or RGBA; a numpy array, or
+                what numpy makes one of, such as a PIL image or a torch tensor on the CPU.
             pixel_shape: size of a pixel along x and y; only its ratio matters.
             decode: the decoder; by default the one of the model's spec.
 
         Raises:
             EngineError: the engine failed on this image.
+            ValueError, TypeError: the image or the pixel shape cannot be used.
         """
         times = [time.perf_counter()]
+        grey = grey_levels(image)
+        if not (len(pixel_shape) == 2 and all(0 < side < math.inf for side in pixel_shape)):
+            raise ValueError(
+                "expected pixel_shape as two positive numbers, the size of a pixel along x and y, "
+                f"got {pixel_shape!r}"
+            )
         box = Letterbox(grey.shape[1], grey.shape[0], self.spec.input_size, pixel_shape)
         network_input = self.spec.normalise(box.apply(grey))[None]
         times.append(time.perf_counter())
@@ -150,6 +167,66 @@ class Predictor:
         at_512 = expected_errors(self.spec.calibration, terms)
         image_px = self.spec.input_size / REFERENCE_PX / float(np.sqrt(box.scale.prod()))
         return ExpectedErrors(at_512.landmarks_px * image_px, at_512.aop_deg)
+
+
+def grey_levels(image: npt.ArrayLike) -> Pixels:
+    """(height, width) grey levels 0..255 of an image that a caller of `Predictor.predict` has.
+
+    uint8 stays as it is, and so do other integers and floats that lie within 0..255. Floats that
+    all lie within 0..1 are taken for an image of that range, as scikit-image and torch have it, and
+    multiplied by 255. Any other range is stretched to 0..255, as in a file. Colour becomes
+    luminance.
+
+    Raises:
+        ValueError: the shape or the values cannot be an image's.
+        TypeError: these are not numbers, or a PIL image of other values than grey levels and RGB.
+    """
+    pixels = _check_pixels(image)
+    try:
+        if hasattr(pixels, "mask"):  # padding, as in a file
+            return to_grey(pixels)
+        if pixels.dtype != np.uint8:
+            low, high = pixels.min(), pixels.max()
+            if not (low >= 0 and high <= 255):  # NaN is neither
+                return to_grey(pixels)
+            if pixels.dtype.kind == "f":
+                pixels = pixels.astype(np.float32, copy=False)
+                pixels = pixels * np.float32(255) if high <= 1 else pixels
+            if pixels.dtype.kind != "f" or pixels.ndim == 3:
+                pixels = np.rint(pixels).astype(np.uint8)
+        return np.ascontiguousarray(pixels) if pixels.ndim == 2 else to_grey(pixels)
+    except ImageError as error:
+        got = f"{pixels.dtype} of shape {pixels.shape}"
+        raise ValueError(f"{EXPECTED_PIXELS}, got {got}: {error}") from error
+
+
+def _check_pixels(image: npt.ArrayLike) -> npt.NDArray[Any]:
+    """(height, width), or (height, width, 3) in RGB, of some real number type."""
+    if isinstance(image, (str, bytes, os.PathLike)):
+        raise TypeError(
+            f"{EXPECTED_PIXELS}, got the path {os.fspath(image)!r}: "
+            "model.images.source.open_image(path).frames() yields the images of a file"
+        )
+    mode = getattr(image, "mode", "RGB")
+    if isinstance(mode, str) and mode not in PIL_MODES:
+        raise TypeError(
+            f"{EXPECTED_PIXELS}, got a PIL image of mode {mode}: pass image.convert('RGB')"
+        )
+    pixels = image if isinstance(image, np.ndarray) else np.asarray(image)
+    shape = pixels.shape
+    expected = f"{EXPECTED_PIXELS}, got {pixels.dtype} of shape {shape}"
+    if pixels.dtype.kind not in "uif":
+        raise TypeError(f"{expected}: convert the values")
+    channels = shape[2] if pixels.ndim == 3 else 1
+    if pixels.ndim not in (2, 3) or channels not in (1, 3, 4) or not pixels.size:
+        is_first = pixels.ndim == 3 and shape[0] in (1, 3, 4) and pixels.size
+        raise ValueError(
+            f"{expected}: {'move the channels last' if is_first else 'pass one image'}"
+        )
+    check_size(shape[1], shape[0])
+    if channels == 4 and pixels[..., 3].min() != pixels[..., 3].max():
+        raise ValueError(f"{expected}, partly transparent: compose it over black")
+    return pixels if pixels.ndim == 2 else pixels[..., 0] if channels == 1 else pixels[..., :3]
 
 
 def decode_output(spec: ModelSpec, output: Heatmaps, decode: Decode | None = None) -> DecodedOutput:
@@ -181,10 +258,10 @@ def decode_output(spec: ModelSpec, output: Heatmaps, decode: Decode | None = Non
 
 
 def load_predictor(
-    path: Path,
+    path: str | os.PathLike[str],
     provider: Provider = "auto",
     threads: int | None = None,
-    on_cpu: Path | None = None,
+    on_cpu: str | os.PathLike[str] | None = None,
 ) -> Predictor:
     """A predictor that runs an ONNX file with its ModelSpec in ONNX Runtime; warmed up on CUDA.
 
@@ -198,14 +275,15 @@ def load_predictor(
     """
     import onnxruntime as ort  # noqa: PLC0415  slow to import
 
-    for file in (path, on_cpu or path):
+    path, on_cpu = Path(path), Path(on_cpu or path)
+    for file in (path, on_cpu):
         if not file.is_file():
             raise ModelError(f"no model file at {file}; pass --model FILE.onnx")
     ort.set_default_logger_severity(4)
     threads = threads or min(usable_cpus(), MOST_THREADS)
     session = _cuda_session(ort, path, provider, threads)
     if session is None:
-        path = on_cpu or path
+        path = on_cpu
         session = _create_session(ort, path, [ORT_PROVIDERS["cpu"]], threads)
     # The session knows what runs. The list of available providers names CUDA even if it cannot be
     # loaded.

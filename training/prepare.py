@@ -223,7 +223,10 @@ def assign_splits(cases: Sequence[Case], path: Path, skipped: Skipped) -> list[C
     table = read_table(path)
     split, device, group = (table.find_column(name) for name in ("split", "device", "group"))
     file = table.find_column("Filename")
-    rows = {name_without_suffix(row[file]): row for _, row in table.rows}
+    rows = {
+        name_without_suffix(name): row
+        for name, (_, row) in zip(table.read_paths(file), table.rows, strict=True)
+    }
     assigned = []
     for case in cases:
         row = rows.get(name_without_suffix(case.file))
@@ -240,7 +243,10 @@ def group_by_patient(
     """The cases for which a table names a patient, who becomes their group."""
     table = read_table(path)
     file, column = table.find_column("Filename"), table.find_column(patient_column)
-    patients = {name_without_suffix(row[file]): row[column] for _, row in table.rows}
+    patients = {
+        name_without_suffix(name): row[column]
+        for name, (_, row) in zip(table.read_paths(file), table.rows, strict=True)
+    }
     grouped = []
     for case in cases:
         patient = patients.get(name_without_suffix(case.file))

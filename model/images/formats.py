@@ -26,6 +26,17 @@ _MAGIC = (  # format, offset in the file, bytes there
     ("NIfTI", 344, b"n+1\0"),
     ("NIfTI", 4, b"n+2\0"),
 )
+# Old DICOM files lack the magic bytes. They begin with group 0002 or 0008, and an element near the
+# start names one of the standard's UIDs, or the standard before it.
+_BARE_DICOM = re.compile(
+    rb"(?:[\x02\x08]\0..|\0[\x02\x08]..).{0,1000}?"
+    rb"(?:(?:\x08\0\x16\0|\0\x08\0\x16|\x02\0[\x02\x10]\0)....1\.2\.840\.10008\."
+    rb"|(?:\x08\0\x10\0|\0\x08\0\x10)....ACR-NEMA)",
+    re.DOTALL,
+)
+_DICOMDIR = re.compile(
+    rb".{128}DICM.{0,200}?\x02\0\x02\0UI..1\.2\.840\.10008\.1\.3\.10\x02", re.DOTALL
+)
 _TO_PNG, _FRAMES_TO_PNG = "save it as .png", "save its frames as .png"
 _OTHERS = (  # what else has a picture's name, what to do with it, a pattern of its first bytes
     ("JPEG 2000", _TO_PNG, rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51"),
@@ -63,9 +74,17 @@ def is_supported_name(path: Path) -> bool:
 
 
 def is_dicom(path: Path) -> bool:
-    """Whether a file in a folder is a DICOM frame; a DICOMDIR only lists the others."""
-    by_name = path.suffix.lower() == ".dcm"
-    return path.name.upper() != "DICOMDIR" and (by_name or read_head(path)[128:132] == b"DICM")
+    """Whether a file is DICOM, by its content if its name does not end in .dcm.
+
+    Machines name such files by UID, IM_0001, .dicom, .ima, .1. A DICOMDIR only lists the others.
+    """
+    if path.name.upper() == "DICOMDIR":
+        return False
+    if path.suffix.lower() == ".dcm":
+        return True
+    head = read_head(path, 2**11)
+    is_marked = head[128:132] == b"DICM"
+    return (is_marked or _BARE_DICOM.match(head) is not None) and not _DICOMDIR.match(head)
 
 
 def format_of(path: Path) -> str:
@@ -84,6 +103,8 @@ def format_of(path: Path) -> str:
         except zlib.error as error:
             raise damaged_error("gzip") from error
     kind = next((kind for kind, offset, magic in _MAGIC if head.startswith(magic, offset)), "")
+    if not kind and _BARE_DICOM.match(head):
+        kind = "DICOM"
     if not kind and _METAIMAGE.match(head):
         kind = "MetaImage"
     if is_packed and len(head) < _NIFTI_HEADER_BYTES:
@@ -104,10 +125,10 @@ def format_of(path: Path) -> str:
     )
 
 
-def read_head(path: Path) -> bytes:
-    """The file's first bytes, enough for the header of every format."""
+def read_head(path: Path, count: int = _HEAD_BYTES) -> bytes:
+    """The file's first bytes, by default enough for the header of every format."""
     with path.open("rb") as file:
-        return file.read(_HEAD_BYTES)
+        return file.read(count)
 
 
 def is_gzip(path: Path) -> bool:

@@ -4,11 +4,12 @@ import os
 import signal
 import sys
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from threading import Lock
@@ -24,7 +25,7 @@ from model.pipeline.options import RunOptions
 from model.predictor import Predictor
 from model.results.files import PICTURE, OutputError
 from model.results.journal import Journal, settings_of
-from model.results.schemas import CaseEntry, RunSummary
+from model.results.schemas import CaseEntry, LeftOut, RunSummary
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,14 @@ class Tally:
     first_failure: CaseEntry | None = None
 
 
+@dataclass(frozen=True)
+class Selection:
+    """The cases of a run, and by suffix the files that were left out because they are no images."""
+
+    cases: list[InputCase]
+    left_out: dict[str, LeftOut]
+
+
 def print_line(text: str) -> None:
     """Print a line of progress. The run goes on if stdout takes nothing."""
     try:
@@ -61,7 +70,7 @@ def print_line(text: str) -> None:
 def run_batch(
     model: LoadedModel,
     options: RunOptions,
-    cases: Sequence[InputCase],
+    selection: Selection,
     stop: StopRequest,
     readers: Readers,
     workers: int = 1,
@@ -74,7 +83,7 @@ def run_batch(
     Raises:
         OutputError: the output folder cannot be used, or the report cannot be written.
     """
-    start = time.perf_counter()
+    start, cases = time.perf_counter(), selection.cases
     if options.overlay is None:
         options = replace(options, overlay=not any(case.is_job for case in cases))
     summary = summarise_settings(model, options)
@@ -91,7 +100,7 @@ def run_batch(
             return 128 + stop.signal, _stop_sentence(stop.signal, len(journal.done), len(cases))
         tally = count_outcomes(journal.entries())
         counts = {name: getattr(tally, name) for name in ("answered", "failed", "doubtful")}
-        journal.finish(summary.model_copy(update=counts))
+        journal.finish(summary.model_copy(update={"left_out": selection.left_out, **counts}))
     except ValidationError:
         sentence = f"{options.output / options.run_files.journal} was changed from outside"
         return 2, f"{sentence} during the run; leave that file alone, then run again with --resume"
@@ -108,24 +117,31 @@ def run_batch(
     return conclude_run(tally, options, cases[0].is_job if cases else False)
 
 
-def select_cases(options: RunOptions) -> list[InputCase]:
+def select_cases(options: RunOptions) -> Selection:
     """The cases of the input folder, or with --shard those of this part.
 
     Raises:
         InputError: the input has no case, or --shard is given for a job.
     """
-    skipped: Counter[str] = Counter()
+    skipped: dict[str, list[str]] = {}
     cases = find_cases(options.input, options.output, skipped)
-    if skipped:
-        counts = ", ".join(f"{suffix} {count}" for suffix, count in sorted(skipped.items()))
-        print_line(f"skipped files without an image's suffix: {counts}")
+    left_out = {
+        suffix: LeftOut(count=len(files), first=files[0])
+        for suffix, files in sorted(skipped.items())
+    }
+    if left_out:
+        counts = (f"{name} {some.count} (first {some.first!r})" for name, some in left_out.items())
+        print_line(f"left out files that are no images: {', '.join(counts)}")
+    outside = sum(not case.file.startswith("images/") for case in cases)
+    if outside and any(fnmatchcase(case.file, "images/?*/?*") for case in cases):
+        print_line(f"{outside} images lie outside images/NAME/, so the whole folder is read")
     if options.shard is None:
-        return cases
+        return Selection(cases, left_out)
     if cases[0].is_job:
         raise InputError("--shard divides a folder of images, but the input is a job; leave it out")
     part = [case for case in cases if options.shard.holds(case.file)]
     print_line(f"part {options.shard}: {len(part)} of {len(cases)} cases")
-    return part
+    return Selection(part, left_out)
 
 
 def answer_cases(

@@ -1,9 +1,9 @@
-"""Finds the cases in an input folder, in the three layouts that `find_cases` describes."""
+"""Finds the cases in an input folder, in the layouts that `find_cases` describes."""
 
 import hashlib
 import json
 import os
-from collections import Counter
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -12,6 +12,7 @@ from typing import Any
 from model.images.formats import SUFFIXES, is_dicom, is_supported_name
 from model.results.files import REPORT, RESULTS, TABLE
 
+DATA_SUFFIXES = (".raw", ".zraw")  # the pixels of an .mhd
 LONGEST_NAME = 200  # bytes; most file systems allow 255, and a number may be appended
 
 
@@ -36,19 +37,19 @@ class InputCase:
 
 
 def find_cases(
-    root: Path, output: Path | None = None, skipped: Counter[str] | None = None
+    root: Path, output: Path | None = None, skipped: dict[str, list[str]] | None = None
 ) -> list[InputCase]:
     """The cases below an input folder, in a fixed order.
 
     1. inputs.json: a grand-challenge job. Its one value of super_kind "Image" names the folder.
-    2. images/<slug>/: grand-challenge's older format. Files beside images/ are ignored.
-    3. Any folder: every supported image below it.
-    In 2 and 3, links are followed. Hidden files, the output folder and files without an image's
-    suffix are left out, except DICOM files without a suffix.
+    2. Any folder: every supported image below it, also in grand-challenge's older format
+       images/<slug>/.
+    In 2, links are followed. Hidden files, the output folder and files without an image's suffix
+    are left out, except DICOM files, which may have any name.
 
     Args:
         output: the output folder, in case it lies below the input folder.
-        skipped: counts, by suffix, the files that were left out for their suffix.
+        skipped: receives, by suffix, the files that were left out because they are no images.
 
     Raises:
         InputError: the folder cannot be read or has no image, or inputs.json names none.
@@ -65,27 +66,28 @@ def find_cases(
         return [_job_case(root)]
     if output is not None and _is_same(root, output):
         raise InputError(f"{root} is the input and the output folder; choose another --output")
-    images = root / "images"
-    skipped = Counter() if skipped is None else skipped
-    paths = _images_below(images, output, skipped) if _is_folder(images) else []
-    if all(path.parent == images for path in paths):  # there is no <slug>/
-        skipped.clear()
-        paths = _images_below(root, output, skipped)
+    paths: list[Path] = []
+    others: list[Path] = []
+    for path, is_image in _walk(root, output):
+        (paths if is_image else others).append(path)
     if not paths:
-        raise InputError(f"no image below {root}; expected files that end in {', '.join(SUFFIXES)}")
+        suffixes = ", ".join(SUFFIXES)
+        raise InputError(
+            f"no image below {root}; expected files that end in {suffixes}, or DICOM of any name"
+        )
+    for file in sorted(printable_path(path.relative_to(root)) for path in others):
+        if skipped is not None:
+            skipped.setdefault(_suffix_of(file), []).append(file)
+    paths.sort(key=os.fsencode)
     taken = {RESULTS, TABLE, REPORT}
     return [_case_in_folder(root, path, taken) for path in paths]
 
 
-# ---- Layouts 2 and 3: a folder of images
+# ---- Layout 2: a folder of images
 
 
-def _images_below(folder: Path, output: Path | None, skipped: Counter[str]) -> list[Path]:
-    return sorted(_walk_images(folder, output, skipped), key=os.fsencode)
-
-
-def _walk_images(top: Path, output: Path | None, skipped: Counter[str]) -> Iterator[Path]:
-    """Every image below a folder.
+def _walk(top: Path, output: Path | None) -> Iterator[tuple[Path, bool]]:
+    """Every file below a folder, and whether it is an image.
 
     A path that cannot be looked at counts as an image, so that its case fails and says why.
     """
@@ -104,25 +106,29 @@ def _walk_images(top: Path, output: Path | None, skipped: Counter[str]) -> Itera
                 try:
                     is_folder = path.is_dir()
                 except OSError:  # permission denied, or the path is too long
-                    yield path
+                    yield path, True
                     continue
                 if is_folder:
                     place = _real_path(path) if path.is_symlink() else real / path.name
                     ahead.append((path, place, parents | {real}))
-                elif is_supported_name(path) or _is_bare_dicom(path):
-                    yield path
-                elif path.suffix.lower() not in (".raw", ".zraw"):  # the pixels of an .mhd
-                    skipped[path.suffix.lower() or "no suffix"] += 1
+                elif path.suffix.lower() not in DATA_SUFFIXES:
+                    yield path, is_supported_name(path) or _is_unnamed_dicom(path)
         except OSError:
-            yield folder
+            yield folder, True
 
 
-def _is_bare_dicom(path: Path) -> bool:
-    """Whether this is a DICOM file without a suffix, as many machines export it."""
+def _is_unnamed_dicom(path: Path) -> bool:
+    """Whether a file without an image's suffix is DICOM; opens no pipe."""
     try:
-        return not path.suffix and path.is_file() and is_dicom(path)
+        return path.is_file() and is_dicom(path)
     except OSError:
         return False
+
+
+def _suffix_of(file: str) -> str:
+    """The suffix by which a file is counted. The end of a UID, or of x.0001, is none."""
+    suffix = PurePosixPath(file).suffix.lower()
+    return suffix if re.fullmatch(r"\.(?=\w*[a-z])\w{1,12}", suffix) else "no suffix"
 
 
 def _case_in_folder(root: Path, path: Path, taken: set[str]) -> InputCase:

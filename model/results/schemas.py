@@ -115,11 +115,18 @@ class Loop(_Strict):
     doubtful_frames: int
 
 
+class LeftOut(_Strict):
+    """Files of one suffix that are no images: how many, and the first one's path."""
+
+    count: int
+    first: str
+
+
 class RunSummary(_Strict):
     """The head of results.json: model, settings and counts.
 
     shard: "K/N" for the results of one part. missing: after --merge, the parts and files that have
-    no entry.
+    no entry. left_out: by suffix, the files of the whole input folder that are no images.
     """
 
     model: str
@@ -129,6 +136,7 @@ class RunSummary(_Strict):
     settings: dict[str, str | bool | float | None]
     shard: str | None = None
     missing: list[str] = []
+    left_out: dict[str, LeftOut] = {}
     answered: int
     failed: int
     doubtful: int

@@ -3,13 +3,17 @@
 import errno
 import json
 import os
-from collections import Counter
 from pathlib import Path
 
+import numpy as np
+import pydicom
 import pytest
+from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
-from model.images.source import ImageError, open_image
+from model.images.formats import format_of
+from model.images.source import GreyFrame, ImageError, open_image
 from model.pipeline.cases import LONGEST_NAME, InputCase, InputError, find_cases, printable_path
+from test.support.image_files import GREY
 
 
 def touch(root: Path, *names: str | bytes) -> Path:
@@ -18,6 +22,37 @@ def touch(root: Path, *names: str | bytes) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"")
     return root
+
+
+def write_dicom(path: Path, kind: str = "file") -> None:
+    """A DICOM image by pydicom; without preamble and marks unless it is a "file" or "directory"."""
+    data = pydicom.Dataset()
+    data.SpecificCharacterSet = "ISO_IR 100"
+    data.ImageType = ["ORIGINAL", "PRIMARY"]
+    if kind == "ACR-NEMA":
+        data.RecognitionCode = "ACR-NEMA 2.0"
+    else:
+        data.SOPClassUID, data.SOPInstanceUID = "1.2.840.10008.5.1.4.1.1.6.1", "1.2.3"
+    if kind == "directory":
+        data.SOPClassUID = "1.2.840.10008.1.3.10"
+    data.Rows, data.Columns = GREY.shape
+    data.SamplesPerPixel, data.PhotometricInterpretation = 1, "MONOCHROME2"
+    data.BitsAllocated, data.BitsStored, data.HighBit, data.PixelRepresentation = 8, 8, 7, 0
+    data.PixelData = GREY.tobytes()
+    data["PixelData"].VR = "OB"
+    syntax = {"implicit": ImplicitVRLittleEndian, "big endian": ExplicitVRBigEndian}.get(
+        kind, ExplicitVRLittleEndian
+    )
+    if kind in ("file", "directory"):
+        data.file_meta = pydicom.dataset.FileMetaDataset()
+        data.file_meta.TransferSyntaxUID = syntax
+        data.file_meta.MediaStorageSOPClassUID = data.SOPClassUID
+        data.file_meta.MediaStorageSOPInstanceUID = "1.2.3"
+        pydicom.dcmwrite(path, data, enforce_file_format=True)
+    else:
+        pydicom.dcmwrite(
+            path, data, implicit_vr=syntax.is_implicit_VR, little_endian=syntax.is_little_endian
+        )
 
 
 def write_job(root: Path, relative: object = "images/us", key: str = "socket", **more) -> Path:
@@ -149,10 +184,15 @@ def test_inputs_json_with_a_byte_order_mark(tmp_path: Path) -> None:
 
 
 def test_images_folder(tmp_path: Path) -> None:
-    touch(tmp_path, "images/pelvic-2d-ultrasound/0e1f.mha", "images/b/c/d.tif", "overview.png")
+    touch(tmp_path, "images/pelvic-2d-ultrasound/0e1f.mha", "images/b/c/d.tif", "age.json")
     cases = find_cases(tmp_path)
     assert names(cases) == ["images__b__c__d", "images__pelvic-2d-ultrasound__0e1f"]
     assert cases[1].file == "images/pelvic-2d-ultrasound/0e1f.mha"
+
+
+def test_images_outside_the_images_folder_are_cases_too(tmp_path: Path) -> None:
+    touch(tmp_path, "top.png", "other/x.png", "images/p1/y.png")
+    assert names(find_cases(tmp_path)) == ["images__p1__y", "other__x", "top"]
 
 
 def test_images_folder_without_a_slug_is_any_folder(tmp_path: Path) -> None:
@@ -172,10 +212,83 @@ def test_any_folder(tmp_path: Path) -> None:
 def test_dicom_without_a_suffix_and_what_is_skipped(tmp_path: Path) -> None:
     touch(tmp_path, "a.png", "loop.AVI", "sub/b.avi", "letter", "e.mhd", "e.raw", ".hidden")
     (tmp_path / "IM_0001").write_bytes(bytes(128) + b"DICM")
-    skipped: Counter[str] = Counter()
+    skipped: dict[str, list[str]] = {}
     cases = find_cases(tmp_path, skipped=skipped)
     assert names(cases) == ["IM_0001", "a", "e"]
-    assert skipped == {".avi": 2, "no suffix": 1}
+    assert skipped == {".avi": ["loop.AVI", "sub/b.avi"], "no suffix": ["letter"]}
+
+
+KINDS = ["file", "no preamble", "implicit", "big endian"]
+
+
+@pytest.mark.parametrize(
+    "name", ["US.1.2.840.113619.2.5.17", "x.dicom", "x.IMA", "x.1", "IM_0001", "1.2.3.4", "x.dcm"]
+)
+@pytest.mark.parametrize("kind", [*KINDS, "ACR-NEMA"])
+def test_dicom_of_any_name_is_found_by_content(tmp_path: Path, name: str, kind: str) -> None:
+    write_dicom(tmp_path / name, kind)
+    (case,) = find_cases(tmp_path)
+    assert case.name == name.removesuffix(".dcm") and case.path == tmp_path / name
+    assert format_of(case.path) == "DICOM"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_dicom_of_any_name_is_read(tmp_path: Path, kind: str) -> None:
+    write_dicom(tmp_path / "US.1.2.17", kind)
+    (frame,) = open_image(tmp_path / "US.1.2.17").frames()
+    assert isinstance(frame, GreyFrame)
+    np.testing.assert_array_equal(frame.pixels, GREY)
+
+
+def test_dicom_of_like_names_stays_apart(tmp_path: Path) -> None:
+    for name in ("a.dcm", "a.dicom", "a", "a.1"):
+        write_dicom(tmp_path / name)
+    assert {case.file: case.name for case in find_cases(tmp_path)} == {
+        **{"a": "a", "a.1": "a.1", "a.dcm": "a-2", "a.dicom": "a.dicom"}
+    }
+
+
+NO_IMAGES = {
+    "letter.txt": b"\b\0 1.2.840.10008.5.1.4.1.1.6.1",
+    "a.json": b'{"0008": "1.2.840.10008.1.2"}',
+    "a.xml": b"<?xml version='1.0'?><DicomAttribute tag='00080016'>1.2.840.10008.1.2.1",
+    "a.csv": b"Filename,PS1\n",
+    "a.pdf": b"%PDF-1.7\n",
+    "a.zip": b"PK\x03\x04" + b"\x08\0" * 100,
+    "a.ini": b"[DICM]\n" * 30,
+    "Thumbs.db": b"\xd0\xcf\x11\xe0" + bytes(300),
+    "a.17": b"\x08\0\x08\0" * 100,
+    "short": b"\x08\0",
+    "empty": b"",
+}
+
+
+def test_what_is_no_dicom_is_passed_over_and_named(tmp_path: Path) -> None:
+    for name, content in NO_IMAGES.items():
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "pixels.raw").write_bytes(bytes(128) + b"DICM")
+    write_dicom(tmp_path / ".hidden")
+    write_dicom(tmp_path / "DICOMDIR")
+    write_dicom(tmp_path / "index.17", "directory")
+    touch(tmp_path, "a.png")
+    (tmp_path / "pipe").symlink_to(tmp_path / "real-pipe")
+    os.mkfifo(tmp_path / "real-pipe")
+    skipped: dict[str, list[str]] = {}
+    assert names(find_cases(tmp_path, skipped=skipped)) == ["a"]
+    bare = ["DICOMDIR", "a.17", "empty", "index.17", "pipe", "real-pipe", "short"]
+    assert skipped.pop("no suffix") == bare
+    assert skipped == {
+        Path(name).suffix: [name] for name in NO_IMAGES if Path(name).suffix[1:2].isalpha()
+    }
+
+
+def test_a_jobs_folder_of_dicom_of_any_name(tmp_path: Path) -> None:
+    touch(write_job(tmp_path), "images/us/notes.txt")
+    write_dicom(tmp_path / "images/us/IM.1.2.17")
+    assert find_cases(tmp_path)[0].path == tmp_path / "images/us/IM.1.2.17"
+    write_dicom(tmp_path / "images/us/IM.1.2.18", "implicit")
+    (case,) = find_cases(tmp_path)
+    assert case.path == tmp_path / "images/us" and open_image(case.path).frame_count == 2
 
 
 def test_colliding_names_get_numbers(tmp_path: Path) -> None:

@@ -10,14 +10,17 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper
+from PIL import Image
 
 from model.frame import Letterbox, input_to_cells
+from model.images.grey import to_grey
 from model.masks import landmarks_from_shares
 from model.predictor import (
     ModelError,
     Output,
     Predictor,
     decode_output,
+    grey_levels,
     load_predictor,
     usable_cpus,
 )
@@ -110,6 +113,104 @@ def test_predictor_runs_an_onnx_file(tmp_path):
     image[20:24, 40:44] = 255  # one cell
     found = predictor.predict(image, decode="argmax")
     np.testing.assert_allclose(found.landmarks_px, [[41.5, 21.5]] * 3)
+
+
+GREY = phantom(5, 96, 64).image
+COLOUR = np.dstack([GREY, GREY // 2, 255 - GREY])
+LUMINANCE = np.rint(COLOUR @ [0.299, 0.587, 0.114])
+WIDE = GREY.astype(np.uint16) * 200
+SAME = {  # images that mean the same as GREY
+    "signed": GREY.astype(np.int64),
+    "uint16 within 0..255": GREY.astype(">u2"),
+    "one channel": GREY[..., None],
+    "equal channels": np.dstack([GREY] * 3),
+    "opaque RGBA": np.dstack([GREY, GREY, GREY, np.full_like(GREY, 255)]),
+    "float32": GREY.astype(np.float32),
+    "float64": GREY.astype(np.float64),
+    "0..1": GREY / 255,
+    "0..1 in float32": (GREY / 255).astype(np.float32),
+    "0..1 in colour": np.dstack([GREY] * 3) / 255,
+    "a list": GREY.tolist(),
+    "not contiguous": GREY[:, ::-1].copy()[:, ::-1],
+    "PIL": Image.fromarray(GREY),
+    "PIL RGB": Image.fromarray(GREY).convert("RGB"),
+}
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_one_image_in_many_types_is_the_same(name):
+    found = grey_levels(SAME[name])
+    assert found.shape == GREY.shape and found.flags.c_contiguous
+    assert found.dtype in (np.uint8, np.float32)
+    np.testing.assert_allclose(found, GREY, atol=1e-4)
+
+
+def test_grey_frames_are_passed_on_as_they_are():
+    dark = np.zeros((64, 64), np.float32)
+    for frame in (GREY, np.zeros_like(GREY), GREY.astype(np.float32)):
+        assert grey_levels(frame) is frame
+    np.testing.assert_array_equal(grey_levels(dark), dark)
+
+
+def test_colour_and_wide_ranges_are_read_as_in_files():
+    np.testing.assert_allclose(grey_levels(COLOUR), LUMINANCE, atol=1)
+    np.testing.assert_allclose(grey_levels(COLOUR / 255), LUMINANCE, atol=1)
+    for wide in (WIDE, WIDE.astype(np.float64) - 1000):
+        np.testing.assert_array_equal(grey_levels(wide), to_grey(wide))
+    assert grey_levels(WIDE).max() == 255
+    padded = np.ma.masked_less(np.where(GREY > 99, GREY.astype(np.int16), -1024), 0)
+    np.testing.assert_array_equal(grey_levels(padded), np.where(GREY > 99, GREY, 0))
+
+
+@pytest.mark.parametrize(
+    ("image", "error", "message"),
+    [
+        (np.zeros((3, 64, 96), np.float32), ValueError, r"\(3, 64, 96\): move the channels last"),
+        (np.zeros((1, 64, 96), np.uint8), ValueError, r"move the channels last"),
+        (
+            np.zeros((2, 64, 96, 3), np.uint8),
+            ValueError,
+            r"uint8 of shape \(2, 64, 96, 3\): pass one",
+        ),
+        (np.zeros((64, 96, 2), np.uint8), ValueError, r"\(64, 96, 2\): pass one image"),
+        (np.zeros(64), ValueError, r"float64 of shape \(64,\): pass one image"),
+        (np.zeros((0, 64)), ValueError, r"\(0, 64\): pass one image"),
+        (GREY > 9, TypeError, r"got bool of shape \(64, 96\): convert"),
+        (GREY * 1j, TypeError, r"got complex128"),
+        (None, TypeError, r"got object of shape \(\)"),
+        ("a.png", TypeError, r"got the path 'a.png': .*open_image"),
+        (Path("a.png"), TypeError, r"got the path 'a.png'"),
+        (np.where(GREY > 99, np.nan, GREY), ValueError, r"float64 .*: .* NaN or infinite"),
+        (np.where(GREY > 99, np.inf, GREY), ValueError, r"float64 .*: .* NaN or infinite"),
+        (np.full((64, 96), 999), ValueError, r"constant"),
+        (np.zeros((20, 64), np.uint8), ValueError, r"64 x 20 px is too small"),
+        (np.dstack([COLOUR, GREY]), ValueError, r"\(64, 96, 4\), partly transparent"),
+        (Image.fromarray(GREY).convert("P"), TypeError, r"PIL image of mode P: pass"),
+        (Image.fromarray(COLOUR).convert("CMYK"), TypeError, r"PIL image of mode CMYK"),
+    ],
+)
+def test_what_is_no_image_is_refused_in_a_sentence(image, error, message):
+    with pytest.raises(error, match=message) as caught:
+        Predictor(SPEC, lambda _: pytest.fail("it ran"), "test").predict(image)
+    if "too small" not in message:
+        assert "expected (height, width) or (height, width, 3) pixels in uint8" in str(caught.value)
+
+
+@pytest.mark.parametrize("shape", [(0, 1), (1, -1), (1, np.nan), (np.inf, 1), (1,), (1, 1, 1)])
+def test_pixel_shape_is_two_positive_numbers(shape):
+    predictor = Predictor(SPEC, lambda _: pytest.fail("it ran"), "test")
+    with pytest.raises(ValueError, match="expected pixel_shape as two positive numbers"):
+        predictor.predict(GREY, shape)
+
+
+def test_a_path_may_be_text(tmp_path):
+    path = write_model(tmp_path / "m.onnx", SPEC.model_dump_json())
+    predictor = load_predictor(str(path), "cpu", on_cpu=str(path))
+    assert predictor.file == path
+    with pytest.raises(ModelError, match=r"no model file at none\.onnx"):
+        load_predictor("none.onnx")
+    scores = [predictor.predict(image).landmarks_px for image in (GREY, GREY / 255)]
+    np.testing.assert_allclose(*scores, atol=1e-3)
 
 
 def test_grey_is_repeated_for_three_channels():

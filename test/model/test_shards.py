@@ -201,3 +201,37 @@ def test_a_job_is_not_divided(tmp_path: Path) -> None:
     png(job(tmp_path / "in") / "a.png")
     result = run(tmp_path / "in", tmp_path / "out", "--shard", "1/2")
     assert result.status == 2 and "leave it out" in result.sentence
+
+
+def test_images_everywhere_are_answered_and_other_files_named(tmp_path: Path) -> None:
+    for name in ("top.png", "other/x.png", "images/p1/y.png"):
+        png(tmp_path / "in" / name)
+    for name in ("notes.txt", "images/p1/loop.AVI", "images/b.avi", "letter"):
+        (tmp_path / "in" / name).write_text("no image")
+    whole = run(tmp_path / "in", tmp_path / "whole", "--no-overlay")
+    assert (whole.status, whole.err) == (0, "")
+    assert [entry["file"] for entry in whole.results["cases"]] == [
+        *("images/p1/y.png", "other/x.png", "top.png"),
+    ]
+    assert "2 images lie outside images/NAME/, so the whole folder is read\n" in whole.out
+    expected = ".avi 2 (first 'images/b.avi'), .txt 1 (first 'notes.txt'), "
+    assert f"left out files that are no images: {expected}no suffix 1 (first 'letter')" in whole.out
+    assert whole.results["left_out"] == {
+        ".avi": {"count": 2, "first": "images/b.avi"},
+        ".txt": {"count": 1, "first": "notes.txt"},
+        "no suffix": {"count": 1, "first": "letter"},
+    }
+    for part in ("1/2", "2/2"):
+        run(tmp_path / "in", tmp_path / "parts", "--no-overlay", "--shard", part)
+    merged = run(tmp_path / "in", tmp_path / "parts", "--merge")
+    assert (merged.status, merged.results["missing"]) == (0, [])
+    assert merged.results["left_out"] == whole.results["left_out"]
+    assert len(merged.results["cases"]) == 3
+
+
+def test_the_images_folder_alone_needs_no_remark(tmp_path: Path) -> None:
+    png(tmp_path / "in" / "images" / "us" / "y.png")
+    (tmp_path / "in" / "age.json").write_text("31")
+    answered = run(tmp_path / "in", tmp_path / "out", "--no-overlay")
+    assert answered.status == 0 and "outside" not in answered.out
+    assert answered.results["left_out"] == {".json": {"count": 1, "first": "age.json"}}

@@ -171,6 +171,23 @@ def test_results_and_table_of_one_run_give_the_same_figures(folder):
                 assert table[group][name] == pytest.approx(figure, abs=1e-3), name
 
 
+def test_tables_of_excel_give_the_same_figures(folder):
+    """Labels and answers with semicolons in UTF-16, backslashes, and empty rows at the end."""
+    plain = run(folder, folder / "cases.csv")
+    lines = ["Filename;PS1;PS2;FH1;AoP;device"]
+    for case in read_cases(folder / "cases.csv"):
+        points = (f'"({x}; {y})"'.replace(".", ",") for x, y in case.landmarks_px)
+        angle = f"{case.aop_deg:.4f}".replace(".", ",")
+        lines.append(f"site\\{case.file};{';'.join(points)};{angle};{case.device}")
+        (folder / "site").mkdir(exist_ok=True)
+        (folder / case.file).rename(folder / "site" / case.file)
+    text = "\r\n".join([*lines, ";;;;;", ";;;;;", ""])
+    for name in ("cases.csv", "reader.csv"):
+        (folder / name).write_bytes(text.encode("utf-16"))
+    assert run(folder, folder / "reader.csv") == plain
+    assert plain["all"]["mre_px"]["value"] == 0 and plain["device A"]["cases"] == 2
+
+
 def test_frames_of_a_stack(folder, capsys):
     cases = [Case("s.mha", POINTS, 90.0, frame=k) for k in range(3)]
     write_cases(folder / "cases.csv", cases)

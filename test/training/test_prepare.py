@@ -261,8 +261,34 @@ GOOD = '1.png,"(3, 8)","(2, 1)","(3, 20)",90'
         (f"Filename,PS1,PS2,FH1,AoP,Frame\n{GOOD},x", "line 2, column Frame: .*'x'"),
         ('Filename,PS1,PS2,FH1\n1.png,"(3, 8)","(3, 8)","(3, 20)"', "line 2: PS2 or FH1 equals"),
         (f"Filename,PS1,PS2,FH1,AoP\n{GOOD[5:]}", "line 2, column Filename: expected the name"),
-        ("Filename;PS1;PS2;FH1\n1.png;(3, 8);(2, 1);(3, 20)", "found semicolons$"),
-        ("Filename\tPS1\tPS2\tFH1\n", "expected commas between the columns, found tabs$"),
+        ("Filename|PS1|PS2|FH1\n", "expected commas between the columns, found bars$"),
+        (
+            "\nFilename;PS1,PS2\tFH1",
+            "line 2: expected commas, semicolons or tabs .*, found as many commas as semicolons as "
+            "tabs; put names",
+        ),
+        ("Filename;PS1;PS2;FH1\n1.png;(3,5, 8,0);(2, 1);(3, 20)", r"line 2, column PS1: .*'\(3,5"),
+        ("Filename;PS1;PS2;FH1\n1.png;(3,5 8);(2, 1);(3, 20)", r"line 2, column PS1: .*'\(3,5 8\)"),
+        (
+            "sep=;\nFilename;PS1;PS2;FH1\n1.png;(3,5; 8,0);(2, 1);(3, 20)",
+            r'line 3: the row has more cells .* decimal commas "\(x; y\)"$',
+        ),
+        (
+            'Filename,PS1,PS2,FH1\n1.png,"(3,5; 8)","(2, 1)","(3, 20)"',
+            r"line 2, column PS1: .*'\(3,5; 8\)'$",
+        ),
+        (
+            f'Filename,PS1,PS2,FH1,AoP\n{GOOD[:-2]}"90,5"',
+            "line 2, column AoP: expected degrees from 0 to 180, got '90,5'$",
+        ),
+        (
+            "Filename;PS1;PS2;FH1;AoP\n\n;;;;\n1.png;(3, 8);(2, 1);(3, 20);1.234,5",
+            "line 4, column AoP: .*'1.234,5'$",
+        ),
+        (
+            "Filename,PS1,PS2,FH1\n1.png;(3, 8);(2, 1);(3, 20)",
+            "line 2, column PS1: expected a point",
+        ),
         (
             "Filename,PS1,PS2,FH1\n1.png,(3, 8),(2, 1),(3, 20)",
             'line 2: the row has more cells than the header; .* in quotes .*"\\(x, y\\)"$',
@@ -299,6 +325,51 @@ def test_what_is_no_table_is_said_in_a_sentence(tmp_path: Path) -> None:
     (tmp_path / "book.csv").write_bytes(b"PK\x03\x04\xff\xfe")
     with pytest.raises(CaseError, match=r"book.csv: expected a CSV file in UTF-8; .* 'CSV UTF-8'$"):
         read_cases(tmp_path / "book.csv")
+    (tmp_path / "book.csv").write_bytes("Filename,PS1".encode("utf-16-le"))
+    with pytest.raises(CaseError, match=r"book.csv: expected a CSV file in UTF-8"):
+        read_cases(tmp_path / "book.csv")
+
+
+EXCEL = """Filename;PS1;PS2;FH1;AoP;device;
+images\\a.png;"(3,5; 8)";(2, 1);"( 3.25;20,75 )";90,5;Gerät;
+;;;;;;
+images\\b.png;(3, 8);(2, 1);(3, 20);90;;
+;;;;;;
+
+"""
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "cp1252"])
+@pytest.mark.parametrize("ending", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("form", ["semicolons", "tabs", "named", "quoted name", "blank first"])
+def test_tables_that_excel_writes(tmp_path: Path, encoding: str, ending: str, form: str) -> None:
+    before = {"named": "sep=;\n", "quoted name": '"SEP=;"\n', "blank first": ";;;;;;\n\n"}
+    text = before.get(form, "") + EXCEL
+    if form == "tabs":
+        text = re.sub(r";(?! 8|20)", "\t", text)
+    (tmp_path / "t.csv").write_bytes(text.replace("\n", ending).encode(encoding))
+    one, other = read_cases(tmp_path / "t.csv")
+    assert (one.file, one.aop_deg, one.device) == ("images/a.png", 90.5, "Gerät")
+    assert (other.file, other.aop_deg, other.device) == ("images/b.png", 90.0, None)
+    assert one.landmarks_px.tolist() == [[3.5, 8], [2, 1], [3.25, 20.75]]
+    assert other.landmarks_px.tolist() == [[3, 8], [2, 1], [3, 20]]
+    first = text[: text.index("Filename")].count("\n") + 2
+    assert [line for line, _ in read_table(tmp_path / "t.csv").rows] == [first, first + 2]
+
+
+def test_backslashes_stay_in_a_table_with_slashes(tmp_path: Path) -> None:
+    points = '"(3, 8)","(2, 1)","(3, 20)"'
+    rows = [rf"a/\xff.png,{points}", rf"b\c.png,{points}"]
+    (tmp_path / "t.csv").write_text("\n".join(["Filename,PS1,PS2,FH1", *rows]))
+    assert [case.file for case in read_cases(tmp_path / "t.csv")] == [r"a/\xff.png", r"b\c.png"]
+    (tmp_path / "t.csv").write_text("\n".join(["Filename,PS1,PS2,FH1", *rows[1:]]))
+    assert [case.file for case in read_cases(tmp_path / "t.csv")] == ["b/c.png"]
+
+
+def test_names_may_hold_separators_in_quotes(tmp_path: Path) -> None:
+    text = 'Filename,PS1,PS2,FH1,"notes; of; all; of us"\n1.png,"(3; 8.5)","(2, 1)","(3, 20)",x\n'
+    (tmp_path / "t.csv").write_text(text)
+    assert read_cases(tmp_path / "t.csv")[0].landmarks_px[0].tolist() == [3, 8.5]
 
 
 def test_a_space_after_a_comma_does_no_harm(tmp_path: Path) -> None:
@@ -541,7 +612,7 @@ def test_prepare_keeps_the_splits_and_groups_of_clicks(
     x, y = moved[0]
     assert f"PS1 of the table, ({x:g}, {y:g}), lies outside the image" in capsys.readouterr().out
 
-    (clicks / "t.csv").write_text("Filename;PS1;PS2;FH1")
+    (clicks / "t.csv").write_text("Filename|PS1|PS2|FH1")
     assert prepare.main(command) == 1
     told = capsys.readouterr().err
     assert "no CSV below" in told and "t.csv: expected commas between the columns" in told

@@ -1,10 +1,15 @@
 """Case tables: reading and writing the CSV files that hold landmarks.
 
-A case table is a CSV file in UTF-8 with commas between the columns, a header line, and one row for
-each image or each frame of a stack. Its columns are these; the last five are optional:
+A case table is a CSV file with a header line, and one row for each image or each frame of a stack.
+It is in UTF-8 with commas between the columns, or in a form that Excel writes: semicolons or tabs,
+UTF-16 with its mark or Windows-1252, a first line `sep=;`, and empty rows, which are left out. If
+semicolons or tabs separate the columns, a number may have a decimal comma: 12,5. The columns are
+these; the last five are optional:
 
-    Filename  path of the image below the folder of images, suffix included: site1/0001.png
-    PS1       point "(x, y)" in px, with the quotes because of its comma: "(131.5, 82)"
+    Filename  path of the image below the folder of images, suffix included: site1/0001.png;
+              if no path of the table has a slash, backslashes count as slashes
+    PS1       point "(x, y)" in px, with the quotes because of its comma: "(131.5, 82)"; with
+              decimal commas "(131,5; 82)"
     PS2, FH1  likewise
     AoP       degrees, 0 to 180; computed from the points if the cell or the column is missing
     split     train (trained on), val (chooses the best epoch, and calibrates) or test (measured
@@ -22,14 +27,17 @@ The tables of IUGC 2025 are read too: its training table, and landmarks_data.csv
 """
 
 import ast
+import codecs
 import csv
 import glob
+import io
 import math
 import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -47,7 +55,15 @@ COLUMN_PATTERNS = {
     "FH1": r"fh1|.*tangency.*",
     "AoP": r"aop|(?!.*tangency).*(aop|angle).*",
 }
-SURPLUS = "\0"  # key under which csv.DictReader puts cells beyond the header; no column's name
+SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}
+_QUOTED = re.compile(r'"(?:[^"]|"")*"')
+_SEPARATOR_LINE = re.compile(
+    r'"?sep=([,;\t])"?[ \t,;]*(?:\r\n?|\n|$)', re.IGNORECASE
+)  # Excel's, before the header
+_BINARY = re.compile(rb"[\0-\x08\x0e-\x1f]")
+_NUMBER = r"[-+]?\d+(?:[.,]\d+)?"
+_SEMICOLON_POINT = re.compile(rf"\(?\s*({_NUMBER})\s*;\s*({_NUMBER})\s*\)?")
+_DECIMAL_COMMA = re.compile(r"([-+]?\d+),(\d+)")
 
 
 class CaseError(ValueError):
@@ -82,14 +98,23 @@ class CsvTable:
     """A CSV file's header and rows.
 
     Args:
-        rows: the line on which each row ends, and its cells by column.
+        rows: the line on which each row ends, and its cells by column; without empty rows.
         overfull: the first line with more cells than the header; `rows` lacks the surplus.
+        decimal_comma: whether a comma may be a decimal comma, since none separates columns.
     """
 
     path: Path
     header: list[str]
     rows: list[tuple[int, dict[str, str]]]
     overfull: int | None = None
+    decimal_comma: bool = False
+
+    def read_paths(self, column: str) -> list[str]:
+        """The paths in a column; Windows' backslashes become slashes if no path has a slash."""
+        paths = [row[column] for _, row in self.rows]
+        if any("/" in path for path in paths):
+            return paths
+        return [path[:1] + path[1:].replace("\\", "/") for path in paths]
 
     def find_column(self, name: str, required: bool = True) -> str:
         """The header of a column by its name in this module; "" if an optional one is missing.
@@ -113,30 +138,83 @@ class CsvTable:
 
 
 def read_table(path: Path) -> CsvTable:
-    """Read any CSV file with a header (UTF-8, with or without a byte order mark).
+    """Read any CSV file with a header, in any form that this module's docstring names.
 
     Raises:
-        CaseError: the file cannot be read, is empty, or is not a CSV file with commas.
+        CaseError: the file cannot be read, is empty, or is not a CSV file.
     """
     try:
-        with path.open(newline="", encoding="utf-8-sig") as stream:
-            reader = csv.DictReader(stream, None, SURPLUS, "", skipinitialspace=True)
-            header = [column for column in reader.fieldnames or [] if column]
-            read = [(reader.line_num, row) for row in reader]
+        text = _decode_table(path.read_bytes())
+        named = _SEPARATOR_LINE.match(text)
+        text = text[named.end() :] if named else text
+        separator = named[1] if named else _find_separator(path, text)
+        reader = csv.reader(
+            io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True
+        )
+        lines = [(reader.line_num + bool(named), [*map(str.strip, cells)]) for cells in reader]
     except OSError as error:
         raise CaseError(f"{path}: the table cannot be read: {error.strerror}") from error
     except (UnicodeDecodeError, csv.Error) as error:
         raise CaseError(
             f"{path}: expected a CSV file in UTF-8; a spreadsheet program saves one as 'CSV UTF-8'"
         ) from error
-    if not header:
+    filled = [(line, cells) for line, cells in lines if any(cells)]
+    if not filled:
         raise CaseError(f"{path}: expected a header line with column names, the file is empty")
-    if len(header) == 1 and (other := re.search(r"[;\t|]", header[0])):
-        separator = {";": "semicolons", "\t": "tabs", "|": "bars"}[other[0]]
-        raise CaseError(f"{path}: expected commas between the columns, found {separator}")
-    overfull = [line for line, row in read if any(map(str.strip, row.get(SURPLUS, ())))]
-    rows = [(line, {column: row[column].strip() for column in header}) for line, row in read]
-    return CsvTable(path, header, rows, overfull[0] if overfull else None)
+    (_, columns), *body = filled
+    header = [column for column in columns if column]
+    if len(header) == 1 and "|" in header[0]:
+        raise CaseError(f"{path}: expected commas between the columns, found bars")
+    overfull = [line for line, cells in body if any(cells[len(columns) :])]
+    rows = [
+        (
+            line,
+            {
+                name: cell
+                for name, cell in zip_longest(columns, cells[: len(columns)], fillvalue="")
+                if name
+            },
+        )
+        for line, cells in body
+    ]
+    first_overfull = overfull[0] if overfull else None
+    return CsvTable(path, header, rows, first_overfull, decimal_comma=separator != ",")
+
+
+def _decode_table(data: bytes) -> str:
+    """The text of a file in UTF-8, in UTF-16 with its mark, or else in Windows-1252."""
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return data.decode("utf-16")
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        if _BINARY.search(data):
+            raise
+        return data.decode("cp1252")
+    if "\0" in text:
+        raise csv.Error("UTF-16 without its mark, or no text")
+    return text
+
+
+def _find_separator(path: Path, text: str) -> str:
+    """What separates the columns: the most frequent one in the header, outside quotes.
+
+    Raises:
+        CaseError: two are equally frequent.
+    """
+    number, header = next(
+        ((k, line) for k, line in enumerate(text.splitlines(), 1) if line.strip("\t ,;")), (1, "")
+    )
+    bare = _QUOTED.sub("", header)
+    counts = {separator: bare.count(separator) for separator in SEPARATORS}
+    most = [separator for separator in SEPARATORS if counts[separator] == max(counts.values())]
+    if bare and len(most) > 1 and max(counts.values()):
+        names = " as ".join(SEPARATORS[separator] for separator in most)
+        raise CaseError(
+            f"{path}, line {number}: expected commas, semicolons or tabs between the columns, "
+            f"found as many {names}; put names that contain one in quotes"
+        )
+    return most[0]
 
 
 def read_cases(path: Path | str) -> list[Case]:
@@ -161,18 +239,22 @@ def read_cases(path: Path | str) -> list[Case]:
         raise CaseError(
             f"{path}, line {table.overfull}: the row has more cells than the header; a point is "
             'put in quotes because of its comma: "(x, y)"'
+            + (', with decimal commas "(x; y)"' if table.decimal_comma else "")
         )
     angles = {} if angle else _angles_beside(path)
 
     cases: dict[tuple[str, int | None], Case] = {}
-    for line, row in table.rows:
+    for name, (line, row) in zip(table.read_paths(file), table.rows, strict=True):
         where = f"{path}, line {line}"
-        if not row[file]:
+        if not name:
             raise CaseError(
                 f"{where}, column {file}: expected the name of an image, got an empty cell"
             )
         landmarks = np.array(
-            [_parse_point(row[points[name]], where, points[name]) for name in LANDMARKS]
+            [
+                _parse_point(row[points[landmark]], where, points[landmark], table.decimal_comma)
+                for landmark in LANDMARKS
+            ]
         )
         known = {field: row[column] or None for field, column in optional.items() if column}
         frame = _parse_frame(known.pop("frame", None), where, optional["frame"])
@@ -182,16 +264,16 @@ def read_cases(path: Path | str) -> list[Case]:
                 f"cell, got {_quote_cell(row[optional['split']])}"
             )
         if angle and row[angle]:
-            aop_deg = _parse_degrees(row[angle], where, angle)
+            aop_deg = _parse_degrees(row[angle], where, angle, table.decimal_comma)
         else:
-            beside = angles.get(Path(row[file]).stem)
+            beside = angles.get(Path(name).stem)
             aop_deg = _compute_angle(landmarks, where) if beside is None else beside
-        if (row[file], frame) in cases:
+        if (name, frame) in cases:
             raise CaseError(
-                f"{where}, column {file}: {_quote_cell(row[file])} is in the table twice; "
+                f"{where}, column {file}: {_quote_cell(name)} is in the table twice; "
                 "expected one row for each image"
             )
-        cases[row[file], frame] = Case(row[file], landmarks, aop_deg, **known, frame=frame)
+        cases[name, frame] = Case(name, landmarks, aop_deg, **known, frame=frame)
     return list(cases.values())
 
 
@@ -292,8 +374,10 @@ def _angles_beside(path: Path) -> dict[str, float]:
     table = read_table(beside[0])
     file, angle = table.find_column("Filename"), table.find_column("AoP")
     return {
-        Path(row[file]).stem: _parse_degrees(row[angle], f"{table.path}, line {line}", angle)
-        for line, row in table.rows
+        Path(name).stem: _parse_degrees(
+            row[angle], f"{table.path}, line {line}", angle, table.decimal_comma
+        )
+        for name, (line, row) in zip(table.read_paths(file), table.rows, strict=True)
     }
 
 
@@ -303,9 +387,16 @@ def _quote_cell(cell: str) -> str:
     return f"'{text if len(text) <= 60 else text[:57] + '...'}'" if text else "an empty cell"
 
 
-def _parse_point(text: str, where: str, column: str) -> tuple[float, float]:
+def _parse_point(
+    text: str, where: str, column: str, decimal_comma: bool = False
+) -> tuple[float, float]:
+    """A point "(x, y)" or, with decimal commas or without, "(x; y)"."""
+    pair = _SEMICOLON_POINT.fullmatch(text)
     try:
-        x, y = (float(value) for value in ast.literal_eval(text))
+        if pair and (decimal_comma or "," not in text):
+            x, y = (float(value.replace(",", ".")) for value in pair.groups())
+        else:
+            x, y = (float(value) for value in ast.literal_eval(text))
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         x = y = math.nan
     if not (math.isfinite(x) and math.isfinite(y)):
@@ -316,9 +407,9 @@ def _parse_point(text: str, where: str, column: str) -> tuple[float, float]:
     return x, y
 
 
-def _parse_degrees(text: str, where: str, column: str) -> float:
+def _parse_degrees(text: str, where: str, column: str, decimal_comma: bool = False) -> float:
     try:
-        value = float(text)
+        value = float(_DECIMAL_COMMA.sub(r"\1.\2", text) if decimal_comma else text)
     except ValueError:
         value = math.nan
     if not 0 <= value <= 180:
