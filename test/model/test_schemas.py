@@ -84,6 +84,7 @@ def test_three_point_angle_has_ps1_in_the_middle(tmp_path: Path) -> None:
 def test_case_entry_has_exactly_the_fields_of_the_contract() -> None:
     assert list(CaseEntry.model_fields) == [
         *("case", "file", "frame", "status", "width", "height", "spacing_mm"),
+        "pixel_aspect",
         *("landmarks_px", "landmarks_mm", "aop_deg", "aop_interval_deg", "confidence"),
         *("expected_error_px", "expected_error_mm", "expected_aop_error_deg", "view_score"),
         *("plausible", "doubtful", "reasons", "warnings"),
