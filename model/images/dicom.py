@@ -55,7 +55,7 @@ logging.getLogger("pydicom").setLevel(logging.CRITICAL + 1)
 _ROOT = "1.2.840.10008.1.2"
 _EXPLICIT, _DEFLATED, _RLE = _ROOT + ".1", _ROOT + ".1.99", _ROOT + ".5"
 _NATIVE = {_ROOT, _EXPLICIT, _ROOT + ".2", _DEFLATED, ""}  # "": the file has no header
-_JPEG = {_ROOT + f".4.{k}" for k in (50, 51, 57, 70, 80, 81, 90, 91)}
+_JPEG = {_ROOT + f".4.{k}" for k in (50, 51, 53, 55, 57, 70, 80, 81, 90, 91)}
 _UNREADABLE_SYNTAXES = {  # the start of the rest of their UIDs -> their name
     ".4.10": "video",
     ".4.11": "JPEG XL",
@@ -107,11 +107,11 @@ def _open(path: Path) -> ImageFile:
     def read(k: int) -> Raw:
         if k >= len(spans) or not spans[k]:
             raise damaged_error("DICOM")
-        check_bytes(sum(end - start for start, end in spans[k]))
         try:
             with _open_data(path) as (file, end, _, _):
                 if spans[k][-1][1] > end:
                     raise damaged_error("DICOM")
+                check_bytes(sum(end - start for start, end in spans[k]))
                 data = b"".join(_read_span(file, span) for span in spans[k])
             stored = _decode(layout, data)
             if stored.shape[:2] != (layout.rows, layout.columns):  # as a JPEG's header may say
@@ -429,7 +429,7 @@ def _find_spans(header: _Header, layout: _Layout) -> list[list[Span]]:
     if not layout.is_packed:
         length = layout.frame_bytes
         starts = (start + k * length for k in range(min(layout.frames, MAX_FRAMES)))
-        return [[(at, at + length)] for at in starts]
+        return [[(at, at + length)] for at in starts if at + length <= end]
     items: list[Span] = []  # the table of offsets, then the fragments (PS3.5, A.4)
     at = start
     while at + 8 <= end:
