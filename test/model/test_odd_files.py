@@ -27,6 +27,7 @@ from hypothesis import strategies as st
 
 from model.images import reader_pool
 from model.images.formats import SUFFIXES
+from model.images.reader_pool import Readers
 from model.results.schemas import MultiplePoints, Results
 from test.support import runs
 from test.support.faulty_decoder import CONTENT, FAULTY_PROGRAM
@@ -81,12 +82,11 @@ def stderr(request: pytest.FixtureRequest) -> Iterator[int]:
 @pytest.fixture(scope="module")
 def faulty() -> Iterator[None]:
     """Reader processes with a decoder that does what a file's name says."""
-    patches = (
-        mock.patch.multiple(reader_pool, PROGRAM=FAULTY_PROGRAM, LONGEST_S=3.0),
-        mock.patch.object(runs, "SHARED_READERS", runs.SharedReaders()),
-    )
-    with patches[0], patches[1]:
-        yield
+    with mock.patch.multiple(reader_pool, PROGRAM=FAULTY_PROGRAM, LONGEST_S=2.0):
+        readers = runs.SharedReaders()
+        with mock.patch.object(runs, "SHARED_READERS", readers):
+            yield
+        Readers.end(readers)
 
 
 def emptied(folder: Path) -> Path:
@@ -191,10 +191,13 @@ def test_damage_within_a_valid_structure(
     for other, data in valid().items():
         if Path(other).stem == Path(name).stem:
             (folder / other).write_bytes(data)
-    data = valid()[name]
-    for which, n in changes:
-        data = bits_flipped(name, data, which, n)
-    (folder / name).write_bytes(changed_inside(name, data, lambda data: data))
+
+    def change(data: bytes) -> bytes:
+        for which, n in changes:
+            data = bits_flipped(name, data, which, n)
+        return data
+
+    (folder / name).write_bytes(changed_inside(name, valid()[name], change))
     (folder / "healthy.dcm").write_bytes(valid()["jpeg-2000.dcm"])
     assert check(place, stderr) < 2
     entries = load(place / "out" / "results.json")["cases"]
@@ -202,7 +205,9 @@ def test_damage_within_a_valid_structure(
 
 
 @tried(0.2)
-@given(NAME, st.floats(0.3, 0.8), st.floats(0.1, 0.2))
+@given(
+    NAME.filter(lambda name: not name.endswith(".mhd")), st.floats(0.3, 0.8), st.floats(0.1, 0.2)
+)
 def test_a_file_with_a_hole_is_not_answered(
     place: Path, stderr: int, name: str, start: float, share: float
 ) -> None:
@@ -215,7 +220,7 @@ def test_a_file_with_a_hole_is_not_answered(
     assert check(place, stderr) == 1
 
 
-@tried(0.03)
+@tried(0.02)
 @given(st.lists(st.sampled_from(FAULTS), min_size=1, max_size=4), st.integers(1, 8))
 def test_decoders_that_crash_hang_or_eat_memory(
     place: Path, faulty: None, faults: list[str], threads: int
