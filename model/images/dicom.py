@@ -73,6 +73,7 @@ _ABOUT_PLACE = (
     "NominalScannedPixelSpacing",
 )
 _MAX_TEXT_BYTES = 2**10  # of a value about the place
+_LONGEST_VALUE = 2**24  # bytes; a sequence for each frame of a long loop takes some MB
 _TISSUE, _FLAT, _CENTIMETRES = 1, 1, 3  # a region's data type, spatial format and units
 _MOST_OBLONG = 20.0  # a pixel's sides differ by less, or the header is damaged
 
@@ -155,7 +156,11 @@ class _Header:
         self.order = ">" if is_explicit and head[:1] == b"\0" else "<"
         file.seek(start)
         self.elements = read_dataset(
-            file, not is_explicit, self.order == "<", stop_when=_is_behind_header
+            file,
+            not is_explicit,
+            self.order == "<",
+            stop_when=_is_behind_header,
+            defer_size=_LONGEST_VALUE,  # longer ones, of no use here, are not read
         )
         self.pixels, self.is_packed = self._find_pixels(file.tell(), is_explicit)
 
