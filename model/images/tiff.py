@@ -73,19 +73,26 @@ def open_tiff(path: Path) -> ImageFile:
     Raises:
         ImageError: the directories are damaged, or none of them is of a whole image.
     """
-    offsets, turned, needed, size = [], False, 0, (0, 0)
+    offsets, turned, needed = list[int](), False, 0
+    size: tuple[int, int] | None = None
     with _open(path) as tiff:
         for offset in _page_offsets(tiff):
-            page = _page_at(tiff, offset)
+            try:
+                page = _page_at(tiff, offset)
+            except Exception:  # reading this page will say that it is damaged
+                offsets.append(offset)
+                continue
             if page.subfiletype & (_COPY | _MASK):
                 continue
             offsets.append(offset)
             turned |= _orientation(page) != 1
             needed = max(needed, _bytes_of(page))
-            if len(offsets) == 1:
+            if size is None:
                 size = page.imagewidth, page.imagelength
                 size = size[::-1] if _orientation(page) > 4 else size
-        if not offsets:
+        if size is None and offsets:
+            raise damaged_error("TIFF")
+        if size is None:
             raise ImageError("the TIFF file holds only smaller copies or masks of an image")
         is_alone = offsets == [tiff.pages.first.offset]
         count, step = _frames_of_imagej(tiff) if is_alone else (len(offsets), 0)

@@ -25,7 +25,8 @@ DEFLATED = "1.2.840.10008.1.2.1.99"
 
 
 def jpeg_2000(path: Path, image: np.ndarray) -> Path:
-    boxes = cv2.imencode(".jp2", image)[1].tobytes()
+    without_loss = cv2.IMWRITE_JPEG2000_COMPRESSION_X1000, 1000
+    boxes = cv2.imencode(".jp2", image, without_loss)[1].tobytes()
     return dicom(
         path, image[None], jpeg=[boxes[boxes.index(b"\xff\x4f\xff\x51") :]], syntax=".4.90"
     )
@@ -68,7 +69,7 @@ def test_damaged_files_cost_no_other_its_answer(tmp_path: Path) -> None:
     rng = np.random.default_rng(7)
     source = tmp_path / "in"
     source.mkdir()
-    names = sorted(valid())
+    names = sorted(name for name in valid() if not name.endswith(("raw", ".mhd")))
     for k in range(150 * RUNS):
         name = names[int(rng.integers(len(names)))]
         data = bits_flipped(name, valid()[name], *rng.integers(2**14, size=2).tolist())

@@ -89,7 +89,11 @@ FILES: dict[str, Row] = {
     "truncated tif": ("cut.tif", lambda p: cut(png(p)), "truncated"),
     "truncated nii.gz": ("cut.nii.gz", lambda p: cut(volume(p, GREY)), "truncated"),
     "foreign": ("text.png", lambda p: p.write_text("a letter"), "none of the supported formats"),
-    "foreign archive": ("zip.dcm", lambda p: p.write_bytes(b"PK\3\4" + bytes(99)), "DICOM"),
+    "foreign archive": (
+        "zip.dcm",
+        lambda p: p.write_bytes(b"PK\3\4" + bytes(99)),
+        "is a ZIP archive: unpack",
+    ),
     "wrong suffix": ("png.jpg", lambda p: png(p.with_suffix(".png")).rename(p), None),
     "wrong suffix of a volume": (
         "mha.png",

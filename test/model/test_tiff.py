@@ -11,9 +11,10 @@ import tifffile
 
 from model.images.grey import to_grey
 from model.images.limits import UPRIGHT, ImageError, ImageFile
+from model.images.source import GreyFrame
 from model.images.tiff import open_tiff
 from test.phantom import phantom
-from test.support.image_files import stretched, write
+from test.support.image_files import STACK, frames, stretched, write
 
 pillow = pytest.importorskip("PIL.Image")
 pytestmark = pytest.mark.filterwarnings("error")
@@ -482,3 +483,16 @@ def test_small_files_that_claim_gigabytes(tmp_path: Path) -> None:
     tifffile.imwrite(path, GREY, tile=(32, 48))
     overwrite(overwrite(path, 322, 2**16), 323, 2**16)
     assert "GiB" in refused(path)
+
+
+def test_a_damaged_directory_costs_its_page_alone(tmp_path: Path) -> None:
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(path, STACK, photometric="minisblack")
+    with tifffile.TiffFile(path) as file:
+        tag = file.pages[2].tags["ImageWidth"]
+    data = bytearray(path.read_bytes())
+    data[tag.offset + 2] = 99  # the type of its value
+    path.write_bytes(data)
+    items = frames(path)
+    assert [isinstance(item, GreyFrame) for item in items] == [True, True, False, True, True]
+    assert "TIFF data is damaged" in items[2].reason
