@@ -70,6 +70,7 @@ def main(arguments: Sequence[str] | None = None, stop: StopRequest | None = None
         if options.api_method == "invoke":
             return serve_jobs(load_model(options, options.threads), options, stop, readers)
         selection = select_cases(options)
+        readers.start_early(case.path for case in selection.cases)
         several = len(selection.cases) > 1
         model = load_model(options, 1 if several else options.threads)
         workers = 1

@@ -8,7 +8,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,12 +25,17 @@ MOST_READERS = 4  # at a time; each takes 60 to 160 MB, and may take 0.7 GB for 
 LONGEST_S = 60.0  # for one request, as long as many threads share a slow processor
 LARGE_BYTES = 2**25  # a file or a frame above this is read while no other large one is
 
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp")
+KINDS_BY_SUFFIX = {
+    **dict.fromkeys((".tif", ".tiff"), "TIFF"),
+    **{".mha": "MetaImage", ".mhd": "MetaImage", ".nii": "NIfTI", ".gz": "NIfTI", ".nrrd": "NRRD"},
+}
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = """\
 import sys
 sys.path.insert(0, sys.argv[1])
 from model.images.reader_process import serve
-serve()
+serve(sys.argv[2])
 """
 ONE_THREAD = dict.fromkeys(
     ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS"), "1"
@@ -42,15 +47,19 @@ class _ReaderDied(Exception):
 
 
 class _Reader:
-    """One reader process. It starts when it is made, and one thread at a time asks it."""
+    """One reader process. It starts when it is made, and one thread at a time asks it.
 
-    def __init__(self) -> None:
+    Args:
+        kind: the format that it will probably read first.
+    """
+
+    def __init__(self, kind: str) -> None:
         self.last_path: Path | None = None
         self.has_answered, self.is_usable = False, True
         self._folder = TemporaryDirectory(prefix="aop-reader-", ignore_cleanup_errors=True)
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-c", PROGRAM, str(ROOT)],
+                [sys.executable, "-c", PROGRAM, str(ROOT), kind],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
@@ -130,12 +139,12 @@ class _Pool:
             ImageError: the file cannot be used.
         """
         try:
-            with self._borrow(path) as reader:
+            with self._borrow(path, kind) as reader:
                 is_new = not reader.has_answered
                 with suppress(_ReaderDied):
                     return reader.ask(path, kind, frame, self._longest_s)
             if not is_new:  # an earlier file may have harmed it
-                with self._borrow(None) as reader, suppress(_ReaderDied):
+                with self._borrow(None, kind) as reader, suppress(_ReaderDied):
                     return reader.ask(path, kind, frame, self._longest_s)
         except TimeoutError as error:
             raise ImageError(
@@ -148,7 +157,7 @@ class _Pool:
         )
 
     @contextmanager
-    def _borrow(self, path: Path | None) -> Iterator[_Reader]:
+    def _borrow(self, path: Path | None, kind: str) -> Iterator[_Reader]:
         """A reader for the block: the last one that read this file, or an idle one, or a new one.
 
         Args:
@@ -162,7 +171,7 @@ class _Pool:
                 reader.end()
                 reader = None
             try:
-                reader = reader or _Reader()
+                reader = reader or _Reader(kind)
             except OSError as error:
                 raise ImageError(
                     f"no process could be started that reads the file ({error.strerror}): allow "
@@ -176,6 +185,11 @@ class _Pool:
                         self._idle.append(reader)
                 else:
                     reader.end()
+
+    def start(self, kind: str) -> None:
+        """Start a reader before there is something to read."""
+        with suppress(OSError), self._lock:  # a request will say what is wrong
+            self._idle.append(_Reader(kind))
 
     def end(self) -> None:
         """End the processes that are idle."""
@@ -213,6 +227,17 @@ class Readers:
             if size > LARGE_BYTES:
                 block.enter_context(self._turn)
             yield replace(self, _block=block)
+
+    def start_early(self, paths: Iterable[Path]) -> None:
+        """Start a reader process now, which takes half a second, for the first file that needs one.
+
+        Args:
+            paths: only suffixes are looked at. A folder or an odd name is taken for DICOM.
+        """
+        suffixes = (path.suffix.lower() for path in paths)
+        first = next((suffix for suffix in suffixes if suffix not in PICTURE_SUFFIXES), None)
+        if first is not None:
+            self._pool.start(KINDS_BY_SUFFIX.get(first, "DICOM"))
 
     def wait_for_turn(self, file: ImageFile) -> ImageFile:
         """The file; before it reads large pixels, it waits for its turn."""

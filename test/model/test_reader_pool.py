@@ -167,6 +167,15 @@ def test_large_images_take_turns(readers: Readers, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs POSIX")
+def test_a_reader_may_start_before_its_file_is_read(readers: Readers, tmp_path: Path) -> None:
+    readers.start_early([tmp_path / "a.png", tmp_path / "b.JPG"])
+    assert readers._pool._idle == []
+    for name in ("a.dcm", "healthy"):
+        readers.start_early([tmp_path / "a.png", tmp_path / name])
+    started = {reader._process.pid for reader in readers._pool._idle}
+    assert process_ids(readers, named(tmp_path, "healthy")) in started and len(started) == 2
+
+
 def test_odd_paths(readers: Readers, tmp_path: Path) -> None:
     for name in (b"healthy-\xff\xfe.dcm", "healthy \n\u2028 \u00e4".encode()):
         path = tmp_path / os.fsdecode(name)

@@ -14,18 +14,18 @@ FAULTY_PROGRAM = """\
 import sys
 sys.path.insert(0, sys.argv[1])
 from test.support import faulty_decoder
-faulty_decoder.serve()
+faulty_decoder.serve(sys.argv[2])
 """
 PIXELS = np.arange(20 * 30, dtype=np.uint8).reshape(20, 30)
 CONTENT = b"for the faulty decoder"  # of its files
 HARMED: list[Path] = []  # files that have harmed this process
 
 
-def serve() -> None:
+def serve(kind: str) -> None:
     """The reader process with this decoder in front of the real ones."""
     real = reader_process.open_file
     reader_process.open_file = lambda path, kind: open_faulty(path) or real(path, kind)
-    reader_process.serve()
+    reader_process.serve(kind)
 
 
 def misbehave(name: str) -> None:
