@@ -17,6 +17,7 @@ import pytest
 
 from test.container import strict
 from test.container.strict import IMAGE, ROOT
+from test.container.test_decoders import deflated, jpeg_2000
 from test.support.runs import ANGLE, load, made, png, tree, volume
 
 pytestmark = pytest.mark.slow  # they answer folders of images
@@ -77,6 +78,43 @@ def test_memory_does_not_grow_with_a_loop(tmp_path: Path, suffix: str) -> None:
     (loop,) = load(tmp_path / "120-out" / "results.json")["loops"]
     assert loop["answered"] == len(loop["aop_deg"]) == 120
     assert found[1] <= 1.1 * found[0], [size >> 20 for size in found]
+
+
+def proportional_bytes(process: int) -> int:
+    """Resident memory of a process and its children; what they share counts once."""
+    try:
+        text = Path(f"/proc/{process}/smaps_rollup").read_text(encoding="ascii")
+        threads = Path(f"/proc/{process}/task").glob("*/children")
+        children = " ".join(path.read_text(encoding="ascii") for path in threads).split()
+    except OSError:  # it has ended
+        return 0
+    own = int(text.partition("\nPss:")[2].split()[0]) * 1024
+    return own + sum(proportional_bytes(int(child)) for child in children)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
+def test_memory_of_a_folder_of_dicom_files(tmp_path: Path) -> None:
+    """Reader processes included, with few threads and with many."""
+    source = tmp_path / "in"
+    source.mkdir()
+    for k in range(200):
+        write = (jpeg_2000, deflated)[k % 2]
+        write(source / f"{k:03d}.dcm", made(k % 5))
+    found = []
+    for threads in (2, 64):
+        output = tmp_path / str(threads)
+        line = [sys.executable, str(ROOT / "process.py"), f"--input={source}", f"--output={output}"]
+        child = subprocess.Popen(
+            [*line, "--no-overlay", f"--threads={threads}"], stdout=subprocess.DEVNULL
+        )
+        peak_bytes = 0
+        while child.poll() is None:
+            peak_bytes = max(peak_bytes, proportional_bytes(child.pid))
+            time.sleep(0.05)
+        assert load(output / "results.json")["answered"] == 200
+        found.append(peak_bytes)
+    print(f"200 DICOM files: {found[0] >> 20} MiB with 2 threads, {found[1] >> 20} with 64")
+    assert found[0] < 2**29 and found[1] < 2**30
 
 
 def test_a_killed_run_is_resumed_without_redoing_the_first(tmp_path: Path) -> None:
