@@ -24,7 +24,6 @@ from tempfile import TemporaryDirectory, TemporaryFile
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import pydicom
 from pydicom.datadict import dictionary_VR, tag_for_keyword
 from pydicom.dataelem import RawDataElement
@@ -40,7 +39,6 @@ from model.images.limits import (
     ImageFile,
     Raw,
     check_bytes,
-    check_channels,
     check_size,
     damaged_error,
     is_pixel_size,
@@ -55,6 +53,7 @@ logging.getLogger("pydicom").setLevel(logging.CRITICAL + 1)
 _ROOT = "1.2.840.10008.1.2"
 _EXPLICIT, _DEFLATED, _RLE = _ROOT + ".1", _ROOT + ".1.99", _ROOT + ".5"
 _NATIVE = {_ROOT, _EXPLICIT, _ROOT + ".2", _DEFLATED, ""}  # "": the file has no header
+_JPEG_KINDS = {0xC3: ".4.70", 0xF7: ".4.80"}  # marker of the frame header -> its syntax
 _JPEG = {_ROOT + f".4.{k}" for k in (50, 51, 53, 55, 57, 70, 80, 81, 90, 91)}
 _UNREADABLE_SYNTAXES = {  # the start of the rest of their UIDs -> their name
     ".4.10": "video",
@@ -65,7 +64,6 @@ _UNREADABLE_SYNTAXES = {  # the start of the rest of their UIDs -> their name
 _PIXEL_DATA, _FIRST_OF_PIXELS = 0x7FE00010, 0x7FE00008  # the latter: pixels that are floats
 _UNDEFINED_LENGTH = 0xFFFFFFFF  # of an element that goes on until an end mark
 _ITEM = 0xE000FFFE  # as it is read in little endian
-_LONG_TYPES = b"OB OD OF OL OV OW SQ SV UC UN UR UT UV".split()  # with a length of 4 bytes
 
 _ABOUT_PLACE = (
     *("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "PixelAspectRatio"),
@@ -73,6 +71,7 @@ _ABOUT_PLACE = (
     "NominalScannedPixelSpacing",
 )
 _MAX_TEXT_BYTES = 2**10  # of a value about the place
+_MAX_BOXES = 2**12  # bytes of a JPEG 2000 file before its data
 _LONGEST_VALUE = 2**24  # bytes; a sequence for each frame of a long loop takes some MB
 _TISSUE, _FLAT, _CENTIMETRES = 1, 1, 3  # a region's data type, spatial format and units
 _MOST_OBLONG = 20.0  # a pixel's sides differ by less, or the header is damaged
@@ -143,46 +142,40 @@ class _Header:
 
     Args:
         syntax: the UID of the transfer syntax, "" without one.
-        pixels: offsets of the value of PixelData; None if the file has none.
-        is_packed: whether the pixels are compressed, in fragments.
+
+    Raises:
+        ImageError: there are no pixels.
     """
 
     def __init__(self, file: BinaryIO, end: int, syntax: str, start: int) -> None:
-        self.file, self.end, self.syntax = file, end, syntax
+        self.file, self.syntax = file, syntax
         file.seek(start)
         head = file.read(6)
         # what the header says of its encoding can be wrong or missing
         is_explicit = re.fullmatch(b"[A-Z]{2}", head[4:]) is not None
         self.order = ">" if is_explicit and head[:1] == b"\0" else "<"
+        last = 0, 0, -1  # an element's tag, its length, and where its value begins
+
+        def is_behind_header(tag: int, _type: str | None, length: int) -> bool:
+            """Whether this element is the pixels, or a place where nothing was written."""
+            nonlocal last
+            last = tag, length, file.tell()
+            return tag >= _FIRST_OF_PIXELS or tag >> 16 == 0
+
         file.seek(start)
         self.elements = read_dataset(
             file,
             not is_explicit,
             self.order == "<",
-            stop_when=_is_behind_header,
+            stop_when=is_behind_header,
             defer_size=_LONGEST_VALUE,  # longer ones, of no use here, are not read
         )
-        self.pixels, self.is_packed = self._find_pixels(file.tell(), is_explicit)
-
-    def _find_pixels(self, at: int, is_explicit: bool) -> tuple[Span | None, bool]:
-        self.file.seek(at)
-        head = self.file.read(12).ljust(12, b"\0")
-        group, number, kind = struct.unpack_from(self.order + "HH2s", head)
-        ends = [
-            element.value_tell + element.length
-            for element in self.elements.values()
-            if isinstance(element, RawDataElement)
-        ]
-        self.is_whole = max(ends, default=0) == self.end
-        if group << 16 | number != _PIXEL_DATA:
-            return None, False
-        is_long = is_explicit and kind in _LONG_TYPES
-        value_start = at + (12 if is_long else 8)
-        code, place = ("H", 6) if is_explicit and not is_long else ("I", 8 if is_long else 4)
-        (length,) = struct.unpack_from(self.order + code, head, place)
-        if length == _UNDEFINED_LENGTH:
-            return (value_start, self.end), True
-        return (value_start, value_start + length), False
+        tag, length, at = last
+        self.is_packed = length == _UNDEFINED_LENGTH  # compressed, in fragments
+        value_end = at + length
+        if tag != _PIXEL_DATA:
+            raise _no_pixels_error(tag, (file.tell() if self.is_packed else value_end) == end)
+        self.pixels: Span = at, end if self.is_packed else value_end
 
     def value(self, keyword: str, within: pydicom.Dataset | None = None) -> bytes:
         """The value as it is written; b"" without one."""
@@ -224,9 +217,16 @@ class _Header:
             return []
 
 
-def _is_behind_header(tag: int, _type: str | None, _length: int) -> bool:
-    """Whether the header ends before this element: at the pixels, or where nothing was written."""
-    return tag >= _FIRST_OF_PIXELS or tag >> 16 == 0
+def _no_pixels_error(last_tag: int, is_whole: bool) -> ImageError:
+    """The error for a file whose last element, up to the pixels, is of this tag."""
+    if _FIRST_OF_PIXELS <= last_tag < _PIXEL_DATA:
+        return ImageError(
+            "the DICOM file holds its pixels as floating-point numbers, which cannot be read: save "
+            "them as integers"
+        )
+    if is_whole:
+        return ImageError("the DICOM file holds no pixels: it is not an image, or it was cut off")
+    return damaged_error("DICOM")
 
 
 def _parse_decimal(text: str) -> float:
@@ -273,14 +273,8 @@ def _read_span(file: BinaryIO, span: Span) -> bytes:
 def _check_readable(header: _Header) -> None:
     """
     Raises:
-        ImageError: there are no pixels, or they are encoded in a way that is not read.
+        ImageError: the pixels are encoded in a way that is not read.
     """
-    if header.pixels is None:
-        if header.is_whole or header.elements.get("FloatPixelData"):
-            raise ImageError(
-                "the DICOM file holds no pixels: it is not an image, or it was cut off"
-            )
-        raise damaged_error("DICOM")
     syntax = header.syntax
     if syntax in {_RLE, *_JPEG, *_NATIVE}:
         if header.is_packed and syntax in _NATIVE:
@@ -340,12 +334,19 @@ class _Layout(NamedTuple):
     def frame_bytes(self) -> int:
         """Bytes of a frame that is not compressed."""
         samples = 2 if self.is_shared else self.samples
-        return self.rows * self.columns * samples * self.bits[0] // 8
+        return math.ceil(self.rows * self.columns * samples * self.bits[0] / 8)
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all frames without compression."""
+        return self.frames * self.frame_bytes
 
     @property
     def sample_type(self) -> np.dtype[Any]:
         """The type of a stored value, in the order of its bytes."""
-        return np.dtype(f"{self.order}{'i' if self.is_signed else 'u'}{max(1, self.bits[0] // 8)}")
+        return np.dtype(
+            f"{self.order}{'i' if self.is_signed else 'u'}{math.ceil(self.bits[0] / 8)}"
+        )
 
 
 def _read_layout(header: _Header) -> _Layout:
@@ -376,50 +377,56 @@ def _read_layout(header: _Header) -> _Layout:
         columns=columns,
         samples=samples,
         colours=colours,
-        by_plane=samples > 1 and header.integer("PlanarConfiguration") == 1,
+        by_plane=header.integer("PlanarConfiguration") == 1,
         bits=(allocated, stored, high),
         is_signed=is_signed,
         is_shared=False,
         slope=slope or 1.0,
         intercept=intercept,
-        padding=(min(padding), max(padding)) if padding and samples == 1 else None,
+        padding=(min(padding), max(padding)) if padding else None,
         syntax=header.syntax,
         order=header.order,
         is_packed=header.is_packed,
     )
-    check_channels(samples)
+    if samples not in (1, 3):
+        raise ImageError(f"a pixel has {samples} values: expected grey (1) or RGB (3)")
     check_size(columns, rows)
-    if allocated not in (1, 8, 16, 32):
-        raise ImageError(f"a value takes {allocated} bits: expected 1, 8, 16 or 32")
-    layout = _follow_length(header, layout)
+    if allocated not in (1, 8, 12, 16, 32):
+        raise ImageError(f"a value takes {allocated} bits: expected 1, 8, 12, 16 or 32")
+    if not header.is_packed:
+        layout = _follow_length(header, layout)
+    if layout.frames > header.pixels[1] - header.pixels[0]:
+        raise damaged_error("DICOM")
     check_bytes(layout.frame_bytes)
     return layout
 
 
 def _follow_length(header: _Header, layout: _Layout) -> _Layout:
-    """The layout as the length of the pixels shows it, where the header contradicts that.
+    """The layout as the length of native pixels shows it, if the header contradicts itself.
 
     Raises:
         ImageError: the header describes other pixels than there are.
     """
-    assert header.pixels is not None
     length = header.pixels[1] - header.pixels[0]
-    if layout.frames > length:
-        raise damaged_error("DICOM")
-    if layout.is_packed:
-        return layout
-    if layout.colours.endswith("_422") and layout.samples == 3:
-        shared = layout._replace(is_shared=True)
-        if length < layout.frame_bytes * layout.frames:
-            layout = shared
-    surplus = length - layout.frame_bytes * layout.frames
-    is_one_plane = layout.samples == 1 and layout.colours.startswith(("RGB", "YBR"))
-    if is_one_plane and surplus >= 2 * layout.frame_bytes * layout.frames:
-        return layout._replace(samples=3)
-    if surplus >= max(2, layout.frame_bytes):
+    of_one_value = layout._replace(samples=1)
+    is_grey = layout.colours.startswith(("MONOCHROME", "PALETTE"))
+    if layout.colours.endswith("_422") and length < layout.total_bytes:
+        layout = layout._replace(is_shared=True)
+        is_other = length - layout.total_bytes > layout.frame_bytes // 8
+    elif layout.samples == 3 and 0 <= length - of_one_value.total_bytes < 2:
+        # Several frames could as well be fewer than the header counts, with three values a pixel.
+        is_other = layout.frames > 1 and not is_grey
+        if not is_other:
+            layout = of_one_value if is_grey else of_one_value._replace(colours="MONOCHROME2")
+    else:
+        is_colour = layout.colours.startswith(("RGB", "YBR"))
+        if is_colour and 0 <= length - layout._replace(samples=3).total_bytes < 2:
+            layout = layout._replace(samples=3)
+        is_other = length - layout.total_bytes >= max(2, layout.frame_bytes)
+    if is_other:
         raise ImageError(
             f"the DICOM file holds {length} bytes of pixels, but its header describes "
-            f"{layout.frame_bytes * layout.frames}: save it anew with a right header"
+            f"{layout.total_bytes}: save it anew with a right header"
         )
     return layout
 
@@ -429,7 +436,6 @@ def _find_spans(header: _Header, layout: _Layout) -> list[list[Span]]:
 
     A damaged file has too few, or a frame's last piece exceeds it.
     """
-    assert header.pixels is not None
     start, end = header.pixels
     if not layout.is_packed:
         length = layout.frame_bytes
@@ -486,36 +492,63 @@ def _decode(layout: _Layout, data: bytes) -> Raw:
         ImageError: the frame is damaged.
         Exception: what a library raises.
     """
-    if not layout.is_packed:
-        stored = _decode_native(layout, data)
-    elif layout.syntax == _RLE:
-        stored = _decode_rle(layout, data)
+    if layout.is_packed and layout.syntax != _RLE:
+        return _decode_stream(layout, data)
+    stored = (_decode_rle if layout.is_packed else _decode_native)(layout, data)
+    if stored.ndim == 3:
+        return _to_rgb(stored, layout)
+    if layout.bits[0] == 1:
+        return stored
+    # bits above and below those that count belong to overlays
+    _, used, high = layout.bits
+    width = 8 * stored.itemsize
+    return np.asarray(np.right_shift(np.left_shift(stored, width - 1 - high), width - used))
+
+
+def _decode_stream(layout: _Layout, data: bytes) -> Raw:
+    """JPEG of all kinds. What the data say of themselves counts, not what the header says."""
+    frame = find_jpeg_frame(data) if data.startswith(b"\xff\xd8") else None
+    if frame is not None and frame.marker in SEQUENTIAL_OR_PROGRESSIVE and frame.bits == 8:
+        return decode_jpeg(data, "RGB" if layout.colours == "RGB" else "YCbCr")
+    if frame is not None:
+        kind, samples, bits = (
+            _JPEG_KINDS.get(frame.marker, ".4.51"),
+            len(frame.components),
+            frame.bits,
+        )
+        is_signed = layout.is_signed
     else:
-        frame = find_jpeg_frame(data) if data.startswith(b"\xff\xd8") else None
-        if frame is not None and frame.marker in SEQUENTIAL_OR_PROGRESSIVE and frame.bits == 8:
-            return decode_jpeg(data, "RGB" if layout.colours == "RGB" else "YCbCr")
-        if frame is not None and frame.bits > 16:  # GDCM would crash
-            raise damaged_error("DICOM")
-        return _decode_by_gdcm(layout, data)
-    return _to_rgb(stored, layout.colours) if stored.ndim == 3 else stored
+        at = data[:_MAX_BOXES].find(b"\xff\x4f\xff\x51")
+        (samples, depth), kind = struct.unpack_from(">HB", data, at + 40), ".4.90"
+        bits, is_signed = (depth & 127) + 1, layout.is_signed or depth >= 128
+    if bits > 16 or samples not in (1, 3):  # GDCM crashes at more bits in lossless JPEG
+        raise damaged_error("DICOM")
+    if bits > layout.bits[0]:
+        layout = layout._replace(bits=(16, bits, bits - 1))
+    return _decode_by_gdcm(
+        layout._replace(syntax=_ROOT + kind, samples=samples, is_signed=is_signed), data
+    )
 
 
 def _decode_native(layout: _Layout, data: bytes) -> Raw:
-    allocated, stored, high = layout.bits
+    allocated = layout.bits[0]
     if allocated == 1:
         bits = np.unpackbits(np.frombuffer(data, np.uint8), bitorder="little")
         return bits[: layout.rows * layout.columns].reshape(layout.rows, layout.columns)
-    values = np.frombuffer(data, layout.sample_type)
-    values = values.astype(values.dtype.newbyteorder("="), copy=False)
+    if allocated == 12:  # two values in three bytes
+        first, middle, last = np.frombuffer(data, np.uint8).reshape(-1, 3).T.astype(np.uint16)
+        values = np.column_stack([first | (middle & 15) << 8, middle >> 4 | last << 4]).ravel()
+        values = values.view(layout.sample_type.newbyteorder("="))
+    else:
+        values = np.frombuffer(data, layout.sample_type)
+        values = values.astype(values.dtype.newbyteorder("="), copy=False)
     if layout.is_shared:  # Y Y Cb Cr
         pairs = values.reshape(layout.rows, -1, 4)
         luma = pairs[..., :2].reshape(layout.rows, -1)
         chroma = pairs[..., 2:].repeat(2, axis=1)
         return np.dstack([luma, chroma])
     if layout.samples == 1:
-        # bits above and below those that count belong to overlays
-        shifted = np.right_shift(np.left_shift(values, allocated - 1 - high), allocated - stored)
-        return np.asarray(shifted).reshape(layout.rows, layout.columns)
+        return values.reshape(layout.rows, layout.columns)
     if layout.by_plane:
         planes = values.reshape(layout.samples, layout.rows, layout.columns)
         return np.moveaxis(planes, 0, 2)
@@ -544,17 +577,23 @@ def _decode_rle(layout: _Layout, data: bytes) -> Raw:
     return np.asarray(pixels)
 
 
-def _to_rgb(pixels: Raw, colours: str) -> Raw:
-    """(H, W, 3) as stored -> RGB (PS3.3, C.7.6.3.1.2)."""
-    if not colours.startswith("YBR") or pixels.dtype != np.uint8:
+def _to_rgb(pixels: Raw, layout: _Layout) -> Raw:
+    """(H, W, 3) as stored -> RGB (PS3.3, C.7.6.3.1.2).
+
+    YBR_RCT and YBR_ICT exist in JPEG 2000 only: a writer that unpacked it left a wrong name.
+    """
+    if not layout.colours.startswith(("YBR_FULL", "YBR_PARTIAL")):
         return pixels
-    y, blue, red = np.moveaxis(pixels.astype(np.float64), 2, 0)
-    blue, red = blue - 128, red - 128
-    if "PARTIAL" in colours:
-        y, blue, red = (y - 16) * 255 / 219, blue * 255 / 224, red * 255 / 224
-    rgb = y + 1.402 * red, y - 0.344136 * blue - 0.714136 * red, y + 1.772 * blue
-    rounded: Raw = np.clip(np.rint(np.dstack(rgb)), 0, 255).astype(np.uint8)
-    return rounded
+    half = 2.0 ** (layout.bits[1] - 1)
+    rgb = np.empty_like(pixels)
+    for row, values in zip(rgb, pixels, strict=True):  # row by row: no whole copy in float64
+        y, blue, red = values.T - np.array([[0], [half], [half]])
+        if "PARTIAL" in layout.colours:
+            y, blue, red = (y - half / 8) * 255 / 219, blue * 255 / 224, red * 255 / 224
+        green = y - (0.114 * 1.772 * blue + 0.299 * 1.402 * red) / 0.587
+        exact = np.column_stack([y + 1.402 * red, green, y + 1.772 * blue])
+        row[:] = np.clip(np.floor(exact + 0.5), 0, 2 * half - 1)
+    return rgb
 
 
 def _decode_by_gdcm(layout: _Layout, data: bytes) -> Raw:
@@ -588,7 +627,8 @@ def _about_pixels(layout: _Layout) -> dict[int, bytes]:
         **dict(zip((0x00280100, 0x00280101, 0x00280102), layout.bits, strict=True)),
         0x00280103: int(layout.is_signed),
     }
-    colours = layout.colours if layout.samples == 3 else "MONOCHROME2"
+    is_named = layout.colours.startswith(("RGB", "YBR"))
+    colours = "MONOCHROME2" if layout.samples == 1 else layout.colours if is_named else "RGB"
     elements = {tag: _element(tag, b"US", struct.pack("<H", n)) for tag, n in numbers.items()}
     elements[0x00280004] = _element(0x00280004, b"CS", colours.encode("latin-1"))
     return elements
@@ -639,7 +679,12 @@ def _to_pixels(layout: _Layout, stored: Raw, palette: Callable[[Raw], Raw] | Non
         return palette(stored)
     pixels = stored
     if layout.colours == "MONOCHROME1":
-        pixels = ~stored if layout.is_signed else 2 ** layout.bits[1] - 1 - stored.astype(np.int64)
+        # packed data may have fewer bits than the header says
+        highest = 2 ** min(layout.bits[1], 8 * stored.itemsize) - 1
+        signed = stored.astype(np.promote_types(stored.dtype, np.int8))
+        pixels = ~stored if stored.dtype.kind == "i" else highest - signed
+    if layout.bits[0] == 1:
+        pixels = pixels * np.uint8(255)
     if (layout.slope, layout.intercept) != (1, 0):
         is_whole = layout.slope.is_integer() and layout.intercept.is_integer()
         kind = np.int64 if is_whole and abs(layout.intercept) < 2**31 else np.float64
@@ -661,7 +706,7 @@ def _read_palette(header: _Header) -> Callable[[Raw], Raw]:
     if any(f"Segmented{name}Data" in header.elements for name in names):
         from pydicom.pixels.processing import apply_color_lut  # noqa: PLC0415
 
-        return lambda numbers: _as_bytes(apply_color_lut(numbers, header.elements))
+        return lambda numbers: _as_colours(apply_color_lut(numbers, header.elements))
     is_signed = header.integer("PixelRepresentation") == 1
     tables, firsts = [], []
     for name in names:
@@ -672,22 +717,24 @@ def _read_palette(header: _Header) -> Callable[[Raw], Raw]:
         if len(words) < (count or 2**16):  # bytes, two to a word
             words = words.astype("<u2").view(np.uint8)
         tables.append(words[: count or 2**16].astype(np.uint16))
-    entries = [_as_bytes(table, max(other.max() for other in tables)) for table in tables]
 
     def apply(numbers: Raw) -> Raw:
-        places = (
-            np.clip(numbers.astype(np.int64) - first, 0, len(table) - 1)
-            for table, first in zip(entries, firsts, strict=True)
-        )
-        return np.dstack([table[place] for table, place in zip(entries, places, strict=True)])
+        planes = [
+            table[np.clip(numbers.astype(np.int64) - first, 0, len(table) - 1)]
+            for table, first in zip(tables, firsts, strict=True)
+        ]
+        return _as_colours(np.dstack(planes), max(int(table.max()) for table in tables))
 
     return apply
 
 
-def _as_bytes(values: Raw, largest: int | None = None) -> npt.NDArray[np.uint8]:
-    """Values of 16 bits by their upper byte, unless all are small."""
-    largest = int(values.max()) if largest is None else int(largest)
-    return np.asarray(values >> (8 if largest > 255 else 0)).astype(np.uint8)
+def _as_colours(values: Raw, largest: int = 0) -> Raw:
+    """A palette's values of 16 bits by their upper byte, unless they fill only a part of the range.
+
+    Args:
+        largest: among all entries of the palette; by default among the values.
+    """
+    return values if (largest or values.max()) < 2**15 else (values >> 8).astype(np.uint8)
 
 
 # ---- The size and the place of a pixel
@@ -704,20 +751,22 @@ def _read_pixel_size(header: _Header) -> tuple[Pair | None, Pair | None, tuple[s
     """
     written = next((part for part in _written_spacings(header) if part), [])
     sizes = _region_sizes_mm(header)
-    if written and not (written == [1, 1] and (len(sizes) or _written_shape(header))):
+    shape, warnings = _read_shape(header)
+    if written and not (written == [1, 1] and (len(sizes) or shape)):
         if len(written) != 2 or not is_pixel_size(written):
             warning = "the header's PixelSpacing is impossible: lengths are given in px only"
-            return None, _written_shape(header), (warning,)
+            return None, shape, (warning, *warnings)
         return (written[1], written[0]), None, ()
     if not len(sizes):
-        return None, _written_shape(header), ()
+        return None, shape, warnings
     x, y = (float(side) for side in sizes[0])
     if (sizes.max(0) <= 1.001 * sizes.min(0)).all():
         return (x, y), None, ()
     warning = "the header's ultrasound regions differ in pixel size: lengths are given in px only"
     shapes = sizes[:, 0] / sizes[:, 1]
-    is_one_shape = shapes.max() <= 1.001 * shapes.min()
-    return None, (x, y) if is_one_shape else _written_shape(header), (warning,)
+    if shapes.max() <= 1.001 * shapes.min():
+        return None, (x, y), (warning,)
+    return None, shape, (warning, *warnings)
 
 
 def _written_spacings(header: _Header) -> Iterator[list[float]]:
@@ -729,15 +778,17 @@ def _written_spacings(header: _Header) -> Iterator[list[float]]:
                 yield header.decimals("PixelSpacing", part)
 
 
-def _written_shape(header: _Header) -> Pair | None:
-    """The size of a pixel along x and y up to a factor; None if nothing usable tells it."""
+def _read_shape(header: _Header) -> tuple[Pair | None, tuple[str, ...]]:
+    """The size of a pixel along x and y up to a factor, None if nothing tells it; and warnings."""
+    warnings: tuple[str, ...] = ()
     for keyword in ("PixelAspectRatio", "NominalScannedPixelSpacing", "ImagerPixelSpacing"):
-        written = header.decimals(keyword)
-        if len(written) == 2 and is_pixel_size(written):  # the vertical side comes first
-            ratio = written[1] / written[0]
-            if 1 / _MOST_OBLONG < ratio < _MOST_OBLONG:
-                return written[1], written[0]
-    return None
+        written = header.decimals(keyword)  # the vertical side comes first
+        is_size = len(written) == 2 and is_pixel_size(written)
+        if is_size and 1 / _MOST_OBLONG < written[1] / written[0] < _MOST_OBLONG:
+            return (written[1], written[0]), warnings
+        if written:
+            warnings += (f"the header's {keyword} is impossible: it is left out",)
+    return None, warnings
 
 
 def _region_sizes_mm(header: _Header) -> Floats:

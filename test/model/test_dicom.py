@@ -7,11 +7,15 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import pydicom
 import pytest
 import SimpleITK as sitk
+from pydicom.encaps import encapsulate
 
 from model.images import limits
 from model.images.source import GreyFrame, ImageError, open_image
+from test.model.test_odd_kinds import dicom as by_pydicom
+from test.model.test_odd_kinds import palette, words
 from test.support.image_files import (
     BIG,
     GREY,
@@ -32,6 +36,7 @@ from test.support.image_files import (
 
 pytestmark = pytest.mark.filterwarnings("error")
 LUMINANCE = cv2.cvtColor(RGB, cv2.COLOR_RGB2GRAY)
+WIDE, SIGNED = GREY.astype(np.uint16) * 16, GREY.astype(np.int16) * 4 - 500
 COLOURS = [RGB, np.ascontiguousarray(RGB[::-1]), 255 - RGB]
 CODES = pytest.mark.parametrize("code", [LITTLE, IMPLICIT, BIG], ids=["little", "implicit", "big"])
 
@@ -445,6 +450,151 @@ def test_bits_signs_and_rescaling(tmp_path: Path, code: tuple[str, bool]) -> Non
     window = {"0x00281050": ("DS", "128"), "0x00281051": ("DS", "10")}
     check(GREY, GREY, **window)
     check(GREY, GREY, **{"0x00281053": ("DS", "0"), "0x00281052": ("DS", "0")})
+
+
+# ---- Headers that contradict the data, written by pydicom
+
+
+def expected_grey(array: np.ndarray) -> np.ndarray:
+    return stretched(array) if array.dtype.itemsize > 1 else array
+
+
+@pytest.mark.parametrize(
+    ("array", "syntax", "elements"),
+    [
+        (RGB, ".4.70", {"SamplesPerPixel": 1, "PhotometricInterpretation": "MONOCHROME2"}),
+        (RGB, ".4.90", {"SamplesPerPixel": 1, "PhotometricInterpretation": "MONOCHROME2"}),
+        (GREY, ".4.70", {"SamplesPerPixel": 3, "PhotometricInterpretation": "RGB"}),
+        (GREY, ".4.90", {"SamplesPerPixel": 3, "PhotometricInterpretation": "YBR_RCT"}),
+        (WIDE, ".4.70", {"BitsAllocated": 8, "BitsStored": 8, "HighBit": 7}),
+        (WIDE, ".4.90", {"BitsAllocated": 8, "BitsStored": 8, "HighBit": 7}),
+        (SIGNED, ".4.90", {"PixelRepresentation": 0}),
+    ],
+    ids=[
+        *("colours in lossless JPEG", "colours in JPEG 2000"),
+        *("grey in lossless JPEG", "grey in JPEG 2000"),
+        *("16 bits in lossless JPEG", "16 bits in JPEG 2000", "signs in JPEG 2000"),
+    ],
+)
+@pytest.mark.parametrize("is_right_syntax", [True, False])
+def test_packed_data_tell_their_form(
+    tmp_path: Path, array: np.ndarray, syntax: str, elements: dict, is_right_syntax: bool
+) -> None:
+    part = by_gdcm(array, "JPEG" if syntax == ".4.70" else "JPEG2000", tmp_path)
+    if not is_right_syntax:
+        syntax = {".4.70": ".4.90", ".4.90": ".4.80"}[syntax]
+    packed = encapsulate([part])
+    path = by_pydicom(
+        tmp_path / "a.dcm", array, "1.2" + syntax, **{**elements, "PixelData": packed}
+    )
+    assert_near(single(path).pixels, expected_grey(array), 1e-4)
+
+
+def test_lossless_data_of_fewer_bits_are_inverted_within_them(tmp_path: Path) -> None:
+    packed = encapsulate([by_gdcm(GREY, "JPEG", tmp_path)])
+    elements = {"BitsStored": 12, "HighBit": 11, "PhotometricInterpretation": "MONOCHROME1"}
+    path = by_pydicom(tmp_path / "a.dcm", WIDE, "1.2.4.70", PixelData=packed, **elements)
+    np.testing.assert_array_equal(single(path).pixels, 255 - GREY)
+
+
+@pytest.mark.parametrize("colours", ["MONOCHROME2", "RGB"])
+def test_grey_data_under_three_samples(tmp_path: Path, colours: str) -> None:
+    elements = {"SamplesPerPixel": 3, "PhotometricInterpretation": colours}
+    path = by_pydicom(tmp_path / "a.dcm", GREY, PlanarConfiguration=0, **elements)
+    np.testing.assert_array_equal(single(path).pixels, GREY)
+    path = by_pydicom(path, GREY, NumberOfFrames=3, PixelData=STACK[:3].tobytes(), **elements)
+    if colours == "MONOCHROME2":
+        assert_stack(path, STACK[:3])
+        return
+    with pytest.raises(ImageError, match="7200 bytes of pixels, but its header describes 21600"):
+        open_image(path)
+
+
+@pytest.mark.parametrize(
+    "elements",
+    [
+        {"PhotometricInterpretation": "YBR_FULL_422", "PixelData": bytes(H * W * 5 // 2)},
+        {"SamplesPerPixel": 4, "PhotometricInterpretation": "CMYK"},
+        {"BitsAllocated": 64},
+    ],
+    ids=["422 of another length", "CMYK", "64 bits"],
+)
+def test_pixels_of_a_form_that_is_not_read(tmp_path: Path, elements: dict) -> None:
+    with pytest.raises(ImageError, match=r"header describes|has 4 values|takes 64 bits"):
+        open_image(by_pydicom(tmp_path / "a.dcm", RGB, **elements))
+
+
+def test_pixels_that_are_floats(tmp_path: Path) -> None:
+    path = by_pydicom(tmp_path / "a.dcm", GREY)
+    dataset = pydicom.dcmread(path)
+    del dataset.PixelData
+    dataset.FloatPixelData = GREY.astype("<f4").tobytes()
+    dataset.save_as(path)
+    with pytest.raises(ImageError, match="holds its pixels as floating-point numbers"):
+        open_image(path)
+
+
+@pytest.mark.parametrize("is_inverted", [False, True])
+def test_pixels_of_one_bit(tmp_path: Path, is_inverted: bool) -> None:
+    packed = np.packbits(GREY > 99, bitorder="little").tobytes()
+    colours = "MONOCHROME1" if is_inverted else "MONOCHROME2"
+    bits = {"BitsAllocated": 1, "BitsStored": 1, "HighBit": 0}
+    path = by_pydicom(
+        tmp_path / "a.dcm", GREY, PixelData=packed, PhotometricInterpretation=colours, **bits
+    )
+    np.testing.assert_array_equal(single(path).pixels, np.uint8(255) * ((GREY > 99) ^ is_inverted))
+
+
+def test_two_pixels_in_three_bytes(tmp_path: Path) -> None:
+    digits = "".join(f"{n:03x}"[::-1] for n in WIDE.ravel())  # hexadecimal, the lowest first
+    packed = bytes(int(digits[k : k + 2][::-1], 16) for k in range(0, len(digits), 2))
+    bits = {"BitsAllocated": 12, "BitsStored": 12, "HighBit": 11}
+    path = by_pydicom(tmp_path / "a.dcm", WIDE, PixelData=packed, **bits)
+    np.testing.assert_allclose(single(path).pixels, stretched(WIDE), atol=1e-4)
+
+
+def test_colours_of_16_bits(tmp_path: Path) -> None:
+    wide = RGB.astype(np.uint16) * 256
+    luminance = wide @ np.array([0.299, 0.587, 0.114])
+    blue, red = (2**15 + (wide[..., k] - luminance) / d for k, d in ((2, 1.772), (0, 1.402)))
+    ycc = np.dstack([luminance, blue, red]).round().astype(np.uint16)
+    for colours, pixels in (("YBR_FULL", ycc), ("RGB", wide)):
+        path = by_pydicom(tmp_path / "a.dcm", pixels, PhotometricInterpretation=colours)
+        np.testing.assert_allclose(single(path).pixels, stretched(luminance), atol=0.1)
+
+
+@pytest.mark.parametrize("colours", ["YBR_RCT", "YBR_ICT"])
+def test_jpeg_2000_that_was_unpacked_under_its_old_name(tmp_path: Path, colours: str) -> None:
+    path = by_pydicom(tmp_path / "a.dcm", RGB, PhotometricInterpretation=colours)
+    np.testing.assert_array_equal(single(path).pixels, LUMINANCE)
+
+
+def test_palette_of_few_bits(tmp_path: Path) -> None:
+    """Entries of 12 bits in 16 keep their levels."""
+    elements = palette(256, 0, 16, lambda entries: words(entries * 16))
+    path = by_pydicom(tmp_path / "a.dcm", GREY, **elements)
+    np.testing.assert_allclose(single(path).pixels, stretched(GREY), atol=1e-4)
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_palette_in_segments(tmp_path: Path, order: str) -> None:
+    """One entry, then a line to the last."""
+    segments = struct.pack(order + "6H", 0, 1, 0, 1, 255, 65535)
+    elements: dict[str, object] = {"PhotometricInterpretation": "PALETTE COLOR"}
+    for colour in ("Red", "Green", "Blue"):
+        elements[f"{colour}PaletteColorLookupTableDescriptor"] = [256, 0, 16]
+        elements[f"Segmented{colour}PaletteColorLookupTableData"] = segments
+    syntax = "1.2.1" if order == "<" else "1.2.2"
+    path = by_pydicom(tmp_path / "a.dcm", GREY, syntax, **elements)
+    np.testing.assert_array_equal(single(path).pixels, GREY)
+
+
+def test_overlays_in_runs(tmp_path: Path) -> None:
+    overlay = np.indices(GREY.shape).sum(0).astype(np.uint16) % 16 << 12
+    packed = encapsulate([rle(WIDE | overlay)])
+    bits = {"BitsStored": 12, "HighBit": 11}
+    path = by_pydicom(tmp_path / "a.dcm", WIDE, "1.2.5", PixelData=packed, **bits)
+    np.testing.assert_allclose(single(path).pixels, stretched(WIDE), atol=1e-4)
 
 
 # ---- Folders

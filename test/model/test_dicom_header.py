@@ -150,6 +150,17 @@ def test_spacing_that_cannot_be(tmp_path: Path, spacing: str) -> None:
     assert len(frame.warnings) == 1
 
 
+@pytest.mark.parametrize("shape", ["0\\1", "3", "x\\y", "-3\\2", "100\\1"])
+def test_shape_that_cannot_be(tmp_path: Path, shape: str) -> None:
+    more = {0x00280034: element(0x00280034, "IS", shape)}
+    frame = single(dicom(tmp_path / "a.dcm", GREY[None], more=more))
+    assert frame.geometry.spacing_mm is frame.geometry.aspect is None
+    assert frame.warnings == ("the header's PixelAspectRatio is impossible: it is left out",)
+    more[0x00182010] = element(0x00182010, "DS", "0.6\\0.4")  # as it was scanned
+    frame = single(dicom(tmp_path / "a.dcm", GREY[None], more=more))
+    assert frame.geometry.aspect == (0.4, 0.6) and len(frame.warnings) == 1
+
+
 @pytest.mark.parametrize("of_class", ["3.1", "6.1", "7", "1", "7.2", "4.1", "77.1.4"])
 def test_place_in_the_world(tmp_path: Path, of_class: str) -> None:
     """The same place as ITK's, which takes another spacing for each kind of image."""
