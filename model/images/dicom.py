@@ -511,20 +511,18 @@ def _decode_stream(layout: _Layout, data: bytes) -> Raw:
     if frame is not None and frame.marker in SEQUENTIAL_OR_PROGRESSIVE and frame.bits == 8:
         return decode_jpeg(data, "RGB" if layout.colours == "RGB" else "YCbCr")
     if frame is not None:
-        kind, samples, bits = (
-            _JPEG_KINDS.get(frame.marker, ".4.51"),
-            len(frame.components),
-            frame.bits,
-        )
-        is_signed = layout.is_signed
+        kind, is_signed = _JPEG_KINDS.get(frame.marker, ".4.51"), layout.is_signed
+        samples, bits = len(frame.components), frame.bits
     else:
-        at = data[:_MAX_BOXES].find(b"\xff\x4f\xff\x51")
-        (samples, depth), kind = struct.unpack_from(">HB", data, at + 40), ".4.90"
-        bits, is_signed = (depth & 127) + 1, layout.is_signed or depth >= 128
-    if bits > 16 or samples not in (1, 3):  # GDCM crashes at more bits in lossless JPEG
+        at = data[:_MAX_BOXES].index(b"\xff\x4f\xff\x51")
+        samples, depth = struct.unpack_from(">HB", data, at + 40)
+        kind, is_signed = ".4.90", layout.is_signed or depth >= 128
+        bits = (depth & 127) + 1
+    # GDCM crashes at JPEG that claims more bits
+    if bits > (32 if frame is None else 16) or samples not in (1, 3):
         raise damaged_error("DICOM")
     if bits > layout.bits[0]:
-        layout = layout._replace(bits=(16, bits, bits - 1))
+        layout = layout._replace(bits=(16 if bits <= 16 else 32, bits, bits - 1))
     return _decode_by_gdcm(
         layout._replace(syntax=_ROOT + kind, samples=samples, is_signed=is_signed), data
     )
