@@ -62,7 +62,7 @@ _UNREADABLE_SYNTAXES = {  # the start of the rest of their UIDs -> their name
     ".4.20": "High-Throughput JPEG 2000",
 }
 
-_PIXEL_DATA, _FIRST_OF_PIXELS = 0x7FE00010, 0x7FE00008  # the latter: pixels that are floats
+_FLOAT_PIXELS, _PIXEL_DATA = (0x7FE00008, 0x7FE00009), 0x7FE00010
 _UNDEFINED_LENGTH = 0xFFFFFFFF  # of an element that goes on until an end mark
 _ITEM = 0xE000FFFE  # as it is read in little endian
 _LONG_TYPES = b"OB OD OF OL OV OW SQ SV UC UN UR UT UV".split()  # with a length of 4 bytes
@@ -95,7 +95,8 @@ def open_dicom(path: Path) -> ImageFile:
 
 
 def _open(path: Path) -> ImageFile:
-    with _open_header(path) as header:
+    with _open_data(path) as (file, end, syntax, start):
+        header = _Header(file, end, syntax, start)
         _check_readable(header)
         layout = _read_layout(header)
         spans = _find_spans(header, layout)
@@ -174,6 +175,7 @@ class _Header:
             if isinstance(element, RawDataElement)
         ]
         self.is_whole = max(ends, default=0) == self.end
+        self.has_float_pixels = group << 16 | number in _FLOAT_PIXELS
         if group << 16 | number != _PIXEL_DATA:
             return None, False
         is_long = is_explicit and kind in _LONG_TYPES
@@ -190,13 +192,13 @@ class _Header:
         value = element.value if isinstance(element, RawDataElement) else None
         return value if isinstance(value, bytes) else b""
 
-    def text(self, keyword: str) -> str:
+    def text(self, keyword: str, within: pydicom.Dataset | None = None) -> str:
         """The value as text without padding."""
-        return self.value(keyword).decode("latin-1").strip(" \0")
+        return self.value(keyword, within).decode("latin-1").strip(" \0")
 
     def decimals(self, keyword: str, within: pydicom.Dataset | None = None) -> list[float]:
         """The numbers of a value that is text; NaN for parts that are not numbers."""
-        text = self.value(keyword, within).decode("latin-1").strip(" \0")
+        text = self.text(keyword, within)
         return [_parse_decimal(part) for part in text.split("\\")] if text else []
 
     def numbers(
@@ -226,7 +228,7 @@ class _Header:
 
 def _is_behind_header(tag: int, _type: str | None, _length: int) -> bool:
     """Whether the header ends before this element: at the pixels, or where nothing was written."""
-    return tag >= _FIRST_OF_PIXELS or tag >> 16 == 0
+    return tag >= _FLOAT_PIXELS[0] or tag >> 16 == 0
 
 
 def _parse_decimal(text: str) -> float:
@@ -259,12 +261,6 @@ def _open_data(path: Path) -> Iterator[tuple[BinaryIO, int, str, int]]:
         yield io.BytesIO(data), len(data), syntax, 0
 
 
-@contextmanager
-def _open_header(path: Path) -> Iterator[_Header]:
-    with _open_data(path) as (file, end, syntax, start):
-        yield _Header(file, end, syntax, start)
-
-
 def _read_span(file: BinaryIO, span: Span) -> bytes:
     file.seek(span[0])
     return file.read(span[1] - span[0])
@@ -276,7 +272,12 @@ def _check_readable(header: _Header) -> None:
         ImageError: there are no pixels, or they are encoded in a way that is not read.
     """
     if header.pixels is None:
-        if header.is_whole or header.elements.get("FloatPixelData"):
+        if header.has_float_pixels:
+            raise ImageError(
+                "the DICOM file's pixels are floats (FloatPixelData), which are not read: "
+                "save them as integers"
+            )
+        if header.is_whole:
             raise ImageError(
                 "the DICOM file holds no pixels: it is not an image, or it was cut off"
             )
@@ -351,10 +352,8 @@ class _Layout(NamedTuple):
 def _read_layout(header: _Header) -> _Layout:
     rows, columns = header.integer("Rows"), header.integer("Columns")
     count = header.decimals("NumberOfFrames")
-    samples, colours = (
-        header.integer("SamplesPerPixel", 1),
-        header.text("PhotometricInterpretation"),
-    )
+    samples = header.integer("SamplesPerPixel", 1)
+    colours = header.text("PhotometricInterpretation")
     allocated = header.integer("BitsAllocated")
     stored = header.integer("BitsStored", allocated)
     high = header.integer("HighBit", stored - 1)

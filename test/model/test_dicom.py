@@ -234,6 +234,13 @@ def test_packed_but_not_said_to_be(tmp_path: Path) -> None:
         open_image(path)
 
 
+def test_pixels_that_are_floats(tmp_path: Path) -> None:
+    floats = {0x7FE00010: b"", 0x7FE00008: element(0x7FE00008, "OB", GREY.astype("f4").tobytes())}
+    path = dicom(tmp_path / "a.dcm", GREY[None], more=floats)
+    with pytest.raises(ImageError, match="pixels are floats"):
+        open_image(path)
+
+
 def test_what_holds_no_pixels(tmp_path: Path) -> None:
     path = dicom(tmp_path / "a.dcm", GREY[None], more={0x7FE00010: b""})
     with pytest.raises(ImageError, match="holds no pixels: it is not an image, or it was cut off"):
