@@ -61,7 +61,7 @@ _UNREADABLE_SYNTAXES = {  # the start of the rest of their UIDs -> their name
     ".4.20": "High-Throughput JPEG 2000",
 }
 
-_PIXEL_DATA, _FIRST_OF_PIXELS = 0x7FE00010, 0x7FE00008  # the latter: pixels that are floats
+_FLOAT_PIXELS, _PIXEL_DATA = (0x7FE00008, 0x7FE00009), 0x7FE00010
 _UNDEFINED_LENGTH = 0xFFFFFFFF  # of an element that goes on until an end mark
 _ITEM = 0xE000FFFE  # as it is read in little endian
 
@@ -94,7 +94,8 @@ def open_dicom(path: Path) -> ImageFile:
 
 
 def _open(path: Path) -> ImageFile:
-    with _open_header(path) as header:
+    with _open_data(path) as (file, end, syntax, start):
+        header = _Header(file, end, syntax, start)
         _check_readable(header)
         layout = _read_layout(header)
         spans = _find_spans(header, layout)
@@ -160,7 +161,7 @@ class _Header:
             """Whether this element is the pixels, or a place where nothing was written."""
             nonlocal last
             last = tag, length, file.tell()
-            return tag >= _FIRST_OF_PIXELS or tag >> 16 == 0
+            return tag >= _FLOAT_PIXELS[0] or tag >> 16 == 0
 
         file.seek(start)
         self.elements = read_dataset(
@@ -183,13 +184,13 @@ class _Header:
         value = element.value if isinstance(element, RawDataElement) else None
         return value if isinstance(value, bytes) else b""
 
-    def text(self, keyword: str) -> str:
+    def text(self, keyword: str, within: pydicom.Dataset | None = None) -> str:
         """The value as text without padding."""
-        return self.value(keyword).decode("latin-1").strip(" \0")
+        return self.value(keyword, within).decode("latin-1").strip(" \0")
 
     def decimals(self, keyword: str, within: pydicom.Dataset | None = None) -> list[float]:
         """The numbers of a value that is text; NaN for parts that are not numbers."""
-        text = self.value(keyword, within).decode("latin-1").strip(" \0")
+        text = self.text(keyword, within)
         return [_parse_decimal(part) for part in text.split("\\")] if text else []
 
     def numbers(
@@ -219,10 +220,10 @@ class _Header:
 
 def _no_pixels_error(last_tag: int, is_whole: bool) -> ImageError:
     """The error for a file whose last element, up to the pixels, is of this tag."""
-    if _FIRST_OF_PIXELS <= last_tag < _PIXEL_DATA:
+    if last_tag in _FLOAT_PIXELS:
         return ImageError(
-            "the DICOM file holds its pixels as floating-point numbers, which cannot be read: save "
-            "them as integers"
+            "the DICOM file's pixels are floats (FloatPixelData), which are not read: save them as "
+            "integers"
         )
     if is_whole:
         return ImageError("the DICOM file holds no pixels: it is not an image, or it was cut off")
@@ -257,12 +258,6 @@ def _open_data(path: Path) -> Iterator[tuple[BinaryIO, int, str, int]]:
         except zlib.error as error:
             raise damaged_error("DICOM") from error
         yield io.BytesIO(data), len(data), syntax, 0
-
-
-@contextmanager
-def _open_header(path: Path) -> Iterator[_Header]:
-    with _open_data(path) as (file, end, syntax, start):
-        yield _Header(file, end, syntax, start)
 
 
 def _read_span(file: BinaryIO, span: Span) -> bytes:
@@ -352,10 +347,8 @@ class _Layout(NamedTuple):
 def _read_layout(header: _Header) -> _Layout:
     rows, columns = header.integer("Rows"), header.integer("Columns")
     count = header.decimals("NumberOfFrames")
-    samples, colours = (
-        header.integer("SamplesPerPixel", 1),
-        header.text("PhotometricInterpretation"),
-    )
+    samples = header.integer("SamplesPerPixel", 1)
+    colours = header.text("PhotometricInterpretation")
     allocated = header.integer("BitsAllocated")
     stored = header.integer("BitsStored", allocated)
     high = header.integer("HighBit", stored - 1)
