@@ -7,7 +7,6 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-import pydicom
 import pytest
 import SimpleITK as sitk
 from pydicom.encaps import encapsulate
