@@ -19,6 +19,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory, TemporaryFile
 from typing import Any, BinaryIO, NamedTuple
@@ -72,6 +73,7 @@ _ABOUT_PLACE = (
 )
 _MAX_TEXT_BYTES = 2**10  # of a value about the place
 _MAX_BOXES = 2**12  # bytes of a JPEG 2000 file before its data
+_MOST_KEPT_BYTES = 2**27  # of an inflated file, from frame to frame
 _LONGEST_VALUE = 2**24  # bytes; a sequence for each frame of a long loop takes some MB
 _TISSUE, _FLAT, _CENTIMETRES = 1, 1, 3  # a region's data type, spatial format and units
 _MOST_OBLONG = 20.0  # a pixel's sides differ by less, or the header is damaged
@@ -252,12 +254,21 @@ def _open_data(path: Path) -> Iterator[tuple[BinaryIO, int, str, int]]:
         if syntax != _DEFLATED:
             yield file, end, syntax, start
             return
+        data = _inflate(path, start, path.stat().st_mtime_ns)
+        yield io.BytesIO(data), len(data), syntax, 0
+        if len(data) > _MOST_KEPT_BYTES:
+            _inflate.cache_clear()
+
+
+@lru_cache(1)  # the frames of a loop are read one after the other
+def _inflate(path: Path, start: int, _changed_ns: int) -> bytes:
+    """What is deflated in the file from `start` on, up to MAX_BYTES."""
+    with path.open("rb") as file:
         file.seek(start)
         try:
-            data = zlib.decompressobj(wbits=-15).decompress(file.read(), MAX_BYTES)
+            return zlib.decompressobj(wbits=-15).decompress(file.read(), MAX_BYTES)
         except zlib.error as error:
             raise damaged_error("DICOM") from error
-        yield io.BytesIO(data), len(data), syntax, 0
 
 
 def _read_span(file: BinaryIO, span: Span) -> bytes:

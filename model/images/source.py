@@ -193,14 +193,14 @@ def _as_one_colour_image(file: ImageFile) -> ImageFile:
     except ImageError:  # a stack with a bad frame, which `frames` will report
         return file
     first = planes[0]
+    if all(np.array_equal(first, plane) for plane in planes):
+        return replace(file, count=1, read=lambda _: first)
     if first.ndim != 2 or any(plane.shape != first.shape for plane in planes):
         return file
     has_padding = any(hasattr(plane, "mask") for plane in planes)
     pixels = (np.ma.stack if has_padding else np.stack)(planes, axis=-1)
     differs = (pixels != first[..., np.newaxis]).any(axis=-1)
     share = differs.sum() / max(1, np.count_nonzero((pixels != pixels.min()).any(axis=-1)))
-    if not share:
-        return replace(file, count=1, read=lambda _: first)
     if share > MOST_COLOURED:
         return file
     warning = "three slices that differ in few pixels are read as the colours of one image"

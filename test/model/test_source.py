@@ -27,6 +27,7 @@ from test.support.image_files import (
     H,
     W,
     assert_stack,
+    dicom,
     frames,
     makers,
     save,
@@ -275,3 +276,8 @@ def test_smallest_that_is_read(tmp_path: Path) -> None:
     assert single(write(tmp_path / "a.png", GREY[:32, :33])).pixels.shape == (32, 33)
     with pytest.raises(ImageError, match="33 x 31 px is too small"):
         open_image(write(tmp_path / "a.png", GREY[:31, :33]))
+
+
+def test_three_equal_colour_frames_are_one_image(tmp_path: Path) -> None:
+    path = dicom(tmp_path / "a.dcm", np.stack([RGB] * 3), "RGB")
+    np.testing.assert_array_equal(single(path).pixels, cv2.cvtColor(RGB, cv2.COLOR_RGB2GRAY))
