@@ -197,7 +197,9 @@ if __name__ == "__main__":
     if isinstance(sys.stdout, io.TextIOWrapper):  # a file name that stdout cannot encode
         sys.stdout.reconfigure(errors="backslashreplace")
     stop = StopRequest()
-    for number in (signal.SIGTERM, signal.SIGINT):
+    hangup = getattr(signal, "SIGHUP", signal.SIGTERM)  # its terminal is closed
+    ignored = signal.getsignal(hangup) is signal.SIG_IGN  # by nohup
+    for number in (signal.SIGTERM, signal.SIGINT, *([] if ignored else [hangup])):
         signal.signal(number, lambda number, _: stop.request(number))
     try:
         status = main(stop=stop)

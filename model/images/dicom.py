@@ -15,9 +15,10 @@ import math
 import os
 import re
 import struct
+import warnings
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -73,6 +74,7 @@ _ABOUT_PLACE = (
 )
 _MAX_TEXT_BYTES = 2**10  # of a value about the place
 _MAX_BOXES = 2**12  # bytes of a JPEG 2000 file before its data
+_NEVER_WRITTEN = bytes(2**10)  # in JPEG 2000 it stands for a part that was lost
 _MOST_KEPT_BYTES = 2**27  # of an inflated file, from frame to frame
 _LONGEST_VALUE = 2**24  # bytes; a sequence for each frame of a long loop takes some MB
 _TISSUE, _FLAT, _CENTIMETRES = 1, 1, 3  # a region's data type, spatial format and units
@@ -99,7 +101,7 @@ def _open(path: Path) -> ImageFile:
     with _open_data(path) as (file, end, syntax, start):
         header = _Header(file, end, syntax, start)
         _check_readable(header)
-        layout = _read_layout(header)
+        layout = _read_layout(header, end)
         spans = _find_spans(header, layout)
         spacing_mm, aspect, warnings = _read_pixel_size(header)
         number = header.decimals("InstanceNumber")
@@ -129,7 +131,7 @@ def _open(path: Path) -> ImageFile:
         layout.frames,
         size,
         read,
-        needed=layout.frame_bytes,
+        needed=max(layout.frame_bytes, end if syntax == _DEFLATED else 0),
         geometry=replace(world, spacing_mm=spacing_mm, aspect=aspect),
         along_z=layout.frames > 1,
         warnings=warnings,
@@ -157,12 +159,14 @@ class _Header:
         # what the header says of its encoding can be wrong or missing
         is_explicit = re.fullmatch(b"[A-Z]{2}", head[4:]) is not None
         self.order = ">" if is_explicit and head[:1] == b"\0" else "<"
+        self.are_words = False  # the pixels, which are then written two bytes at a time
         last = 0, 0, -1  # an element's tag, its length, and where its value begins
 
-        def is_behind_header(tag: int, _type: str | None, length: int) -> bool:
+        def is_behind_header(tag: int, kind: str | None, length: int) -> bool:
             """Whether this element is the pixels, or a place where nothing was written."""
             nonlocal last
             last = tag, length, file.tell()
+            self.are_words = kind == "OW"
             return tag >= _FLOAT_PIXELS[0] or tag >> 16 == 0
 
         file.seek(start)
@@ -318,6 +322,8 @@ class _Layout(NamedTuple):
         padding: the lowest and the highest stored value that mean: no image here.
         syntax: the UID of the transfer syntax; order: of bytes, in the notation of struct.
         is_packed: whether frames are compressed.
+        is_inverted: whether small grey values are bright.
+        are_swapped: whether each two neighbours of 8 bits changed places, as a word in big endian.
     """
 
     frames: int
@@ -335,6 +341,8 @@ class _Layout(NamedTuple):
     syntax: str
     order: str
     is_packed: bool
+    are_swapped: bool
+    is_inverted: bool
 
     @property
     def frame_bytes(self) -> int:
@@ -355,7 +363,11 @@ class _Layout(NamedTuple):
         )
 
 
-def _read_layout(header: _Header) -> _Layout:
+def _read_layout(header: _Header, end: int) -> _Layout:
+    """
+    Args:
+        end: the length of the file; the pixels of one that is cut off lie partly beyond.
+    """
     rows, columns = header.integer("Rows"), header.integer("Columns")
     count = header.decimals("NumberOfFrames")
     samples = header.integer("SamplesPerPixel", 1)
@@ -391,13 +403,20 @@ def _read_layout(header: _Header) -> _Layout:
         syntax=header.syntax,
         order=header.order,
         is_packed=header.is_packed,
+        is_inverted="MONOCHROME1" in colours or header.text("PresentationLUTShape") == "INVERSE",
+        are_swapped=header.are_words and header.order == ">" and allocated == 8,
     )
     if samples not in (1, 3):
         raise ImageError(f"a pixel has {samples} values: expected grey (1) or RGB (3)")
     check_size(columns, rows)
     if allocated not in (1, 8, 12, 16, 32):
         raise ImageError(f"a value takes {allocated} bits: expected 1, 8, 12, 16 or 32")
-    if not header.is_packed:
+    if "ModalityLUTSequence" in header.elements:
+        raise ImageError(
+            "the header maps the values by a table (ModalityLUTSequence), which is not applied: "
+            "save the picture as .png"
+        )
+    if not header.is_packed and header.pixels[1] <= end:
         layout = _follow_length(header, layout)
     if layout.frames > header.pixels[1] - header.pixels[0]:
         raise damaged_error("DICOM")
@@ -519,6 +538,8 @@ def _decode_stream(layout: _Layout, data: bytes) -> Raw:
         samples, bits = len(frame.components), frame.bits
     else:
         at = data[:_MAX_BOXES].index(b"\xff\x4f\xff\x51")
+        if _NEVER_WRITTEN in data:  # OpenJPEG would read on
+            raise damaged_error("DICOM")
         samples, depth = struct.unpack_from(">HB", data, at + 40)
         kind, is_signed = ".4.90", layout.is_signed or depth >= 128
         bits = (depth & 127) + 1
@@ -542,6 +563,8 @@ def _decode_native(layout: _Layout, data: bytes) -> Raw:
         values = np.column_stack([first | (middle & 15) << 8, middle >> 4 | last << 4]).ravel()
         values = values.view(layout.sample_type.newbyteorder("="))
     else:
+        if layout.are_swapped:
+            data = np.frombuffer(data, np.uint16).byteswap().tobytes()
         values = np.frombuffer(data, layout.sample_type)
         values = values.astype(values.dtype.newbyteorder("="), copy=False)
     if layout.is_shared:  # Y Y Cb Cr
@@ -573,10 +596,14 @@ def _decode_rle(layout: _Layout, data: bytes) -> Raw:
         "planar_configuration": 0,
         "pixel_keyword": "PixelData",
     }
-    pixels, _ = get_decoder(_RLE).as_array(
-        encapsulate([data]), index=0, raw=True, decoding_plugin="pydicom", **options
-    )
-    return np.asarray(pixels)
+    for packed in (data, data.rstrip(b"\0")):  # padding unpacks to more than there should be
+        with suppress(Warning), warnings.catch_warnings():
+            warnings.simplefilter("error")
+            pixels, _ = get_decoder(_RLE).as_array(
+                encapsulate([packed]), index=0, raw=True, decoding_plugin="pydicom", **options
+            )
+            return np.asarray(pixels)
+    raise damaged_error("DICOM")
 
 
 def _to_rgb(pixels: Raw, layout: _Layout) -> Raw:
@@ -680,13 +707,14 @@ def _to_pixels(layout: _Layout, stored: Raw, palette: Callable[[Raw], Raw] | Non
     if palette is not None:
         return palette(stored)
     pixels = stored
-    if layout.colours == "MONOCHROME1":
+    if layout.is_inverted:
         # packed data may have fewer bits than the header says
         highest = 2 ** min(layout.bits[1], 8 * stored.itemsize) - 1
         signed = stored.astype(np.promote_types(stored.dtype, np.int8))
         pixels = ~stored if stored.dtype.kind == "i" else highest - signed
-    if layout.bits[0] == 1:
-        pixels = pixels * np.uint8(255)
+    most = 2 ** layout.bits[1] - 1
+    if most < 255 and pixels.min() >= 0 and pixels.max() <= most:  # as in other formats
+        pixels = (pixels.astype(np.uint16) * 255 // most).astype(np.uint8)
     if (layout.slope, layout.intercept) != (1, 0):
         is_whole = layout.slope.is_integer() and layout.intercept.is_integer()
         kind = np.int64 if is_whole and abs(layout.intercept) < 2**31 else np.float64
@@ -821,7 +849,7 @@ def _read_world(header: _Header, layout: _Layout) -> Geometry:
     if not any(place.values()):
         return Geometry()
     elements = _about_pixels(layout)
-    for keyword, value in {**place, "SOPClassUID": header.value("SOPClassUID")}.items():
+    for keyword, value in {**place, "SOPClassUID": header.value("SOPClassUID")[:64]}.items():
         tag = int(tag_for_keyword(keyword) or 0)
         if value:
             elements[tag] = _element(tag, dictionary_VR(tag).encode(), value)

@@ -9,6 +9,7 @@ import importlib
 import io
 import json
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -78,6 +79,7 @@ def serve(kind: str) -> None:
         _write(answers, json.dumps(head).encode() + b"\n")
         for array in arrays:
             _write(answers, array.data.cast("B"))
+    shutil.rmtree(os.environ["TMPDIR"], ignore_errors=True)  # the main process may have been killed
 
 
 def _write(stream: io.FileIO, data: bytes | memoryview) -> None:
