@@ -597,7 +597,7 @@ def _decode_rle(layout: _Layout, data: bytes) -> Raw:
         "pixel_keyword": "PixelData",
     }
     for packed in (data, data.rstrip(b"\0")):  # padding unpacks to more than there should be
-        with suppress(Warning), warnings.catch_warnings():
+        with suppress(RuntimeError), warnings.catch_warnings():
             warnings.simplefilter("error")
             pixels, _ = get_decoder(_RLE).as_array(
                 encapsulate([packed]), index=0, raw=True, decoding_plugin="pydicom", **options

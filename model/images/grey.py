@@ -4,10 +4,20 @@ from typing import Any
 
 import cv2
 import numpy as np
+import numpy.typing as npt
 
 from model.frame import Pixels
 from model.images.limits import ImageError, Raw
 
+# What writers put where no signal is: CT's values, and the types' lowest. Such a value counts as
+# padding if this share of the pixels has it, and if the next value is far: this part of the range
+# of the others away.
+_PADDING = (
+    *(-1024, -2000, -2048, -3024),
+    *(np.iinfo(kind).min for kind in (np.int16, np.int32, np.int64)),
+    *(float(np.finfo(kind).min) for kind in (np.float32, np.float64)),
+)
+_LEAST_PADDED, _LEAST_GAP = 0.01, 1 / 8
 BT_601 = (0.299, 0.587, 0.114)  # weights of R, G and B in luminance, the same as OpenCV's
 
 
@@ -15,7 +25,8 @@ def to_grey(raw: Raw) -> Pixels:
     """(H, W[, channels]) of any type -> (H, W) in 0..255.
 
     Integers that all lie in 0..255 stay as they are, in uint8. Other values are stretched to
-    0..255, in float32. Masked values are padding: they become black and do not count otherwise.
+    0..255, in float32. Padding becomes black and does not count otherwise: masked values, and a
+    constant far below the others that writers put outside the image.
 
     Raises:
         ImageError: a value is not finite, all are equal, or they are too far apart.
@@ -34,6 +45,9 @@ def to_grey(raw: Raw) -> Pixels:
         raise ImageError("the image is constant: all its pixels have the same value")
     if grey.dtype == np.uint8:
         return np.ascontiguousarray(grey)
+    padding = _find_padding(grey)
+    if padding is not None:
+        return _grey_without_padding(np.ma.MaskedArray(grey, padding))
     if not 1e-300 < high - low < 1e300:
         raise ImageError(f"values from {low:g} to {high:g} cannot be spread over 256 grey levels")
     stretched = np.empty(grey.shape, np.float32)
@@ -53,6 +67,36 @@ def _grey_without_padding(raw: Any) -> Pixels:
     grey = to_grey(values)
     grey[padding] = 0
     return grey
+
+
+def _find_padding(grey: Raw) -> npt.NDArray[np.bool_] | None:
+    """Where values (H, W) are padding; None if none of them surely is."""
+    lowest = grey.min().item()
+    if lowest not in _PADDING:
+        return None
+    is_lowest: npt.NDArray[np.bool_] = grey == lowest
+    if is_lowest.mean() < _LEAST_PADDED:
+        return None
+    others = grey[~is_lowest]
+    low, high = float(others.min()), float(others.max())
+    return is_lowest if low - lowest > _LEAST_GAP * (high - low) > 0 else None
+
+
+def over_black(pixels: Raw, alpha: Raw, largest: int) -> Raw:
+    """(H, W, colours) times their opacity (H, W, 1), `largest` or 1.0; opaque ones stay exact.
+
+    Raises:
+        ImageError: the values are of a type that has no largest one.
+    """
+    if pixels.dtype.kind == "f":
+        return np.asarray(pixels * alpha)
+    if pixels.dtype.kind == "i" or pixels.itemsize > 2:
+        raise ImageError(
+            "the image has transparency and values that are signed or of more than 16 bits: "
+            "save it without transparency"
+        )
+    rounded = (pixels.astype(np.uint32) * alpha + largest // 2) // largest
+    return np.asarray(rounded.astype(pixels.dtype))
 
 
 def _luminance(raw: Raw) -> Raw:

@@ -20,6 +20,7 @@ import numpy as np
 
 from model.frame import Geometry
 from model.images.limits import ImageError, ImageFile, Raw
+from model.images.reader_process import FOLDER_PREFIX
 
 MOST_READERS = 4  # at a time; each takes 60 to 160 MB, and may take 0.7 GB for a small file
 LONGEST_S = 60.0  # for one request, as long as many threads share a slow processor
@@ -56,7 +57,7 @@ class _Reader:
     def __init__(self, kind: str) -> None:
         self.last_path: Path | None = None
         self.has_answered, self.is_usable = False, True
-        self._folder = TemporaryDirectory(prefix="aop-reader-", ignore_cleanup_errors=True)
+        self._folder = TemporaryDirectory(prefix=FOLDER_PREFIX, ignore_cleanup_errors=True)
         try:
             self._process = subprocess.Popen(
                 [sys.executable, "-c", PROGRAM, str(ROOT), kind],

@@ -28,6 +28,7 @@ if sys.platform == "linux":
 # While a file is read, the process may grow by ROOM_BYTES + COPIES times the bytes of its pixels.
 # Libraries that are loaded late map 300 MB of the room, without using that much memory.
 ROOM_BYTES, COPIES = 2**29, 6
+FOLDER_PREFIX = "aop-reader-"  # of the folder for temporary files
 LONGEST_CPU_S = 120  # for a decoder that hangs after the main process has died
 REMEMBERED_FILES = (
     64  # headers that are not read again for each frame; as many as there are threads
@@ -79,7 +80,9 @@ def serve(kind: str) -> None:
         _write(answers, json.dumps(head).encode() + b"\n")
         for array in arrays:
             _write(answers, array.data.cast("B"))
-    shutil.rmtree(os.environ["TMPDIR"], ignore_errors=True)  # the main process may have been killed
+    folder = Path(os.environ.get("TMPDIR", ""))
+    if folder.name.startswith(FOLDER_PREFIX):  # the main process may have been killed
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _write(stream: io.FileIO, data: bytes | memoryview) -> None:

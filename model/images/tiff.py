@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from tifffile import COMPRESSION, PHOTOMETRIC, TiffFile, TiffPage
 
+from model.images.grey import over_black
 from model.images.jpeg import decode_jpeg, find_jpeg_frame
 from model.images.limits import (
     MAX_BYTES,
@@ -204,7 +205,7 @@ def _read_page(tiff: TiffFile, page: TiffPage, shift: int) -> Raw:
     elif photometric == _WHITE_IS_0:
         pixels = (0.0 if dtype.kind == "f" else -1 if dtype.kind == "i" else largest) - pixels
     if count > colours and _ASSOCIATED_NOT in np.atleast_1d(page.extrasamples):
-        pixels = _over_black(pixels, samples[..., colours:], largest)
+        pixels = over_black(pixels, samples[..., colours:], largest)
     if photometric != _PALETTE:
         pixels = _scaled(pixels, page.bitspersample)
     if pixels.shape[2] == 1:
@@ -299,19 +300,6 @@ def _padding(page: TiffPage, pixels: Raw) -> npt.NDArray[np.bool_]:
         fits = limits.min <= value <= limits.max and value.is_integer()
         same = pixels == int(value) if fits else np.zeros(pixels.shape, np.bool_)
     return np.asarray(same.all(axis=-1))
-
-
-def _over_black(pixels: Raw, alpha: Raw, largest: int) -> Raw:
-    """Colours times their opacity; opaque ones stay exact."""
-    if pixels.dtype.kind == "f":
-        return np.asarray(pixels * alpha)
-    if pixels.dtype.kind == "i" or pixels.itemsize > 2:
-        raise ImageError(
-            "the TIFF has transparency and values that are signed or of more than 16 bits: "
-            "save it without transparency"
-        )
-    rounded = (pixels.astype(np.uint32) * alpha + largest // 2) // largest
-    return np.asarray(rounded.astype(pixels.dtype))
 
 
 def _scaled(pixels: Raw, bits: int) -> Raw:

@@ -16,10 +16,10 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from model.frame import IDENTITY, Geometry
 from model.images.formats import is_gzip, read_head
+from model.images.grey import over_black
 from model.images.limits import (
     MAX_LENGTH_MM,
     MIN_SIDE,
@@ -37,16 +37,6 @@ from model.images.limits import (
 
 _ITK_NAMES = {"MetaImage": "Meta", "NIfTI": "Nifti", "NRRD": "Nrrd"}
 
-# What writers put where no signal is: CT's values, and the types' lowest. Such values count as
-# padding if this share of the pixels has them, and if the next value is far: this part of the range
-# of the others away.
-_PADDING = (
-    *(-1024, -2000, -2048, -3024),
-    *(np.iinfo(kind).min for kind in (np.int16, np.int32, np.int64)),
-    *(float(np.finfo(kind).min) for kind in (np.float32, np.float64)),
-)
-_LEAST_PADDED, _LEAST_GAP = 0.01, 1 / 8
-
 # Beyond these a direction matrix is damaged, or its axes do not span three dimensions.
 _MAX_DIRECTION, _MIN_DETERMINANT = 1e6, 1e-6
 
@@ -55,6 +45,7 @@ _GEOMETRY_FIELDS = {
     "MetaImage": (rb"(?m)^(?:Element(?:Spacing|Size)|TransformMatrix)[ \t]*=.*\n", 3),
     "NRRD": (rb"(?m)^space[a-z ]*:.*\n", 5),
 }
+_NIFTI_FLOATS = {16: "f4", 64: "f8"}  # number of a type in the header -> numpy's name
 _COMPRESSED_METAIMAGE = re.compile(rb"(?m)^CompressedData[ \t]*=[ \t]*[Tt1]")
 _BINARY_METAIMAGE = re.compile(rb"(?m)^BinaryData[ \t]*=[ \t]*True")
 _METAIMAGE_DATA_FILE = re.compile(rb"(?m)^ElementDataFile[ \t]*=[ \t]*(.*?)[ \t\r]*\n")
@@ -77,7 +68,7 @@ def open_volume(path: Path, kind: str) -> ImageFile:
     may_be_channels = channels == 1 and len(lengths) > 2 and lengths[0] in (1, 3, 4)
     x_axis = 1 if may_be_channels and min(lengths[1:3]) >= MIN_SIDE else 0
     stacked = [axis for axis in range(x_axis + 2, len(lengths)) if lengths[axis] > 1]
-    geometry, warnings, itk_accepts = read_geometry(header, x_axis)
+    geometry, warnings, itk_accepts = read_geometry(header, x_axis, kind == "NIfTI")
     pixel_bytes = channels * value.GetSizeOfPixelComponent()
     volume = _Volume(path, kind, lengths, channels, pixel_bytes, x_axis, stacked, itk_accepts)
     volume.check()
@@ -146,11 +137,11 @@ class _Volume:
         """(frames, H, W, channels)."""
         if _is_truncated(self.path, self.kind, math.prod(self.lengths) * self.pixel_bytes):
             raise damaged_error(self.kind)
-        return _mask_padding(self._read())
+        return self._read()
 
     def read_frame(self, k: int) -> Raw:
         """(H, W, channels)."""
-        frame: Raw = _mask_padding(self._read({self.stacked[0]: (k, 1)}))[0]
+        frame: Raw = self._read({self.stacked[0]: (k, 1)})[0]
         return frame
 
     def _read(self, part: dict[int, tuple[int, int]] | None = None) -> Raw:
@@ -166,8 +157,14 @@ class _Volume:
                 reader.SetExtractSize([length for _, length in region])
             image = reader.Execute()
         array: Raw = import_simpleitk().GetArrayFromImage(image)
+        if self.kind == "NIfTI" and array.dtype.kind == "f":
+            _check_nifti_is_finite(self.path, array.size, 0 if part is None else region[-1][0])
         width, height = self.lengths[self.x_axis : self.x_axis + 2]
-        return array.reshape(-1, height, width, self.lengths[0] if self.x_axis else self.channels)
+        channels = self.lengths[0] if self.x_axis else self.channels
+        pixels = array.reshape(-1, height, width, channels)
+        if channels == 4 and pixels.dtype in (np.uint8, np.uint16) and pixels[..., 3].any():
+            return over_black(pixels[..., :3], pixels[..., 3:], np.iinfo(pixels.dtype).max)
+        return pixels
 
     def _has_readable_frames(self) -> bool:
         """Whether ITK reads one frame without the rest, and correctly.
@@ -180,41 +177,18 @@ class _Volume:
         return self.kind == "NIfTI" and self.channels == 1
 
 
-# ---- Padding
-
-
-def _mask_padding(frames: Raw) -> Raw:
-    """Frames (n, H, W, channels) whose padding, if there is any, is masked."""
-    paddings = [_find_padding(frame) for frame in frames]
-    if all(padding is None for padding in paddings):
-        return frames
-    nothing = np.zeros(frames.shape[1:], np.bool_)
-    mask = np.stack([nothing if padding is None else padding for padding in paddings])
-    return np.ma.MaskedArray(frames, mask)
-
-
-def _find_padding(frame: Raw) -> npt.NDArray[np.bool_] | None:
-    """Where a frame (H, W, channels) holds padding; None if nothing there surely is."""
-    lowest = frame.min().item()
-    if frame.shape[-1] > 1 or lowest not in _PADDING:
-        return None
-    is_lowest: npt.NDArray[np.bool_] = frame == lowest
-    if not _LEAST_PADDED <= is_lowest.mean() < 1:
-        return None
-    others = frame[~is_lowest]
-    low, high = float(others.min()), float(others.max())
-    return is_lowest if low - lowest > _LEAST_GAP * (high - low) > 0 else None
-
-
 # ---- Geometry
 
 
-def read_geometry(header: Any, x_axis: int = 0) -> tuple[Geometry, tuple[str, ...], bool]:
+def read_geometry(
+    header: Any, x_axis: int = 0, signs_are_free: bool = False
+) -> tuple[Geometry, tuple[str, ...], bool]:
     """The geometry, warnings about it, and whether ITK reads pixels with such a geometry.
 
     Args:
         header: SimpleITK's reader, after it has read the header.
         x_axis: the axis along x, as in `_Volume`.
+        signs_are_free: whether a negative spacing is a length, as in NIfTI.
     """
     axes = [1, 2, 0] if x_axis else [0, 1, 2]
     dimensions = header.GetDimension()
@@ -228,7 +202,7 @@ def read_geometry(header: Any, x_axis: int = 0) -> tuple[Geometry, tuple[str, ..
     has_axes = bool(in_range and abs(np.linalg.det(matrix)) > _MIN_DETERMINANT)
     # ITK says 1 x 1 if the file says nothing. Most files that say 1 x 1 themselves do not know.
     is_unknown = (spacing[:2] == 1).all()
-    x, y = float(spacing[0]), float(spacing[1])
+    x, y = (float(side) for side in (np.abs(spacing[:2]) if signs_are_free else spacing[:2]))
     spacing_mm = (x, y) if is_pixel_size([x, y]) and not is_unknown else None
     warnings: tuple[str, ...] = ()
     if spacing_mm is None and not is_unknown:
@@ -276,17 +250,33 @@ def import_simpleitk() -> Any:
 
 @contextmanager
 def _acceptable_file(path: Path, kind: str, without_geometry: bool) -> Iterator[Path]:
-    """The file, or a temporary one in its place if ITK would refuse its name or its geometry."""
-    if kind != "NIfTI" and not without_geometry:
+    """The file, or a temporary one in its place if ITK would refuse its name or its geometry.
+
+    ITK refuses NIfTI by its suffix, and would crash at a path that is not UTF-8.
+    """
+    is_utf8 = _is_utf8(str(path.absolute()))
+    if kind != "NIfTI" and not without_geometry and is_utf8:
         yield path
         return
     with TemporaryDirectory() as folder:
         file = Path(folder) / ("a.nii.gz" if is_gzip(path) else "a.nii")
-        if kind == "NIfTI":  # the only format that ITK refuses by its suffix
+        if kind == "NIfTI":
             file.symlink_to(path.absolute())
+        elif not without_geometry:
+            beside = Path(folder) / "beside"  # where the data file of an .mhd lies
+            beside.symlink_to(path.absolute().parent)
+            file = beside / path.name
+            if not _is_utf8(path.name):
+                file = Path(folder) / "a.mha"
+                file.symlink_to(path.absolute())
         else:
             file.write_bytes(_remove_geometry(path, kind))
         yield file
+
+
+def _is_utf8(text: str) -> bool:
+    """Whether a path is text, without bytes that no encoding explains."""
+    return os.fsencode(text).decode(errors="replace") == text
 
 
 def _remove_geometry(path: Path, kind: str) -> bytes:
@@ -335,6 +325,26 @@ def _is_nifti_truncated(path: Path) -> bool:
             return not file.read(1)
     except (EOFError, OSError, OverflowError, ValueError, zlib.error):  # impossible numbers too
         return True
+
+
+def _check_nifti_is_finite(path: Path, count: int, frame: int) -> None:
+    """Raise ImageError if floats are NaN or infinite: ITK makes zeros of them.
+
+    Args:
+        count: of the values that are looked at; frame: so many times as many lie before them.
+    """
+    with (gzip.open if is_gzip(path) else open)(path, "rb") as file:
+        head = file.read(352)
+        order = "<" if 1 <= struct.unpack_from("<h", head, 40)[0] <= 7 else ">"
+        kind, _ = struct.unpack_from(order + "2h", head, 70)
+        if kind not in _NIFTI_FLOATS:
+            return
+        dtype = np.dtype(order + _NIFTI_FLOATS[kind])
+        (start,) = struct.unpack_from(order + "f", head, 108)
+        file.seek(int(start) + frame * count * dtype.itemsize)
+        values = np.frombuffer(file.read(count * dtype.itemsize), dtype)
+    if not np.isfinite(values).all():
+        raise ImageError("the image has pixels that are NaN or infinite")
 
 
 def _is_metaimage_truncated(path: Path, needed: int) -> bool:

@@ -85,7 +85,7 @@ def dicom(path: Path, pixels: np.ndarray, syntax: str = "1.2.1", **elements: obj
         values["PlanarConfiguration"] = 0
     for keyword, value in {**values, **elements}.items():
         setattr(dataset, keyword, value)
-    dataset["PixelData"].VR = "OB" if bits == 8 else "OW"
+    dataset["PixelData"].VR = "OB" if bits == 8 and syntax != "1.2.2" else "OW"
     dataset.save_as(path, enforce_file_format=True)
     return path
 
@@ -230,6 +230,12 @@ DICOM: dict[str, Callable[[Path], Path]] = {
     ),
     "big endian": lambda p: dicom(p, (WORDS * 9).astype(">u2"), "1.2.2"),
     "deflated": lambda p: dicom(p, GREY, "1.2.1.99"),
+    "big endian in words": lambda p: dicom(
+        p, GREY, "1.2.2", PixelData=GREY.view("<u2").astype(">u2").tobytes()
+    ),
+    "inverted presentation": lambda p: dicom(p, 255 - GREY, PresentationLUTShape="INVERSE"),
+    "7 bits": lambda p: dicom(p, GREY >> 1, BitsStored=7, HighBit=6),
+    "no padding told": lambda p: dicom(p, padded(-2000, np.int16)),
 }
 
 
@@ -318,6 +324,7 @@ OTHERS: dict[str, tuple[str, Callable[[Path], Path]]] = {
         "a.nii.gz",
         lambda p: volume(p, np.moveaxis(MARKED, 2, 0).copy()),
     ),
+    "-1024 outside, TIFF": ("a.tif", lambda p: tiff(p, padded(-1024, np.int16))),
     "-1024 outside": ("a.mha", lambda p: volume(p, padded(-1024, np.int16))),
     "-32768 outside": ("a.nii", lambda p: volume(p, padded(-32768, np.int16))),
     "-1024 outside, float": ("a.nrrd", lambda p: volume(p, padded(-1024, np.float32))),
@@ -437,3 +444,25 @@ def test_half_a_lossless_jpeg_is_refused(tmp_path: Path) -> None:
 def test_a_header_that_describes_other_pixels_is_refused(tmp_path: Path, elements: dict) -> None:
     with pytest.raises(ImageError, match=r"its header describes|damaged"):
         open_image(dicom(tmp_path / "a.dcm", GREY, **elements))
+
+
+def test_damage_that_a_decoder_does_not_mind_is_refused(tmp_path: Path) -> None:
+    """RLE that unpacks to too much; JPEG 2000 with a part that was never written."""
+    dataset = pydicom.dcmread(dicom(tmp_path / "a.dcm", GREY))
+    dataset.compress(pydicom.uid.RLELossless)
+    (packed,) = pydicom.encaps.generate_frames(dataset.PixelData, number_of_frames=1)
+    boxes = cv2.imencode(".jp2", GREY, (cv2.IMWRITE_JPEG2000_COMPRESSION_X1000, 1000))[1].tobytes()
+    stream = boxes[boxes.index(b"\xff\x4f\xff\x51") :]
+    for syntax, data, damaged in (
+        ("1.2.5", packed, packed[:5000] + packed[3000:]),
+        ("1.2.4.90", stream, stream[:9000] + bytes(len(stream) - 9002) + b"\xff\xd9"),
+    ):
+        whole = dicom(tmp_path / "b.dcm", GREY, syntax, PixelData=encapsulate([data + bytes(20)]))
+        assert measured(whole).status == "ok"
+        with pytest.raises(ImageError, match="damaged"):
+            open_image(dicom(whole, GREY, syntax, PixelData=encapsulate([damaged])))
+
+
+def test_a_table_of_values_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ImageError, match="ModalityLUTSequence"):
+        open_image(dicom(tmp_path / "a.dcm", GREY, ModalityLUTSequence=[pydicom.Dataset()]))

@@ -1,5 +1,8 @@
 """MetaImage, NIfTI and NRRD: shapes, stacks, and where the pixels lie."""
 
+import os
+import struct
+import sys
 from pathlib import Path
 
 import cv2
@@ -38,8 +41,13 @@ def test_volume_formats_and_shapes(tmp_path: Path, suffix: str) -> None:
     grey = cv2.cvtColor(RGB, cv2.COLOR_RGB2GRAY)
     np.testing.assert_array_equal(single(save(path, RGB, vector=True)).pixels, grey)
     np.testing.assert_array_equal(single(save(path, RGB)).pixels, grey)
-    rgba = np.dstack([RGB, GREY])
-    np.testing.assert_array_equal(single(save(path, rgba, vector=True)).pixels, grey)
+    for opacity in (255, 0):  # writers that know nothing of it leave it 0
+        rgba = np.dstack([RGB, np.full_like(GREY, opacity)])
+        np.testing.assert_array_equal(single(save(path, rgba, vector=True)).pixels, grey)
+    hidden = np.arange(W) < 20
+    rgba = np.dstack([RGB, np.where(hidden, 0, 255 + 0 * GREY)]).astype(np.uint8)
+    pixels = single(save(path, rgba, vector=True)).pixels
+    np.testing.assert_array_equal(pixels, np.where(hidden, 0, grey))
 
 
 @pytest.mark.parametrize("suffix", VOLUMES)
@@ -282,3 +290,55 @@ def test_psfhs_volumes_equal_the_pictures(psfhs: Path) -> None:
         np.testing.assert_array_equal(
             single(psfhs / "images" / f"{volume.stem}.png").pixels, expected
         )
+
+
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_nifti_with_values_that_are_not_finite(tmp_path: Path, suffix: str, value: float) -> None:
+    """ITK makes zeros of them."""
+    stack = STACK.astype(np.float32)
+    stack[3, 5, 7] = value
+    path = save(tmp_path / f"a{suffix}", stack)
+    if suffix == ".nii":
+        items = frames(path)
+        assert [isinstance(item, GreyFrame) for item in items] == [True] * 3 + [False, True]
+        assert "NaN or infinite" in items[3].reason
+    else:
+        with pytest.raises(ImageError, match="NaN or infinite"):
+            open_image(path)
+    with pytest.raises(ImageError, match="NaN or infinite"):
+        open_image(save(tmp_path / f"b{suffix}", stack[3]))
+
+
+def test_nifti_with_a_negative_pixel_size(tmp_path: Path) -> None:
+    """Its sign has no meaning there."""
+    path = save(tmp_path / "a.nii", GREY, Spacing=(0.2, 0.3))
+    old = struct.pack("<3f", 1, 0.2, 0.3)
+    edit(path, old, struct.pack("<3f", 1, -0.2, 0.3))
+    frame = single(path)
+    assert frame.geometry.spacing_mm == pytest.approx((0.2, 0.3)) and frame.warnings == ()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of any bytes")
+@pytest.mark.parametrize("suffix", [".mha", ".mhd", ".nii", ".nrrd"])
+def test_paths_that_are_not_utf8(tmp_path: Path, suffix: str) -> None:
+    """They would end the process in which ITK reads them."""
+    folder = tmp_path / os.fsdecode(b"M\xfcller")
+    folder.mkdir()
+    save(tmp_path / f"a{suffix}", GREY)
+    for file in tmp_path.glob("a.*"):
+        file.rename(folder / file.name)
+    np.testing.assert_array_equal(single(folder / f"a{suffix}").pixels, GREY)
+    if suffix != ".mhd":
+        other = (folder / f"a{suffix}").rename(folder / os.fsdecode(b"\xfc" + suffix.encode()))
+        np.testing.assert_array_equal(single(other).pixels, GREY)
+
+
+@pytest.mark.parametrize("vector", [False, True])
+def test_padding_counts_in_equal_planes_too(tmp_path: Path, vector: bool) -> None:
+    values = GREY.astype(np.int16) * 3
+    values[:, :20] = -1024
+    planes = np.dstack([values] * 3) if vector else np.stack([values] * 3)
+    pixels = single(save(tmp_path / "a.mha", planes, vector=vector)).pixels
+    assert (pixels[:, :20] == 0).all()
+    np.testing.assert_allclose(pixels[:, 20:], stretched(values[:, 20:]), atol=1e-3)
