@@ -580,6 +580,7 @@ def test_palette_in_segments(tmp_path: Path, order: str) -> None:
     for colour in ("Red", "Green", "Blue"):
         elements[f"{colour}PaletteColorLookupTableDescriptor"] = [256, 0, 16]
         elements[f"Segmented{colour}PaletteColorLookupTableData"] = segments
+    elements["PixelData"] = GREY.view("<u2").astype(order + "u2").tobytes()  # OW: words
     syntax = "1.2.1" if order == "<" else "1.2.2"
     path = by_pydicom(tmp_path / "a.dcm", GREY, syntax, **elements)
     np.testing.assert_array_equal(single(path).pixels, GREY)
