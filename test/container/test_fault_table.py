@@ -340,7 +340,7 @@ def all_whole(folder: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGKILL])
 def test_signal_in_the_middle_and_resume(tmp_path: Path, number: signal.Signals) -> None:
     source = many(tmp_path)
     status, err = interrupted(tmp_path, source, number)
