@@ -6,6 +6,7 @@ its own that costs one file. `reader_process` is what runs there.
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
@@ -23,7 +24,8 @@ from model.images.limits import ImageError, ImageFile, Raw
 from model.images.reader_process import FOLDER_PREFIX
 
 MOST_READERS = 4  # at a time; each takes 60 to 160 MB, and may take 0.7 GB for a small file
-LONGEST_S = 60.0  # for one request, as long as many threads share a slow processor
+LONGEST_S = 60  # of processor time for one request
+LONGEST_WAIT = 10  # times as long a request may take where others share the processor
 LARGE_BYTES = 2**25  # a file or a frame above this is read while no other large one is
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp")
@@ -71,7 +73,7 @@ class _Reader:
             self._folder.cleanup()
             raise
 
-    def ask(self, path: Path, kind: str, frame: int | None, longest_s: float) -> Any:
+    def ask(self, path: Path, kind: str, frame: int | None, longest_s: int) -> Any:
         """The header's fields without a frame, else the frame's pixels.
 
         Raises:
@@ -85,12 +87,17 @@ class _Reader:
             is_late.set()
             self._process.kill()
 
-        watch = Timer(longest_s, give_up)
+        watch = Timer(LONGEST_WAIT * longest_s, give_up)
         watch.start()
         try:
-            answer = self._exchange({"path": str(path), "kind": kind, "frame": frame})
+            request = {"path": str(path), "kind": kind, "frame": frame, "longest_s": longest_s}
+            answer = self._exchange(request)
         except (OSError, EOFError, ValueError) as error:
-            raise (TimeoutError if is_late.is_set() else _ReaderDied) from error
+            self._process.kill()
+            is_late_by_itself = self._process.wait() == -getattr(signal, "SIGXCPU", 0)
+            raise (
+                TimeoutError if is_late.is_set() or is_late_by_itself else _ReaderDied
+            ) from error
         finally:
             watch.cancel()
         self.has_answered = self.is_usable = True
@@ -129,7 +136,7 @@ class _Reader:
 class _Pool:
     """Up to `most` reader processes; one is started when all others are busy."""
 
-    def __init__(self, most: int, longest_s: float) -> None:
+    def __init__(self, most: int, longest_s: int) -> None:
         self._longest_s, self._slots, self._lock = longest_s, Semaphore(most), Lock()
         self._idle: list[_Reader] = []
 

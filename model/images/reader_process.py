@@ -1,8 +1,8 @@
 """Reads the formats whose decoders may crash, hang or fill the memory: TIFF, DICOM and ITK's.
 
 `reader_pool` runs `serve` in a process of its own, which answers one request at a time. A request
-is a line of JSON on stdin: {"path", "kind"} asks for what the file's header says, and with "frame"
-for the pixels of one. The answer on stdout is a line of JSON, then the bytes of its arrays.
+is a line of JSON on stdin: "path", "kind", "longest_s" (of processor time) and "frame", the number
+of the one whose pixels are wanted, or null for what the file's header says. The answer on stdout is a line of JSON, then the bytes of its arrays.
 """
 
 import importlib
@@ -29,7 +29,6 @@ if sys.platform == "linux":
 # Libraries that are loaded late map 300 MB of the room, without using that much memory.
 ROOM_BYTES, COPIES = 2**29, 6
 FOLDER_PREFIX = "aop-reader-"  # of the folder for temporary files
-LONGEST_CPU_S = 120  # for a decoder that hangs after the main process has died
 REMEMBERED_FILES = (
     64  # headers that are not read again for each frame; as many as there are threads
 )
@@ -91,7 +90,8 @@ def _write(stream: io.FileIO, data: bytes | memoryview) -> None:
 
 
 def _answer(request: dict[str, Any]) -> tuple[dict[str, Any], list[np.ndarray[Any, Any]]]:
-    path, kind, frame = Path(request["path"]), request["kind"], request.get("frame")
+    path, kind, frame = Path(request["path"]), request["kind"], request["frame"]
+    limit_time(request["longest_s"])
     try:
         status = path.stat()
         with limited_memory(min(status.st_size, MAX_BYTES)):
@@ -124,6 +124,14 @@ def _header(file: ImageFile) -> dict[str, Any]:
     return values
 
 
+def limit_time(seconds: int) -> None:
+    """End this process by SIGXCPU after so much more processor time; on Linux only."""
+    if sys.platform == "linux":
+        spent = resource.getrusage(resource.RUSAGE_SELF)
+        limit = int(spent.ru_utime + spent.ru_stime) + seconds
+        resource.setrlimit(resource.RLIMIT_CPU, (limit, resource.getrlimit(resource.RLIMIT_CPU)[1]))
+
+
 @contextmanager
 def limited_memory(needed: int) -> Iterator[None]:
     """In the block the process can grow by no more than ROOM_BYTES + COPIES * needed bytes.
@@ -142,9 +150,6 @@ def limited_memory(needed: int) -> Iterator[None]:
     limit = in_use * resource.getpagesize() + ROOM_BYTES + COPIES * min(needed, MAX_BYTES)
     if not 0 <= before[1] < limit:  # -1 means no limit
         resource.setrlimit(resource.RLIMIT_AS, (limit, before[1]))
-    spent = resource.getrusage(resource.RUSAGE_SELF)
-    seconds = int(spent.ru_utime + spent.ru_stime) + LONGEST_CPU_S
-    resource.setrlimit(resource.RLIMIT_CPU, (seconds, resource.getrlimit(resource.RLIMIT_CPU)[1]))
     try:
         yield
     finally:

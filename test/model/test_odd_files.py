@@ -82,7 +82,7 @@ def stderr(request: pytest.FixtureRequest) -> Iterator[int]:
 @pytest.fixture(scope="module")
 def faulty() -> Iterator[None]:
     """Reader processes with a decoder that does what a file's name says."""
-    with mock.patch.multiple(reader_pool, PROGRAM=FAULTY_PROGRAM, LONGEST_S=2.0):
+    with mock.patch.multiple(reader_pool, PROGRAM=FAULTY_PROGRAM, LONGEST_S=2):
         readers = runs.SharedReaders()
         with mock.patch.object(runs, "SHARED_READERS", readers):
             yield

@@ -26,7 +26,7 @@ DIED = "DICOM data is damaged or of a variant that cannot be read: it ended the 
 @pytest.fixture
 def readers(monkeypatch: pytest.MonkeyPatch) -> Iterator[Readers]:
     monkeypatch.setattr(reader_pool, "PROGRAM", FAULTY_PROGRAM)
-    monkeypatch.setattr(reader_pool, "LONGEST_S", 3.0)
+    monkeypatch.setattr(reader_pool, "LONGEST_S", 3)
     made = Readers()
     yield made
     made.end()
@@ -82,6 +82,16 @@ def test_a_fault_costs_its_file_alone(
             read(readers, tmp_path / name)
         assert str(tmp_path) not in str(caught.value)
     np.testing.assert_array_equal(read(readers, healthy), PIXELS)
+
+
+def test_a_decoder_that_waits_takes_no_processor_time(
+    readers: Readers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read(readers, named(tmp_path, "healthy"))
+    monkeypatch.setattr(reader_pool, "LONGEST_WAIT", 1)
+    with pytest.raises(ImageError, match="reading took longer than 3 s"):
+        read(readers, named(tmp_path, "waits"))
+    np.testing.assert_array_equal(read(readers, tmp_path / "healthy"), PIXELS)
 
 
 def test_what_a_library_prints_is_no_answer(readers: Readers, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import time
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +37,8 @@ def misbehave(name: str) -> None:
     elif name.startswith("hang"):
         while True:
             pass
+    elif name.startswith("waits"):
+        time.sleep(600)
     elif name.startswith("memory"):
         held = []
         while True:
