@@ -2,7 +2,8 @@
 
 `reader_pool` runs `serve` in a process of its own, which answers one request at a time. A request
 is a line of JSON on stdin: "path", "kind", "longest_s" (of processor time) and "frame", the number
-of the one whose pixels are wanted, or null for what the file's header says. The answer on stdout is a line of JSON, then the bytes of its arrays.
+of the one whose pixels are wanted, or null for what the file's header says. The answer on stdout
+is a line of JSON, then the bytes of its arrays.
 """
 
 import importlib
