@@ -43,6 +43,7 @@ from model.images.limits import (
     check_bytes,
     check_size,
     damaged_error,
+    errors_as_damage,
     is_pixel_size,
 )
 from model.images.volumes import import_simpleitk, read_geometry
@@ -89,12 +90,8 @@ def open_dicom(path: Path) -> ImageFile:
     Raises:
         ImageError, OSError: it cannot be used.
     """
-    try:
+    with errors_as_damage("DICOM"):
         return _open(path)
-    except (ImageError, OSError):
-        raise
-    except Exception as error:  # pydicom raises anything at damaged values
-        raise damaged_error("DICOM") from error
 
 
 def _open(path: Path) -> ImageFile:
@@ -112,7 +109,7 @@ def _open(path: Path) -> ImageFile:
     def read(k: int) -> Raw:
         if k >= len(spans) or not spans[k]:
             raise damaged_error("DICOM")
-        try:
+        with errors_as_damage("DICOM"):
             with _open_data(path) as (file, end, _, _):
                 if spans[k][-1][1] > end:
                     raise damaged_error("DICOM")
@@ -122,10 +119,6 @@ def _open(path: Path) -> ImageFile:
             if stored.shape[:2] != (layout.rows, layout.columns):  # as a JPEG's header may say
                 raise damaged_error("DICOM")
             return _to_pixels(layout, stored, palette)
-        except (ImageError, OSError):
-            raise
-        except Exception as error:  # decoders raise anything at damaged data
-            raise damaged_error("DICOM") from error
 
     return ImageFile(
         layout.frames,

@@ -1,7 +1,8 @@
 """What every reader of images shares: the form of what it returns, and what it refuses."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -79,6 +80,17 @@ def turn_upright(pixels: Raw, orientation: int) -> Raw:
 def damaged_error(kind: str) -> ImageError:
     """The error for a file of some format whose content cannot be read."""
     return ImageError(f"the {kind} data is damaged, truncated or of a variant that cannot be read")
+
+
+@contextmanager
+def errors_as_damage(kind: str) -> Iterator[None]:
+    """In the block, whatever a library raises at bytes that it does not expect means damage."""
+    try:
+        yield
+    except (ImageError, OSError):
+        raise
+    except Exception as error:
+        raise damaged_error(kind) from error
 
 
 def unreadable_error(error: OSError) -> ImageError:

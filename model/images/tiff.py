@@ -31,6 +31,7 @@ from model.images.limits import (
     check_bytes,
     check_size,
     damaged_error,
+    errors_as_damage,
     turn_upright,
 )
 
@@ -113,13 +114,8 @@ def open_tiff(path: Path) -> ImageFile:
 @contextmanager
 def _open(path: Path) -> Iterator[TiffFile]:
     """The file for the block, in which errors of any kind mean that it is damaged."""
-    try:
-        with TiffFile(path) as tiff:
-            yield tiff
-    except (ImageError, OSError):
-        raise
-    except Exception as error:  # tifffile and numpy raise anything at damaged values
-        raise damaged_error("TIFF") from error
+    with errors_as_damage("TIFF"), TiffFile(path) as tiff:
+        yield tiff
 
 
 def _page_offsets(tiff: TiffFile) -> Iterator[int]:
